@@ -1,0 +1,19 @@
+"""AlexNet in its published variants."""
+
+from alexnet_kernels.models.alexnet import AlexNet, alexnet
+from alexnet_kernels.models.count import LayerCount, count_layers, count_macs, count_parameters
+from alexnet_kernels.models.presets import PRESETS, Initialization, Pool, Preset, ResponseNorm
+
+__all__ = [
+    "PRESETS",
+    "AlexNet",
+    "Initialization",
+    "LayerCount",
+    "Pool",
+    "Preset",
+    "ResponseNorm",
+    "alexnet",
+    "count_layers",
+    "count_macs",
+    "count_parameters",
+]

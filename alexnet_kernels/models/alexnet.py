@@ -1,0 +1,349 @@
+"""AlexNet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alexnet_kernels.models.presets import PRESETS, Preset
+from alexnet_kernels.models.weights import load_weights
+from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
+
+__all__ = ["AlexNet", "alexnet"]
+
+_CONVOLUTIONS = 5
+_CONV_SHAPES = (
+    {"kernel_size": 11, "stride": 4},
+    {"kernel_size": 5, "padding": 2},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1},
+)
+_IN_TOWERS = (False, True, False, True, True)
+
+
+class AlexNet(nn.Module):
+    """AlexNet: five convolutions, three fully-connected layers, for images [N, in_channels, H, W].
+
+    Input float32, bfloat16, float16 or float64, the parameters' dtype (any of them under autocast), NCHW or
+    channels_last (the fast one); output [N, num_classes], not normalised. H and W are free down to the
+    smallest size that leaves every pool a window: `avgpool` brings the last pool's maps to 6 x 6.
+
+    How the input becomes conv1's 55 x 55 maps, then 27, 13, 13, 13 and after the last pool 6:
+
+    - 224, zero padding of 3 at the right and bottom: the 2012 code, preset "as_run", or
+      conv1_padding=(0, 3, 0, 3).
+    - 224, zero padding of 2 on all sides: torchvision, presets "torchvision", "paper" and "batchnorm", or
+      conv1_padding=2. The paper prints 224 and 55 and not the padding between them.
+    - 227, no padding: Caffe, presets "caffe" and "caffenet", or conv1_padding=0.
+    - 224, no padding, gives 54 instead: the ONNX zoo's bvlc_alexnet, which is preset "caffe" fed with 224;
+      its pools round up (54, 27, 13, 6).
+
+    Args:
+        num_classes: outputs of fc8.
+        preset: a name in `PRESETS`, or a `Preset`: the layers' order, sizes, normalisation and initial
+            values.
+        dropout: probability of dropping, on fc6 and fc7 (on their inputs in preset "torchvision"). The
+            presets "paper" and "as_run" scale activations at test, the others in training; see
+            `alexnet_kernels.nn.Dropout`.
+        width: factor on the preset's filters and neurons, each rounded to a multiple of 8, or of 8 in each
+            tower.
+        in_channels: channels of the images.
+        conv1_padding: zero padding before conv1 in place of the preset's: a number for all sides, or (left,
+            right, top, bottom). An uneven one is an nn.ZeroPad2d in front of conv1, which moves every index
+            in `features` by one.
+        device, dtype: of the parameters.
+
+    Attributes:
+        preset: the `Preset`'s name.
+        input_size: height and width of the images that give 55 x 55.
+        min_size: the smallest (height, width) that the layers take, as they were built.
+        features, avgpool, classifier: torchvision's names, and in preset "torchvision" its 13, 1 and 7
+            children and its state_dict keys. `features` and `classifier` are FusedSequential.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        preset: str | Preset = "paper",
+        dropout: float = 0.5,
+        width: float = 1.0,
+        in_channels: int = 3,
+        conv1_padding: int | Sequence[int] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        spec = _preset(preset)
+        _check_count("num_classes", num_classes)
+        _check_count("in_channels", in_channels)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
+        if not 0 < width < float("inf"):
+            raise ValueError(f"width must be a positive factor, got {width}")
+        padding = _sides(spec.conv1_padding if conv1_padding is None else conv1_padding)
+        super().__init__()
+        self._spec = spec
+        self.preset = spec.name
+        self.input_size = _input_size(spec, padding)
+
+        # Values are drawn once: by torch's layers, or by reset_parameters into layers that were never filled.
+        target = torch.get_default_device() if device is None else torch.device(device)
+        device = target if spec.initialization is None else "meta"
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        multiple = 8 * spec.groups
+        filters = [_scaled(count, width, multiple) for count in spec.filters]
+        neurons = _scaled(spec.neurons, width, multiple)
+        self.features = FusedSequential(*_features(spec, in_channels, filters, padding, factory))
+        self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
+        self.classifier = FusedSequential(
+            *_classifier(spec, filters[-1] * 36, neurons, num_classes, dropout, factory)
+        )
+        self.min_size = _smallest_input(self.features)
+        if spec.initialization is not None:
+            self.to_empty(device=target)
+            self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            self._check_input(x)
+        x = self.features(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.classifier(x)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew as the preset says, and reset batch normalisation's statistics."""
+        layers = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        initialization = self._spec.initialization
+        if initialization is None:
+            for layer in self.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                    layer.reset_parameters()
+            return
+        if len(layers) != len(initialization.bias):
+            raise RuntimeError(
+                f"reset_parameters knows the {len(initialization.bias)} layers of preset {self.preset!r}, "
+                f"but the model now has {len(layers)} Conv2d and Linear layers"
+            )
+        for layer, std, bias in zip(layers, initialization.weight_std, initialization.bias, strict=True):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, bias)
+
+    def extra_repr(self) -> str:
+        return f"preset={self.preset!r}"
+
+    def _check_input(self, x: Tensor) -> None:
+        first = next((m for m in self.features.children() if not isinstance(m, nn.ZeroPad2d)), None)
+        # A replaced first layer has its own rules.
+        conv = first if isinstance(first, nn.Conv2d) else None
+        channels = "C" if conv is None else conv.in_channels
+        if x.dim() != 4:
+            raise ValueError(f"expected images [N, {channels}, H, W], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"expected images of a floating-point dtype, got {x.dtype}")
+        if conv is not None:
+            if x.shape[1] != conv.in_channels:
+                raise ValueError(f"expected {conv.in_channels} channels, got shape {tuple(x.shape)}")
+            dtype = conv.weight.dtype
+            if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"expected images of the parameters' dtype {dtype}, got {x.dtype}")
+        height, width = x.shape[2:]
+        if height < self.min_size[0] or width < self.min_size[1]:
+            smallest = _smallest_input(self.features)
+            if height < smallest[0] or width < smallest[1]:
+                raise ValueError(
+                    f"images of {height} x {width} are too small for the layers' windows: "
+                    f"the smallest size is {smallest[0]} x {smallest[1]}"
+                )
+
+
+def _preset(preset: str | Preset) -> Preset:
+    if isinstance(preset, Preset):
+        return preset
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or a Preset, got {preset!r}")
+    return PRESETS[preset]
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _sides(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom)."""
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
+        raise ValueError(
+            "conv1_padding must be a number >= 0 or four of them, (left, right, top, bottom), "
+            f"got {padding!r}"
+        )
+    return sides
+
+
+def _input_size(spec: Preset, padding: tuple[int, int, int, int]) -> int:
+    """The preset's, or else 224 or the smallest size for which conv1 gives 55 x 55."""
+    if padding == _sides(spec.conv1_padding):
+        return spec.input_size
+    left, right, top, bottom = padding
+    rows, columns = top + bottom, left + right
+    reach = all(0 <= 224 + pad - 227 < 4 for pad in (rows, columns))
+    return 224 if reach else 227 - min(rows, columns)
+
+
+def _scaled(count: int, width: float, multiple: int) -> int:
+    return max(1, round(count * width / multiple)) * multiple
+
+
+def _features(
+    spec: Preset,
+    channels: int,
+    filters: Sequence[int],
+    padding: tuple[int, int, int, int],
+    factory: dict[str, Any],
+) -> list[nn.Module]:
+    left, right, top, bottom = padding
+    even = left == right and top == bottom
+    children: list[nn.Module] = [] if even else [nn.ZeroPad2d(padding)]
+    for i in range(_CONVOLUTIONS):
+        shape: dict[str, Any] = dict(_CONV_SHAPES[i])
+        if i == 0 and even:
+            shape["padding"] = (top, left)
+        groups = spec.groups if _IN_TOWERS[i] else 1
+        children.append(nn.Conv2d(channels, filters[i], groups=groups, **shape, **factory))
+        channels = filters[i]
+        for layer in spec.layers[i].split():
+            children.append(_layer(spec, layer, i, channels, factory))
+    return children
+
+
+def _layer(spec: Preset, layer: str, i: int, channels: int, factory: dict[str, Any]) -> nn.Module:
+    if layer == "relu":
+        return nn.ReLU(inplace=spec.inplace_relu)
+    if layer == "batch_norm":
+        return nn.BatchNorm2d(channels, **factory)
+    if layer == "norm" and spec.norm is not None:
+        norm = spec.norm
+        return LocalResponseNorm(norm.size, norm.alpha, norm.beta, norm.k, norm.towers)
+    if layer == "map_norm" and spec.map_norm is not None:
+        norm = spec.map_norm
+        return WithinMapResponseNorm(norm.size, norm.alpha, norm.beta, norm.k)
+    pool = spec.pools[i]
+    if layer == "pool" and pool is not None:
+        return nn.MaxPool2d(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
+    raise ValueError(f"preset {spec.name!r} names {layer!r} in layer {i + 1} and does not define it")
+
+
+def _classifier(
+    spec: Preset, inputs: int, neurons: int, num_classes: int, dropout: float, factory: dict[str, Any]
+) -> list[nn.Module]:
+    children: list[nn.Module] = []
+    for features in (inputs, neurons):
+        hidden = [nn.Linear(features, neurons, **factory), nn.ReLU(inplace=spec.inplace_relu)]
+        drop = Dropout(dropout, scale_at=spec.dropout_scale_at)
+        children += [drop, *hidden] if spec.dropout_on == "inputs" else [*hidden, drop]
+    return [*children, nn.Linear(neurons, num_classes, **factory)]
+
+
+def _smallest_input(features: nn.Module) -> tuple[int, int]:
+    """The smallest (height, width) that leaves every convolution and pool among the children an output."""
+    needs = [1, 1]
+    for layer in reversed(list(features.children())):
+        if isinstance(layer, nn.ZeroPad2d):
+            left, right, top, bottom = layer.padding
+            needs = [max(1, needs[0] - top - bottom), max(1, needs[1] - left - right)]
+        elif isinstance(layer, nn.Conv2d | nn.MaxPool2d) and not isinstance(layer.padding, str):
+            needs = [_needed(layer, axis, needs[axis]) for axis in (0, 1)]
+        elif not isinstance(layer, nn.ReLU | nn.BatchNorm2d | nn.LocalResponseNorm | WithinMapResponseNorm):
+            return 1, 1
+    return needs[0], needs[1]
+
+
+def _needed(layer: nn.Conv2d | nn.MaxPool2d, axis: int, outputs: int) -> int:
+    """Rows (axis 0) or columns (axis 1) of input for so many of output."""
+    sizes: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    kernel, stride, padding, dilation = (value if isinstance(value, int) else value[axis] for value in sizes)
+    reach = dilation * (kernel - 1) + 1
+    if isinstance(layer, nn.MaxPool2d) and layer.ceil_mode:
+        # A last window counts if it begins inside the input, or its top or left padding.
+        cut = (outputs - 2) * stride + reach - 2 * padding + 1
+        return max(1, cut, (outputs - 1) * stride - padding + 1)
+    return max(1, (outputs - 1) * stride + reach - 2 * padding)
+
+
+def alexnet(
+    weights: Any = None,
+    progress: bool = True,
+    *,
+    strict: bool = True,
+    **kwargs: Any,
+) -> AlexNet:
+    """torchvision's alexnet: `AlexNet(preset="torchvision", **kwargs)`, with weights if asked for.
+
+    Args:
+        weights: None, for initial values; a state dict; the path of one, a .pt, .pth, .safetensors or .npz
+            file; or a member of torchvision.models.AlexNet_Weights or its name ("IMAGENET1K_V1", "DEFAULT"),
+            which torchvision downloads. Keys and shapes are checked before the model takes any of them.
+            num_classes, unless given, follows the weights.
+        progress: whether torchvision's download shows a progress bar.
+        strict: False also takes weights of `features` alone, and warns that the classifier keeps its initial
+            values.
+        **kwargs: of `AlexNet`; preset is "torchvision" unless given.
+    """
+    kwargs.setdefault("preset", "torchvision")
+    if weights is None:
+        return AlexNet(**kwargs)
+    state, name = load_weights(weights, progress)
+    _check_state(state, name, kwargs, strict)
+    model = AlexNet(**kwargs)
+    if model.load_state_dict(state, strict=False).missing_keys:
+        warnings.warn(
+            f"{name} holds only the features: the classifier keeps its untrained initial values", stacklevel=2
+        )
+    return model
+
+
+def _shapes(**kwargs: Any) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in AlexNet(**{**kwargs, "device": "meta"}).state_dict().items()}
+
+
+def _check_state(state: Mapping[str, Tensor], name: str, kwargs: dict[str, Any], strict: bool) -> None:
+    """Raise unless AlexNet(**kwargs) takes the state; fills in num_classes from it."""
+    expected = _shapes(**kwargs)
+    last = list(expected)[-2]
+    if "num_classes" not in kwargs and last in state and state[last].dim() == 2:
+        kwargs["num_classes"] = state[last].shape[0]
+        expected = _shapes(**kwargs)
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    wrong = [
+        f"{key} {tuple(state[key].shape)} for {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    if not (missing or unexpected or wrong):
+        return
+    hint = ""
+    only_features = missing == [key for key in expected if key.startswith("classifier.")]
+    if only_features and not unexpected and not wrong:
+        if not strict:
+            return
+        hint = "; strict=False takes the features and leaves the classifier untrained"
+    given = {key: value.shape for key, value in state.items()}
+    for preset in PRESETS:
+        if given == _shapes(**{**kwargs, "preset": preset}):
+            hint = f"; they fit preset={preset!r}"
+    problems = "; ".join(
+        f"{what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if keys
+    )
+    raise ValueError(f"{name} does not fit preset {_preset(kwargs['preset']).name!r}: {problems}{hint}")

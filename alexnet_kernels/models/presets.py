@@ -1,0 +1,189 @@
+"""The AlexNets that have been published, run and shared, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PRESETS", "Initialization", "Pool", "Preset", "ResponseNorm"]
+
+
+@dataclass(frozen=True)
+class ResponseNorm:
+    """Normalisation across channels, `b = a / (k + alpha / size * sum a^2)^beta`: torch's convention."""
+
+    size: int
+    """Channels in the window, n of the paper."""
+    alpha: float
+    """Divided by size; the paper prints 1e-4 with an undivided sum, which is 5e-4 here."""
+    beta: float
+    k: float
+    towers: int = 1
+    """Towers that the channels form; the window stays inside one."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Max-pooling without padding."""
+
+    kernel_size: int = 3
+    stride: int = 2
+    ceil_mode: bool = False
+    """Whether a window that reaches over the bottom or right edge counts."""
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """Weights drawn from N(0, std), biases constant; conv1-conv5, fc6, fc7, fc8 in this order."""
+
+    weight_std: tuple[float, ...]
+    bias: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One AlexNet. Layers 1-5 are conv1-conv5; layers 6-8 are fc6-fc8, with ReLU after fc6 and fc7."""
+
+    name: str
+    source: str
+    """Where the network is written down."""
+    input_size: int
+    """Height and width of the images that make conv1's output 55 x 55."""
+    conv1_padding: int | tuple[int, int, int, int]
+    """Zero padding of the input on all sides, or (left, right, top, bottom)."""
+    filters: tuple[int, int, int, int, int]
+    """Output channels of conv1-conv5."""
+    groups: int
+    """Towers of conv2, conv4 and conv5; conv1, conv3 and the fc layers see every channel."""
+    layers: tuple[str, str, str, str, str]
+    """What follows conv1-conv5, in order: relu, norm (across channels), map_norm, batch_norm, pool."""
+    pools: tuple[Pool | None, ...]
+    """The pool of each of layers 1-5."""
+    norm: ResponseNorm | None
+    """What norm stands for."""
+    map_norm: ResponseNorm | None
+    """What map_norm stands for: a size x size window in its own map, alpha divided by size^2."""
+    dropout_on: str
+    """outputs or inputs: of fc6 and fc7, where dropout sits."""
+    dropout_scale_at: str
+    """inference: activations times 1 - p at test, the paper's; training: kept ones times 1 / (1 - p) then."""
+    initialization: Initialization | None
+    """None is torch's default."""
+    inplace_relu: bool = False
+    """Whether the ReLU modules overwrite their input when they are called by themselves."""
+    neurons: int = 4096
+    """Outputs of fc6 and of fc7."""
+
+
+_FILTERS = (96, 256, 384, 384, 256)
+_OVERLAPPING = (Pool(), Pool(), None, None, Pool())
+_OVERLAPPING_CEIL = (Pool(ceil_mode=True), Pool(ceil_mode=True), None, None, Pool(ceil_mode=True))
+_WEIGHT_STD = (0.01,) * 8
+_CAFFE_WEIGHT_STD = (0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01)
+
+
+def _biases(value: float) -> tuple[float, ...]:
+    """The biases that start the ReLUs of conv2, conv4, conv5, fc6 and fc7 in their linear part."""
+    return (0.0, value, 0.0, value, value, value, value, 0.0)
+
+
+_PAPER = Preset(
+    name="paper",
+    source="Krizhevsky, Sutskever, Hinton 2012, as printed",
+    input_size=224,
+    conv1_padding=2,
+    filters=_FILTERS,
+    groups=2,
+    layers=("relu norm pool", "relu norm pool", "relu", "relu", "relu pool"),
+    pools=_OVERLAPPING,
+    norm=ResponseNorm(size=5, alpha=5e-4, beta=0.75, k=2.0),
+    map_norm=None,
+    dropout_on="outputs",
+    dropout_scale_at="inference",
+    initialization=Initialization(_WEIGHT_STD, _biases(1.0)),
+)
+
+_AS_RUN = Preset(
+    name="as_run",
+    source="the 2012 code, layers-145.cfg",
+    input_size=224,
+    conv1_padding=(0, 3, 0, 3),
+    filters=_FILTERS,
+    groups=2,
+    layers=("norm pool relu", "relu norm map_norm pool", "relu", "relu", "pool relu"),
+    pools=_OVERLAPPING,
+    norm=ResponseNorm(size=5, alpha=1e-4, beta=0.75, k=2.0, towers=2),
+    map_norm=ResponseNorm(size=5, alpha=1e-3, beta=0.75, k=1.0),
+    dropout_on="outputs",
+    dropout_scale_at="inference",
+    initialization=Initialization((0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01), _biases(1.0)),
+)
+
+_CAFFE = Preset(
+    name="caffe",
+    source="Caffe's bvlc_alexnet",
+    input_size=227,
+    conv1_padding=0,
+    filters=_FILTERS,
+    groups=2,
+    layers=("relu norm pool", "relu norm pool", "relu", "relu", "relu pool"),
+    pools=_OVERLAPPING_CEIL,
+    norm=ResponseNorm(size=5, alpha=1e-4, beta=0.75, k=1.0),
+    map_norm=None,
+    dropout_on="outputs",
+    dropout_scale_at="training",
+    initialization=Initialization(_CAFFE_WEIGHT_STD, _biases(0.1)),
+)
+
+_CAFFENET = Preset(
+    name="caffenet",
+    source="Caffe's bvlc_reference_caffenet",
+    input_size=227,
+    conv1_padding=0,
+    filters=_FILTERS,
+    groups=2,
+    layers=("relu pool norm", "relu pool norm", "relu", "relu", "relu pool"),
+    pools=_OVERLAPPING_CEIL,
+    norm=ResponseNorm(size=5, alpha=1e-4, beta=0.75, k=1.0),
+    map_norm=None,
+    dropout_on="outputs",
+    dropout_scale_at="training",
+    initialization=Initialization(_CAFFE_WEIGHT_STD, _biases(1.0)),
+)
+
+_TORCHVISION = Preset(
+    name="torchvision",
+    source="torchvision's alexnet; Krizhevsky 2014, One weird trick",
+    input_size=224,
+    conv1_padding=2,
+    filters=(64, 192, 384, 256, 256),
+    groups=1,
+    layers=("relu pool", "relu pool", "relu", "relu", "relu pool"),
+    pools=_OVERLAPPING,
+    norm=None,
+    map_norm=None,
+    dropout_on="inputs",
+    dropout_scale_at="training",
+    initialization=None,
+    inplace_relu=True,
+)
+
+_BATCHNORM = Preset(
+    name="batchnorm",
+    source="the variant of modern lecture notes",
+    input_size=224,
+    conv1_padding=2,
+    filters=_FILTERS,
+    groups=1,
+    layers=("batch_norm relu pool", "batch_norm relu pool", "relu", "relu", "relu pool"),
+    pools=(Pool(kernel_size=2), Pool(kernel_size=2), None, None, Pool()),
+    norm=None,
+    map_norm=None,
+    dropout_on="outputs",
+    dropout_scale_at="training",
+    initialization=None,
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset for preset in (_PAPER, _AS_RUN, _CAFFE, _CAFFENET, _TORCHVISION, _BATCHNORM)
+}
+"""The presets by name: paper, as_run, caffe, caffenet, torchvision, batchnorm."""

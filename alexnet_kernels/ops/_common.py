@@ -1,0 +1,158 @@
+"""What the ops share: argument checks, memory formats, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels import _library
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, not {type(value).__name__}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
+
+
+def check_images(op: str, input: Tensor) -> None:
+    """A floating-point [N, C, H, W]."""
+    check_tensor(op, "input", input)
+    check_floating(op, "input", input)
+    if input.dim() != 4:
+        raise ValueError(f"{op}: input must be [N, C, H, W], not of shape {list(input.shape)}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    """On the input's device."""
+    check_tensor(op, name, tensor)
+    if tensor.device != input.device:
+        raise RuntimeError(f"{op}: {name} is on {tensor.device}, but the input is on {input.device}")
+
+
+def check_same_dtype(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    """In the input's dtype, unless autocast is about to cast both."""
+    if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, but the input is {input.dtype}: they must agree")
+
+
+def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """Two integers of at least `least`, from one or two."""
+    values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{op}: {name} must be an int or two ints, not {value!r}")
+    if min(values) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, not {value!r}")
+    return values
+
+
+def check_groups(op: str, groups: int, channels: int, name: str = "channels") -> None:
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{op}: groups must be a positive int, not {groups!r}")
+    if channels % groups:
+        raise ValueError(f"{op}: groups={groups} does not divide the {channels} {name}")
+
+
+def check_probability(op: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: p must be in [0, 1], not {p}")
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """The memory format results take: csrc/common/tensor.h holds the same rule."""
+    if tensor.dim() != 4 or tensor.is_contiguous():
+        return torch.contiguous_format
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    slice_of_channels_last = tensor.shape[1] > 1 and tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1]
+    return torch.channels_last if slice_of_channels_last else torch.contiguous_format
+
+
+def empty_like(tensor: Tensor, shape: Sequence[Any] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor in the memory format results take, for fakes."""
+    return torch.empty(
+        tensor.shape if shape is None else shape,
+        dtype=dtype or tensor.dtype,
+        device=tensor.device,
+        memory_format=memory_format_of(tensor),
+    )
+
+
+def register(
+    op: str,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Registers the fake, and the backward if any, of an operator of the native library."""
+    if not _library.LOADED:
+        return
+    name = f"{_library.NAMESPACE}::{op}"
+    torch.library.register_fake(name, fake)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context)
+
+
+_autocast = torch.library.Library(_library.NAMESPACE, "IMPL")
+
+
+def register_autocast(op: str) -> None:
+    """Under autocast the op's floating-point tensors are cast to the autocast dtype, as torch casts those of conv2d."""
+    if not _library.LOADED:
+        return
+    overload = getattr(torch.ops.alexnet_kernels, op).default
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def run(*args: Any, device: str = device, key: str = key) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+
+            def cast(arg: Any) -> Any:
+                wanted = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+                return arg.to(dtype) if wanted else arg
+
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return overload(*map(cast, args))
+
+        _autocast.impl(op, run, key)
+
+
+def double_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, grad_grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients, with respect to `grad` and `inputs`, of the gradients that `function` gives its inputs for `grad`.
+
+    `function` is an op's definition in plain PyTorch; half-precision values go through it in float32. The result is
+    differentiable again.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+
+        def leaf(t: Tensor) -> Tensor:
+            return t if create_graph and t.requires_grad else t.detach().requires_grad_()
+
+        def wide(t: Tensor) -> Tensor:
+            return t.float() if t.dtype in LOW_PRECISION else t
+
+        xs, g = [leaf(x) for x in inputs], leaf(grad)
+        wanted = [i for i, gg in enumerate(grad_grads) if gg is not None]
+        out = function(*map(wide, xs)).to(g.dtype)
+        first = torch.autograd.grad(out, [xs[i] for i in wanted], g, create_graph=True)
+        return torch.autograd.grad(
+            first,
+            [g, *xs],
+            [grad_grads[i] for i in wanted],
+            create_graph=create_graph,
+            allow_unused=True,
+        )

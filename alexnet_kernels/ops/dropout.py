@@ -1,0 +1,132 @@
+"""Dropout whose mask is a function of a seed and each element's place.
+
+See: schema in csrc/library.cpp, csrc/cpu/dropout.cpp, reference.dropout, tests/ops/test_dropout.py.
+Autocast: the input's dtype is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_kernels import reference
+from alexnet_kernels.backends import select
+from alexnet_kernels.ops import _common
+
+OP = "dropout"
+Shard = tuple[int, int, int]
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    offset: int = 0,
+    *,
+    scale_at: str = "training",
+    shard: Shard | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Zeroes each element with probability p. No mask is stored: backward draws it again.
+
+    An element is dropped when its word of Philox4x32-10, keyed by the seed and counted by the offset and the element's
+    index in row-major order, is below p * 2^32. The same seed and offset drop the same elements on every device, in
+    every memory format and dtype, however the tensor is sharded or the work split over threads.
+
+    Args:
+        input: any shape; float32, float64, bfloat16 or float16; any memory format.
+        p: the probability of dropping.
+        training: False passes the input through (scaled, with scale_at="inference").
+        seed: 64 bits, an int or an int64 tensor of one element; None draws one from torch's generator. With None and
+            backend "native", torch's own dropout draws the mask.
+        offset: the number, 64 bits, of an independent stream of the seed (a layer's or a step's, say).
+        scale_at: "training" multiplies what is kept by 1 / (1 - p) (inverted dropout); "inference" leaves training
+            unscaled and multiplies by 1 - p otherwise, as the paper does.
+        shard: (dim, start, size): input is the part [start, start + input.shape[dim]) along dim of a tensor of that size.
+        backend: see `alexnet_kernels.backends`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        TypeError: input isn't a floating-point tensor, or seed isn't an integer.
+        ValueError: p outside [0, 1], an unknown scale_at, a shard outside its whole.
+
+    Source: Krizhevsky et al. 2012, section 4.2; Salmon et al. 2011 (Philox).
+    """
+    _common.check_tensor(OP, "input", input)
+    _common.check_floating(OP, "input", input)
+    drop, scale = factor_of(OP, p, training, scale_at)
+    layout = layout_of(OP, input.shape, shard)
+    if drop == 0 and scale == 1:
+        return input
+    if select(OP, input, backend) == "native":
+        if drop == 0:
+            return input * scale
+        if seed is None and shard is None and scale_at == "training":
+            return F.dropout(input, p, training)
+        key = seed_tensor(OP, seed, input.device)
+        return reference.dropout(input, p, training, key, offset, scale_at=scale_at, shard=shard)
+    key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
+    return torch.ops.alexnet_kernels.dropout(input, drop, scale, key, offset, *layout)
+
+
+def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, float]:
+    """The probability of dropping now, and what kept elements are multiplied by."""
+    _common.check_probability(op, p)
+    if scale_at not in ("training", "inference"):
+        raise ValueError(f"{op}: scale_at must be 'training' or 'inference', not {scale_at!r}")
+    if scale_at == "inference":
+        return (p, 1.0) if training else (0.0, 1.0 - p)
+    return (p, 1.0 / (1.0 - p) if p < 1 else 1.0) if training else (0.0, 1.0)
+
+
+def layout_of(op: str, shape: torch.Size, shard: Shard | None) -> tuple[int, int, int]:
+    """(row, row_stride, base): element i of row r of a tensor of this shape is number base + r * row_stride + i."""
+    if shard is None:
+        count = max(1, shape.numel())
+        return count, count, 0
+    if not len(shape):
+        raise ValueError(f"{op}: a tensor without dimensions has no shards")
+    dim, start, size = shard
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(f"{op}: shard {shard}: the tensor has dimensions 0 to {len(shape) - 1}")
+    dim %= len(shape)
+    if start < 0 or start + shape[dim] > size:
+        raise ValueError(f"{op}: shard {shard}: [{start}, {start + shape[dim]}) is not inside [0, {size})")
+    inner = shape[dim + 1 :].numel()
+    return max(1, shape[dim] * inner), size * inner, start * inner
+
+
+def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as an int64 tensor of one element on the device."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"{op}: seed must be int64 with one element, not {seed.dtype} {list(seed.shape)}")
+        return seed.to(device)
+    if not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, not {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must fit 64 bits, not {seed}")
+    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
+
+
+def _fake(input: Tensor, p: float, scale: float, seed: Tensor, *layout) -> Tensor:
+    return _common.empty_like(input)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, ctx.p, ctx.scale, seed, *ctx.layout = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx, grad: Tensor):
+    (seed,) = ctx.saved_tensors
+    return torch.ops.alexnet_kernels.dropout(grad, ctx.p, ctx.scale, seed, *ctx.layout), *[None] * 7
+
+
+_common.register(OP, _fake, _backward, _setup_context)

@@ -1,0 +1,114 @@
+"""Local response normalisation across channels.
+
+See: schema in csrc/library.cpp, csrc/cpu/local_response_norm.cpp, reference.local_response_norm, tests/ops/test_local_response_norm.py.
+Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_kernels import reference
+from alexnet_kernels.backends import select
+from alexnet_kernels.ops import _common
+
+OP = "local_response_norm"
+
+
+def local_response_norm(
+    input: Tensor,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`b[i] = a[i] / (k + alpha / size * sum_j a[j]^2)^beta`, the sum over the `size` channels nearest to i.
+
+    The convention of torch.nn.LocalResponseNorm, Caffe and cuDNN, in which alpha is divided by size. The paper prints
+    the sum undivided: its k = 2, n = 5, alpha = 1e-4, beta = 0.75 is `size=5, alpha=5e-4, beta=0.75, k=2` here; the
+    network that was run is `alpha=1e-4, k=2`.
+
+    Args:
+        input: [N, C, *], at least three dimensions; float32, float64, bfloat16 or float16; any memory format.
+        size: channels in the window, cut at the edges.
+        groups: the window stays inside one of `groups` equal parts of the channels (the paper's towers).
+        backend: see `alexnet_kernels.backends`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        TypeError: input isn't a floating-point tensor.
+        ValueError: fewer than three dimensions, size < 1, or groups that don't divide the channels.
+
+    Source: Krizhevsky et al. 2012, section 3.3.
+    """
+    check_lrn(OP, input, size, groups)
+    if select(OP, input, backend) == "native":
+        return _native(input, size, alpha, beta, k, groups)
+    images = input if input.dim() == 4 else input.flatten(2).unsqueeze(-1)
+    output = torch.ops.alexnet_kernels.local_response_norm(images, size, alpha, beta, k, groups)
+    return output if input.dim() == 4 else output.reshape(input.shape)
+
+
+def check_lrn(op: str, input: Tensor, size: int, groups: int) -> None:
+    _common.check_tensor(op, "input", input)
+    _common.check_floating(op, "input", input)
+    if input.dim() < 3:
+        raise ValueError(f"{op}: input must be [N, C, *] with at least three dimensions, not {list(input.shape)}")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{op}: size must be a positive int, not {size!r}")
+    _common.check_groups(op, groups, input.shape[1])
+
+
+def _native(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    if input.dtype in _common.LOW_PRECISION:
+        # torch's own squares in the input's precision, and has no such kernel for the CPU.
+        wide = reference.local_response_norm(input.float(), size, alpha, beta, k, groups)
+        return wide.to(input.dtype)
+    if input.numel() == 0:
+        return input.clone()
+    towers = input.reshape(input.shape[0] * groups, input.shape[1] // groups, *input.shape[2:])
+    return F.local_response_norm(towers, size, alpha, beta, k).reshape(input.shape)
+
+
+def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    check_lrn(OP, input, size, groups)
+    return _common.empty_like(input)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, *ctx.args = inputs
+    ctx.save_for_backward(input)
+
+
+def _backward(ctx, grad: Tensor):
+    (input,) = ctx.saved_tensors
+    grad_input = torch.ops.alexnet_kernels.local_response_norm_backward(grad, input, *ctx.args)
+    return grad_input, None, None, None, None, None
+
+
+def _fake_backward(grad: Tensor, input: Tensor, *args) -> Tensor:
+    return _common.empty_like(input)
+
+
+def _setup_double_backward(ctx, inputs, output) -> None:
+    grad, input, *ctx.args = inputs
+    ctx.save_for_backward(grad, input)
+
+
+def _double_backward(ctx, grad_grad: Tensor):
+    grad, input = ctx.saved_tensors
+    grads = _common.double_backward(
+        lambda x: reference.local_response_norm(x, *ctx.args), [input], grad, [grad_grad]
+    )
+    return *grads, None, None, None, None, None
+
+
+_common.register(OP, _fake, _backward, _setup_context)
+_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

@@ -1,0 +1,99 @@
+"""Local response normalisation and the max-pooling after it, fused; optionally with the ReLU before them.
+
+See: schema in csrc/library.cpp, csrc/cpu/lrn_max_pool2d.cpp, reference.lrn_max_pool2d, tests/ops/test_lrn_max_pool2d.py.
+Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels import reference
+from alexnet_kernels.backends import select
+from alexnet_kernels.ops import _common
+from alexnet_kernels.ops.local_response_norm import check_lrn, local_response_norm
+from alexnet_kernels.ops.max_pool2d import Window, check_pool, gather, max_pool2d, window_of
+
+OP = "lrn_max_pool2d"
+
+
+def lrn_max_pool2d(
+    input: Tensor,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    groups: int = 1,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    *,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`max_pool2d(local_response_norm(x))`, where x is input, or max(0, input) with `relu`.
+
+    The normalised activations, the largest tensor of an AlexNet, are never stored: backward recomputes them, applies
+    ReLU's mask, and saves only the input and a byte for each window. Arguments, result and errors are those of
+    `local_response_norm` and `max_pool2d`; input is [N, C, H, W]. bfloat16 and float16 are rounded once, after pooling.
+
+    Source: Krizhevsky et al. 2012, section 3.5.
+    """
+    window = window_of(OP, kernel_size, stride, padding)
+    _check(input, size, groups, window, ceil_mode)
+    if select(OP, input, backend) == "native":
+        x = torch.relu(input) if relu else input
+        x = local_response_norm(x, size, alpha, beta, k, groups, backend="native")
+        return max_pool2d(x, *window, ceil_mode, backend="native")
+    return torch.ops.alexnet_kernels.lrn_max_pool2d(input, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
+
+
+def _check(input: Tensor, size: int, groups: int, window: Window, ceil_mode: bool) -> list:
+    shape = check_pool(OP, input, window, ceil_mode)
+    check_lrn(OP, input, size, groups)
+    return shape
+
+
+def _fake(input, size, alpha, beta, k, groups, kernel_size, stride, padding, ceil_mode, relu):
+    shape = _check(input, size, groups, window_of(OP, kernel_size, stride, padding), ceil_mode)
+    return _common.empty_like(input, shape), _common.empty_like(input, shape, torch.uint8)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, *lrn, kernel_size, stride, padding, _, relu = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(input, output[1])
+    ctx.args = (*lrn, kernel_size, stride, padding, relu)
+
+
+def _backward(ctx, grad: Tensor, _):
+    grad_input = torch.ops.alexnet_kernels.lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.args)
+    return grad_input, *[None] * 10
+
+
+def _fake_backward(grad: Tensor, input: Tensor, argmax: Tensor, *args) -> Tensor:
+    return _common.empty_like(input)
+
+
+def _setup_double_backward(ctx, inputs, output) -> None:
+    grad, input, argmax, *ctx.lrn, kernel_size, stride, padding, ctx.relu = inputs
+    ctx.window = Window(kernel_size, stride, padding)
+    ctx.save_for_backward(grad, input, argmax)
+
+
+def _double_backward(ctx, grad_grad: Tensor):
+    grad, input, argmax = ctx.saved_tensors
+
+    def function(x: Tensor) -> Tensor:
+        x = torch.relu(x) if ctx.relu else x
+        return gather(reference.local_response_norm(x, *ctx.lrn), argmax, ctx.window)
+
+    return *_common.double_backward(function, [input], grad, [grad_grad]), *[None] * 10
+
+
+_common.register(OP, _fake, _backward, _setup_context)
+_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

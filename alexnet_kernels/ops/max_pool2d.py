@@ -1,0 +1,151 @@
+"""Overlapping max-pooling with a one-byte argmax, optionally of the ReLU of its input.
+
+See: schema in csrc/library.cpp, csrc/cpu/max_pool2d.cpp, reference.max_pool2d, tests/ops/test_max_pool2d.py.
+Autocast: the input's dtype is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_kernels import reference
+from alexnet_kernels.backends import select
+from alexnet_kernels.ops import _common
+
+OP = "max_pool2d"
+
+
+class Window(NamedTuple):
+    """The geometry of a 2-d pooling, [rows, columns] each."""
+
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    *,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The maximum of each window; with `relu`, of max(0, input), at no cost.
+
+    What torch.nn.functional.max_pool2d computes, NaN and ties included; its backward is bitwise repeatable, because each
+    input pixel gathers its windows.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any memory format.
+        kernel_size, stride, padding: pixels, an int or (rows, columns). A window holds at most 256 pixels; the padding,
+            which never wins, is at most half the kernel.
+        ceil_mode: windows may hang over the bottom and right edges.
+        backend: see `alexnet_kernels.backends`.
+
+    Returns:
+        [N, C, OH, OW] (or [C, OH, OW]) in the input's dtype and memory format, with
+        `OH = floor((H + 2 * padding - kernel_size) / stride) + 1` (ceil with ceil_mode).
+
+    Raises:
+        TypeError: input isn't a floating-point tensor, or a size isn't integer.
+        ValueError: another rank, or an image smaller than the window.
+
+    Source: Krizhevsky et al. 2012, section 3.4.
+    """
+    window = window_of(OP, kernel_size, stride, padding)
+    images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
+    check_pool(OP, images, window, ceil_mode)
+    if select(OP, images, backend) == "native":
+        output = F.max_pool2d(F.relu(images) if relu else images, *window, ceil_mode=ceil_mode)
+    else:
+        output = torch.ops.alexnet_kernels.max_pool2d(images, *window, ceil_mode, relu)[0]
+    return output.squeeze(0) if input.dim() == 3 else output
+
+
+def window_of(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
+    window = Window(
+        _common.pair(op, "kernel_size", kernel_size, 1),
+        _common.pair(op, "stride", stride, 1),
+        _common.pair(op, "padding", padding, 0),
+    )
+    for kernel, pad in zip(window.kernel_size, window.padding, strict=True):
+        if 2 * pad > kernel:
+            raise ValueError(f"{op}: padding must be at most half the kernel, not {pad} of {kernel}")
+    if window.kernel_size[0] * window.kernel_size[1] > 256:
+        raise ValueError(f"{op}: a window holds at most 256 pixels, not {window.kernel_size}")
+    return window
+
+
+def check_pool(op: str, input: Tensor, window: Window, ceil_mode: bool) -> list:
+    """Checks the arguments; the output's shape."""
+    _common.check_images(op, input)
+    shape = list(input.shape[:2])
+    for size, kernel, stride, pad in zip(input.shape[2:], *window, strict=True):
+        if size + 2 * pad < kernel:
+            raise ValueError(
+                f"{op}: an image of {input.shape[2]} x {input.shape[3]} is smaller than the window "
+                f"{window.kernel_size[0]} x {window.kernel_size[1]} (padding {window.padding})"
+            )
+        shape.append(reference.pool_output_size(size, kernel, stride, pad, ceil_mode))
+    return shape
+
+
+def gather(values: Tensor, argmax: Tensor, window: Window) -> Tensor:
+    """The values [N, C, H, W] of each window's winner: differentiable, for double backward."""
+    height, width = values.shape[2:]
+    (_, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = window
+    position = argmax.long()
+    rows = torch.arange(argmax.shape[2], device=argmax.device).unsqueeze(-1) * stride_h - pad_h + position // kernel_w
+    columns = torch.arange(argmax.shape[3], device=argmax.device) * stride_w - pad_w + position % kernel_w
+    at = (rows * width + columns).flatten(2)
+    return values.reshape(*values.shape[:2], height * width).gather(2, at).reshape(argmax.shape)
+
+
+def _fake(input: Tensor, kernel_size, stride, padding, ceil_mode: bool, relu: bool) -> tuple[Tensor, Tensor]:
+    window = window_of(OP, kernel_size, stride, padding)
+    shape = check_pool(OP, input, window, ceil_mode)
+    return _common.empty_like(input, shape), _common.empty_like(input, shape, torch.uint8)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, kernel_size, stride, padding, _, relu = inputs
+    values, argmax = output
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(values, argmax)
+    ctx.args = (list(input.shape), kernel_size, stride, padding, relu)
+
+
+def _backward(ctx, grad: Tensor, _):
+    output, argmax = ctx.saved_tensors
+    grad_input = torch.ops.alexnet_kernels.max_pool2d_backward(grad, output, argmax, *ctx.args)
+    return grad_input, None, None, None, None, None
+
+
+def _fake_backward(grad: Tensor, output: Tensor, argmax: Tensor, input_size, *args) -> Tensor:
+    return _common.empty_like(argmax, input_size, grad.dtype)
+
+
+def _setup_double_backward(ctx, inputs, output) -> None:
+    _, values, argmax, _, *window, ctx.relu = inputs
+    ctx.window = Window(*window)
+    ctx.save_for_backward(values, argmax)
+
+
+def _double_backward(ctx, grad_grad: Tensor):
+    values, argmax = ctx.saved_tensors
+    grad = gather(grad_grad, argmax, ctx.window)
+    if ctx.relu:
+        grad = grad.masked_fill(values <= 0, 0)
+    return grad, None, None, None, None, None, None, None
+
+
+_common.register(OP, _fake, _backward, _setup_context)
+_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

@@ -1,0 +1,135 @@
+"""One step of stochastic gradient descent with momentum over a list of tensors, in one pass.
+
+See: schema in csrc/library.cpp, csrc/cpu/sgd.cpp, reference.sgd_step, tests/ops/test_sgd_step.py; the optimizer is
+alexnet_kernels.optim.SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels.backends import select
+from alexnet_kernels.ops import _common
+
+OP = "sgd_step"
+
+
+@torch.no_grad()
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    rule: str = "paper",
+    first_step: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Updates params, momentum_buffers and masters in place; w is the master where there is one, else the parameter.
+
+    rule="paper": `v <- momentum * v - weight_decay * lr * w - lr * g;  w <- w + v`. lr is inside v.
+    rule="torch": `g <- g + weight_decay * w;  v <- momentum * v + (1 - dampening) * g` (`v <- g` on the first step);
+    `w <- w - lr * (g + momentum * v if nesterov else v)`, as torch.optim.SGD.
+
+    Args:
+        params: float32, float64, bfloat16 or float16, any shapes and strides.
+        grads: shaped like params, of their dtype or, for params that aren't float64, any other but float64.
+        momentum_buffers: shaped like params, of their dtype or float32.
+        masters: empty, or float32 copies of bfloat16 and float16 params that the step is taken on and rounded from.
+        backend: see `alexnet_kernels.backends`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: lists, shapes, dtypes or devices that do not fit; negative settings.
+
+    Source: Krizhevsky et al. 2012, section 5; torch.optim.SGD.
+    """
+    _check(params, grads, momentum_buffers, masters)
+    for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
+        if value < 0:
+            raise ValueError(f"{OP}: {name} must not be negative, not {value}")
+    if rule not in ("paper", "torch"):
+        raise ValueError(f"{OP}: rule must be 'paper' or 'torch', not {rule!r}")
+    if rule == "paper" and (nesterov or dampening):
+        raise ValueError(f"{OP}: the paper's rule has neither nesterov nor dampening")
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(f"{OP}: nesterov needs a momentum and zero dampening")
+    if not params:
+        return
+    settings = (lr, momentum, weight_decay, dampening, nesterov, rule == "paper", first_step)
+    dense = all(map(_alike_and_dense, zip(params, grads, momentum_buffers, masters or params, strict=True)))
+    if select(OP, params[0], backend) == "native" or not dense:
+        _native(params, grads, momentum_buffers, masters, *settings)
+    else:
+        torch.ops.alexnet_kernels.sgd_step(params, grads, momentum_buffers, masters, *settings)
+
+
+def _alike_and_dense(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors can be walked as arrays: the same strides, without gaps."""
+    first = tensors[0]
+    if not (first.is_contiguous() or first.is_contiguous(memory_format=torch.channels_last) if first.dim() == 4 else first.is_contiguous()):
+        return False
+    return all(t.stride() == first.stride() for t in tensors[1:])
+
+
+def _check(params, grads, momentum_buffers, masters) -> None:
+    lists = {"grads": grads, "momentum_buffers": momentum_buffers}
+    if masters:
+        lists["masters"] = masters
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{OP}: {len(params)} params, but {len(tensors)} {name}")
+    for i, param in enumerate(params):
+        _common.check_tensor(OP, f"params[{i}]", param)
+        _common.check_floating(OP, f"params[{i}]", param)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        for name, tensors in lists.items():
+            tensor = tensors[i]
+            _common.check_like(OP, f"{name}[{i}]", tensor, params[0])
+            _common.check_floating(OP, f"{name}[{i}]", tensor)
+            if tensor.shape != param.shape:
+                raise ValueError(f"{OP}: {name}[{i}] is {list(tensor.shape)}, but params[{i}] is {list(param.shape)}")
+            fits = {
+                "grads": (tensor.dtype == torch.float64) == (param.dtype == torch.float64),
+                "momentum_buffers": tensor.dtype in (param.dtype, wide),
+                "masters": tensor.dtype == wide,
+            }
+            if not fits[name]:
+                raise TypeError(f"{OP}: {name}[{i}] is {tensor.dtype}, which does not go with a {param.dtype} param")
+
+
+def _native(
+    params, grads, momentum_buffers, masters, lr, momentum, weight_decay, dampening, nesterov, paper, first_step
+) -> None:
+    for i, param in enumerate(params):
+        weight, buffer = masters[i] if masters else param, momentum_buffers[i]
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        w, g, v = weight.to(wide), grads[i].to(wide), buffer.to(wide)
+        if paper:
+            v = momentum * v - weight_decay * lr * w - lr * g
+            w = w + v
+        else:
+            g = g + weight_decay * w
+            step = g
+            if momentum != 0:
+                v = g if first_step else momentum * v + (1 - dampening) * g
+                step = g + momentum * v if nesterov else v
+            w = w - lr * step
+        buffer.copy_(v)
+        weight.copy_(w)
+        if masters:
+            param.copy_(w)
+
+
+def _fake(params, grads, momentum_buffers, masters, *settings) -> None:
+    _check(params, grads, momentum_buffers, masters)
+
+
+_common.register(OP, _fake)

@@ -1,0 +1,93 @@
+"""Response normalisation inside each map, the second normalisation of the network that was run in 2012.
+
+See: schema in csrc/library.cpp, csrc/cpu/within_map_response_norm.cpp, reference.within_map_response_norm,
+tests/ops/test_within_map_response_norm.py.
+Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels import reference
+from alexnet_kernels.backends import select
+from alexnet_kernels.ops import _common
+
+OP = "within_map_response_norm"
+
+
+def within_map_response_norm(
+    input: Tensor,
+    size: int = 5,
+    alpha: float = 1e-3,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`b[y, x] = a[y, x] / (k + alpha / size^2 * sum a^2)^beta`, the sum over the window around (y, x) in its own map.
+
+    Args:
+        input: [N, C, H, W]; float32, float64, bfloat16 or float16; any memory format.
+        size: pixels along each side of the window, cut at the edges (the divisor stays size^2 there).
+        backend: see `alexnet_kernels.backends`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        TypeError: input isn't a floating-point tensor.
+        ValueError: another rank, or size < 1.
+
+    Source: the network's code of 2012 (layers-145.cfg), whose second layer has it after the normalisation across
+    channels; the paper leaves it out.
+    """
+    _check(input, size)
+    if select(OP, input, backend) == "native":
+        if input.dtype in _common.LOW_PRECISION:
+            return reference.within_map_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
+        return reference.within_map_response_norm(input, size, alpha, beta, k)
+    return torch.ops.alexnet_kernels.within_map_response_norm(input, size, alpha, beta, k)
+
+
+def _check(input: Tensor, size: int) -> None:
+    _common.check_images(OP, input)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{OP}: size must be a positive int, not {size!r}")
+
+
+def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    _check(input, size)
+    return _common.empty_like(input)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, *ctx.args = inputs
+    ctx.save_for_backward(input)
+
+
+def _backward(ctx, grad: Tensor):
+    grad_input = torch.ops.alexnet_kernels.within_map_response_norm_backward(grad, *ctx.saved_tensors, *ctx.args)
+    return grad_input, None, None, None, None
+
+
+def _fake_backward(grad: Tensor, input: Tensor, *args) -> Tensor:
+    return _common.empty_like(input)
+
+
+def _setup_double_backward(ctx, inputs, output) -> None:
+    grad, input, *ctx.args = inputs
+    ctx.save_for_backward(grad, input)
+
+
+def _double_backward(ctx, grad_grad: Tensor):
+    grad, input = ctx.saved_tensors
+    grads = _common.double_backward(
+        lambda x: reference.within_map_response_norm(x, *ctx.args), [input], grad, [grad_grad]
+    )
+    return *grads, None, None, None, None
+
+
+_common.register(OP, _fake, _backward, _setup_context)
+_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

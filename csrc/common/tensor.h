@@ -1,0 +1,82 @@
+// What the operators need of torch's stable ABI: memory formats, allocation, dtypes, parallel loops.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace alexnet_kernels {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "alexnet_kernels: float32, float64, bfloat16 or float16 expected");
+  }
+}
+
+inline bool has_channels_last_strides(const Tensor& t) {
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// The memory format results take: alexnet_kernels/ops/_common.py holds the same rule for fake tensors.
+inline MemoryFormat memory_format_of(const Tensor& t) {
+  if (t.dim() != 4 || t.is_contiguous()) return MemoryFormat::Contiguous;
+  if (has_channels_last_strides(t)) return MemoryFormat::ChannelsLast;
+  const bool slice_of_channels_last = t.size(1) > 1 && t.stride(1) == 1 && t.stride(3) >= t.size(1);
+  return slice_of_channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// t in the given format, its storage read as N, C, H, W (Contiguous) or N, H, W, C (ChannelsLast).
+inline Tensor in_format(const Tensor& t, MemoryFormat format) {
+  if (format == MemoryFormat::Contiguous) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return has_channels_last_strides(t) ? t : torch::stable::contiguous(t, format);
+}
+
+inline Tensor empty(const IntList& size, ScalarType dtype, const Tensor& like,
+                    MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
+inline IntList sizes_of(const Tensor& t) {
+  auto s = t.sizes();
+  return IntList(s.begin(), s.end());
+}
+
+// Runs a kernel over its tasks on torch's threads; `bytes` of memory traffic decide how many are worth waking.
+template <class Args>
+inline void run(Kernel<Args> kernel, const Args& args, int64_t tasks, int64_t bytes) {
+  constexpr int64_t kBytesPerThread = 1 << 15;
+  if (tasks == 0) return;
+  const int64_t grain = std::max<int64_t>(1, tasks * kBytesPerThread / std::max<int64_t>(1, bytes));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+template <class... Args>
+inline std::array<StableIValue, sizeof...(Args)> stack_of(const Args&... args) {
+  return {torch::stable::detail::from(args)...};
+}
+
+}  // namespace alexnet_kernels

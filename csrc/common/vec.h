@@ -1,0 +1,225 @@
+// Vectors of the instruction set being compiled: Vec<float> and Vec<double> fill one register, and load / store convert
+// from and to the storage types. Arithmetic, comparison and `mask ? a : b` are the compiler's vector extension's.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace alexnet_kernels {
+namespace ALEXNET_ISA {
+
+using bf16 = c10::BFloat16;
+using f16 = c10::Half;
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+// The type a storage type is computed in.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T, int kCount>
+struct VecOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * kCount)));
+};
+template <class A>
+constexpr int kLanes = kVecBytes / int(sizeof(A));
+template <class A>
+using Vec = typename VecOf<A, kLanes<A>>::type;
+// The integers of a lane's width: what comparing two Vec<A> gives.
+template <class A>
+using lane_int_t = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+template <class A>
+using IntVec = Vec<lane_int_t<A>>;
+
+template <class A>
+inline Vec<A> splat(A value) {
+  return Vec<A>{} + value;
+}
+
+template <class V, class P>
+inline V load_raw(const P* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class T>
+inline Vec<acc_t<T>> load(const T* p) {
+  constexpr int n = kLanes<acc_t<T>>;
+  if constexpr (std::is_same_v<T, bf16>) {
+    auto bits = load_raw<typename VecOf<uint16_t, n>::type>(p);
+    auto wide = __builtin_convertvector(bits, Vec<uint32_t>) << 16;
+    return (Vec<float>)wide;
+  } else if constexpr (std::is_same_v<T, f16>) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    Vec<float> v;
+    for (int i = 0; i < n; ++i) v[i] = float(p[i]);
+    return v;
+#endif
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    return __builtin_convertvector(load_raw<typename VecOf<uint8_t, n>::type>(p), Vec<float>);
+  } else {
+    return load_raw<Vec<T>>(p);
+  }
+}
+
+template <class T>
+inline void store(T* p, Vec<acc_t<T>> v) {
+  constexpr int n = kLanes<acc_t<T>>;
+  if constexpr (std::is_same_v<T, bf16>) {
+    auto bits = (Vec<uint32_t>)v;
+    auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    auto is_nan = (v != v);
+    Vec<uint32_t> nan = Vec<uint32_t>{} + 0x7fc0u;
+    rounded = is_nan ? nan : rounded;
+    auto narrow = __builtin_convertvector(rounded, typename VecOf<uint16_t, n>::type);
+    __builtin_memcpy(p, &narrow, sizeof(narrow));
+  } else if constexpr (std::is_same_v<T, f16>) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < n; ++i) p[i] = f16(v[i]);
+#endif
+  } else {
+    __builtin_memcpy(p, &v, sizeof(v));
+  }
+}
+
+// The first `count` lanes; the others load as zero.
+template <class T>
+inline Vec<acc_t<T>> load_partial(const T* p, int count) {
+  alignas(64) T lanes[kLanes<acc_t<T>>];
+  std::memset((void*)lanes, 0, sizeof(lanes));
+  std::memcpy((void*)lanes, p, count * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store_partial(T* p, Vec<acc_t<T>> v, int count) {
+  alignas(64) T lanes[kLanes<acc_t<T>>];
+  store(lanes, v);
+  std::memcpy((void*)p, lanes, count * sizeof(T));
+}
+
+// Window positions travel as bytes.
+template <class A>
+inline IntVec<A> load_bytes(const uint8_t* p) {
+  return __builtin_convertvector(load_raw<typename VecOf<uint8_t, kLanes<A>>::type>(p), IntVec<A>);
+}
+template <class A>
+inline void store_bytes(uint8_t* p, IntVec<A> v) {
+  auto narrow = __builtin_convertvector(v, typename VecOf<uint8_t, kLanes<A>>::type);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+}
+
+// Calls body(offset, count) over [0, n) in steps of a register; full steps get the count as a constant.
+template <class A, class Body>
+inline void for_lanes(int64_t n, const Body& body) {
+  constexpr int step = kLanes<A>;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) body(i, std::integral_constant<int, step>{});
+  if (i < n) body(i, int(n - i));
+}
+
+template <class T, class Count>
+inline Vec<acc_t<T>> load_n(const T* p, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    return load_partial(p, count);
+  } else {
+    return load(p);
+  }
+}
+template <class T, class Count>
+inline void store_n(T* p, Vec<acc_t<T>> v, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    store_partial(p, v, count);
+  } else {
+    store(p, v);
+  }
+}
+template <class A, class Count>
+inline IntVec<A> load_bytes_n(const uint8_t* p, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    uint8_t lanes[kLanes<A>] = {};
+    std::memcpy(lanes, p, count);
+    return load_bytes<A>(lanes);
+  } else {
+    return load_bytes<A>(p);
+  }
+}
+template <class A, class Count>
+inline void store_bytes_n(uint8_t* p, IntVec<A> v, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    uint8_t lanes[kLanes<A>];
+    store_bytes<A>(lanes, v);
+    std::memcpy(p, lanes, count);
+  } else {
+    store_bytes<A>(p, v);
+  }
+}
+
+inline Vec<float> vsqrt(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+inline Vec<double> vsqrt(Vec<double> v) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// relu as torch defines it: NaN stays.
+template <class V>
+inline V vrelu(V v) {
+  return v <= V{} ? V{} : v;
+}
+
+// Calls body with a value of the storage type that `dtype` names.
+template <class Body>
+inline void for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(float{});
+    case DType::f64: return body(double{});
+    case DType::bf16: return body(bf16{});
+    case DType::f16: return body(f16{});
+  }
+}
+
+}  // namespace ALEXNET_ISA
+}  // namespace alexnet_kernels

@@ -1,0 +1,381 @@
+// Batch normalisation (Ioffe, Szegedy 2015) and ReLU in one pass, forward and backward.
+//   y = relu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over N, H, W (training) or running (inference)
+//   input, output [N, C, H, W] in either memory format; mean, var, weight, bias [C] in float, or double for double
+// Moments: each part of the input is summed twice while it is in the cache, around its own mean, and parts are combined
+// in a fixed order, so that the result doesn't depend on the number of threads. Backward recomputes ReLU's mask.
+// Channels last: a part is a run of pixels, all channels. NCHW: a part is one plane.
+#include <vector>
+
+#include "common/vec.h"
+
+namespace alexnet_kernels {
+
+struct BatchNormArgs {
+  DType dtype;
+  bool channels_last, training;
+  int64_t N, C, pixels;  // pixels = H * W
+  int64_t part;          // pixels in a part (channels last)
+  double eps;
+  const void *input, *grad;
+  const void *mean, *var, *weight, *bias;  // weight and bias may be null
+  void* output;                            // the gradient of the input in backward
+  // Two numbers for each part and channel, part by part: forward its mean and sum of squares around it, backward the
+  // sums of the gradient and of the gradient times x - mean.
+  double* partial;
+  const double* sums;  // backward: the two totals of each channel
+};
+
+namespace ALEXNET_ISA {
+namespace {
+
+template <class A>
+A at_or(const void* values, int64_t c, A otherwise) {
+  return values ? static_cast<const A*>(values)[c] : otherwise;
+}
+
+// What maps x to the normalised value: (x - mean) * factor + bias.
+template <class A>
+struct Affine {
+  A mean, inverse_std, factor, bias;
+  Affine(const BatchNormArgs& a, int64_t c)
+      : mean(static_cast<const A*>(a.mean)[c]),
+        inverse_std(A(1 / std::sqrt(double(static_cast<const A*>(a.var)[c]) + a.eps))),
+        factor(inverse_std * at_or(a.weight, c, A(1))),
+        bias(at_or(a.bias, c, A(0))) {}
+};
+
+// The affine maps of all channels, as rows that vectors load from.
+template <class A>
+struct AffineRows {
+  std::vector<A> mean, inverse_std, factor, bias;
+  explicit AffineRows(const BatchNormArgs& a) {
+    for (int64_t c = 0; c < a.C; ++c) {
+      const Affine<A> m(a, c);
+      mean.push_back(m.mean), inverse_std.push_back(m.inverse_std), factor.push_back(m.factor), bias.push_back(m.bias);
+    }
+  }
+};
+
+template <class T>
+void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  std::vector<A> mean(a.channels_last ? a.C : 0), square(mean);
+  for (int64_t task = begin; task < end; ++task) {
+    if (!a.channels_last) {
+      const T* x = input + task * a.pixels;
+      Vec<A> sum{}, squares{};
+      for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) { sum += load_n(x + i, lanes); });
+      double total = 0;
+      for (int i = 0; i < kLanes<A>; ++i) total += double(sum[i]);
+      const A centre = A(total / double(a.pixels));
+      double tail = 0;
+      for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
+        const Vec<A> d = load_n(x + i, lanes) - centre;
+        if constexpr (std::is_same_v<decltype(lanes), int>) {
+          for (int j = 0; j < lanes; ++j) tail += double(d[j]) * double(d[j]);
+        } else {
+          squares += d * d;
+        }
+      });
+      for (int i = 0; i < kLanes<A>; ++i) tail += double(squares[i]);
+      // The sum of squares is around `centre`, the rounded mean, which the combination is told.
+      a.partial[2 * task] = double(centre) + (total - double(a.pixels) * double(centre)) / double(a.pixels);
+      const double shift = a.partial[2 * task] - double(centre);
+      a.partial[2 * task + 1] = tail - double(a.pixels) * shift * shift;
+      continue;
+    }
+    const int64_t first = task * a.part, count = std::min(a.part, a.N * a.pixels - first);
+    const T* x = input + first * a.C;
+    std::fill(mean.begin(), mean.end(), A(0));
+    std::fill(square.begin(), square.end(), A(0));
+    for (int64_t p = 0; p < count; ++p) {
+      for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
+        store_n(&mean[c], load_n(&mean[c], lanes) + load_n(x + p * a.C + c, lanes), lanes);
+      });
+    }
+    for (int64_t c = 0; c < a.C; ++c) mean[c] /= A(count);
+    for (int64_t p = 0; p < count; ++p) {
+      for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
+        const Vec<A> d = load_n(x + p * a.C + c, lanes) - load_n(&mean[c], lanes);
+        store_n(&square[c], load_n(&square[c], lanes) + d * d, lanes);
+      });
+    }
+    for (int64_t c = 0; c < a.C; ++c) {
+      a.partial[2 * (task * a.C + c)] = double(mean[c]);
+      a.partial[2 * (task * a.C + c) + 1] = double(square[c]);
+    }
+  }
+}
+
+// NCHW: one plane a task. Channels last: one part a task.
+template <class T>
+void normalise(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  T* output = static_cast<T*>(a.output);
+  if (a.channels_last) {
+    const AffineRows<A> rows(a);
+    const int64_t last = std::min(end * a.part, a.N * a.pixels);
+    for (int64_t p = begin * a.part; p < last; ++p) {
+      for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
+        const Vec<A> x = load_n(input + p * a.C + c, lanes);
+        const Vec<A> y = (x - load_n(&rows.mean[c], lanes)) * load_n(&rows.factor[c], lanes) + load_n(&rows.bias[c], lanes);
+        store_n(output + p * a.C + c, vrelu(y), lanes);
+      });
+    }
+    return;
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    const Affine<A> m(a, task % a.C);
+    for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
+      const int64_t at = task * a.pixels + i;
+      store_n(output + at, vrelu((load_n(input + at, lanes) - m.mean) * m.factor + m.bias), lanes);
+    });
+  }
+}
+
+// The gradient with ReLU's mask: zero where the normalised value is not positive.
+template <class A>
+Vec<A> masked(Vec<A> g, Vec<A> centred, Vec<A> factor, Vec<A> bias) {
+  return centred * factor + bias <= Vec<A>{} ? Vec<A>{} : g;
+}
+
+template <class T>
+void backward_sums(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  const T* grad = static_cast<const T*>(a.grad);
+  if (a.channels_last) {
+    const AffineRows<A> rows(a);
+    std::vector<A> sum(a.C), product(a.C);
+    for (int64_t task = begin; task < end; ++task) {
+      std::fill(sum.begin(), sum.end(), A(0));
+      std::fill(product.begin(), product.end(), A(0));
+      const int64_t last = std::min((task + 1) * a.part, a.N * a.pixels);
+      for (int64_t p = task * a.part; p < last; ++p) {
+        for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
+          const Vec<A> d = load_n(input + p * a.C + c, lanes) - load_n(&rows.mean[c], lanes);
+          const Vec<A> g = masked<A>(load_n(grad + p * a.C + c, lanes), d, load_n(&rows.factor[c], lanes),
+                                     load_n(&rows.bias[c], lanes));
+          store_n(&sum[c], load_n(&sum[c], lanes) + g, lanes);
+          store_n(&product[c], load_n(&product[c], lanes) + g * d, lanes);
+        });
+      }
+      for (int64_t c = 0; c < a.C; ++c) {
+        a.partial[2 * (task * a.C + c)] = double(sum[c]);
+        a.partial[2 * (task * a.C + c) + 1] = double(product[c]);
+      }
+    }
+    return;
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    const Affine<A> m(a, task % a.C);
+    Vec<A> sum{}, product{};
+    for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
+      const Vec<A> d = load_n(input + task * a.pixels + i, lanes) - m.mean;
+      // Lanes past the end carry a zero gradient.
+      const Vec<A> g = masked<A>(load_n(grad + task * a.pixels + i, lanes), d, splat(m.factor), splat(m.bias));
+      sum += g;
+      product += g * d;
+    });
+    double total = 0, products = 0;
+    for (int i = 0; i < kLanes<A>; ++i) total += double(sum[i]), products += double(product[i]);
+    a.partial[2 * task] = total;
+    a.partial[2 * task + 1] = products;
+  }
+}
+
+// dx = factor * (g - mean(g) - (x - mean) / (var + eps) * mean(g (x - mean))); inference: factor * g
+template <class T>
+void backward_input(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  const T* grad = static_cast<const T*>(a.grad);
+  T* dx = static_cast<T*>(a.output);
+  const double count = double(a.N * a.pixels);
+  const AffineRows<A> rows(a);
+  std::vector<A> mean_g(a.C), slope(a.C);
+  for (int64_t c = 0; c < a.C && a.training; ++c) {
+    mean_g[c] = A(a.sums[2 * c] / count);
+    slope[c] = A(double(rows.inverse_std[c]) * double(rows.inverse_std[c]) * a.sums[2 * c + 1] / count);
+  }
+  auto gradient = [](Vec<A> x, Vec<A> g, Vec<A> mean, Vec<A> factor, Vec<A> bias, Vec<A> mean_g, Vec<A> slope) {
+    const Vec<A> d = x - mean;
+    return factor * (masked<A>(g, d, factor, bias) - mean_g - d * slope);
+  };
+  if (a.channels_last) {
+    const int64_t last = std::min(end * a.part, a.N * a.pixels);
+    for (int64_t p = begin * a.part; p < last; ++p) {
+      for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
+        const int64_t at = p * a.C + c;
+        store_n(dx + at,
+                gradient(load_n(input + at, lanes), load_n(grad + at, lanes), load_n(&rows.mean[c], lanes),
+                         load_n(&rows.factor[c], lanes), load_n(&rows.bias[c], lanes), load_n(&mean_g[c], lanes),
+                         load_n(&slope[c], lanes)),
+                lanes);
+      });
+    }
+    return;
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t c = task % a.C;
+    for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
+      const int64_t at = task * a.pixels + i;
+      store_n(dx + at,
+              gradient(load_n(input + at, lanes), load_n(grad + at, lanes), splat(rows.mean[c]), splat(rows.factor[c]),
+                       splat(rows.bias[c]), splat(mean_g[c]), splat(slope[c])),
+              lanes);
+    });
+  }
+}
+
+}  // namespace
+
+void batch_norm_moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) { moments<decltype(t)>(a, begin, end); });
+}
+void batch_norm_relu_forward(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) { normalise<decltype(t)>(a, begin, end); });
+}
+void batch_norm_backward_sums(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) { backward_sums<decltype(t)>(a, begin, end); });
+}
+void batch_norm_relu_backward_input(const BatchNormArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) { backward_input<decltype(t)>(a, begin, end); });
+}
+
+}  // namespace ALEXNET_ISA
+}  // namespace alexnet_kernels
+
+#ifdef ALEXNET_REGISTER
+#include "common/tensor.h"
+
+namespace alexnet_kernels {
+ALEXNET_DECLARE_KERNEL(batch_norm_moments, BatchNormArgs)
+ALEXNET_DECLARE_KERNEL(batch_norm_relu_forward, BatchNormArgs)
+ALEXNET_DECLARE_KERNEL(batch_norm_backward_sums, BatchNormArgs)
+ALEXNET_DECLARE_KERNEL(batch_norm_relu_backward_input, BatchNormArgs)
+
+namespace {
+
+constexpr int64_t kPartBytes = 1 << 17;  // of a part: it is read twice from the cache
+
+// One channel's values in the type the operator computes in, and back.
+ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+void put(const Tensor& t, int64_t c, double value) {
+  if (t.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(t.mutable_data_ptr())[c] = value;
+  } else {
+    static_cast<float*>(t.mutable_data_ptr())[c] = float(value);
+  }
+}
+Tensor in_type(const Tensor& t, ScalarType type) {
+  return in_format(t.scalar_type() == type ? t : torch::stable::to(t, type), MemoryFormat::Contiguous);
+}
+struct Parameter {
+  std::optional<Tensor> tensor;
+  Parameter(const std::optional<Tensor>& t, ScalarType type) {
+    if (t) tensor = in_type(*t, type);
+  }
+  const void* data() const { return tensor ? tensor->const_data_ptr() : nullptr; }
+};
+
+BatchNormArgs arguments(const Tensor& x, MemoryFormat format, bool training, double eps) {
+  BatchNormArgs a{};
+  a.dtype = dtype_of(x);
+  a.channels_last = format == MemoryFormat::ChannelsLast;
+  a.training = training;
+  a.N = x.size(0), a.C = x.size(1), a.pixels = x.size(2) * x.size(3);
+  a.part = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, a.C * x.element_size()));
+  a.eps = eps;
+  a.input = x.const_data_ptr();
+  return a;
+}
+int64_t parts_of(const BatchNormArgs& a) {
+  return a.channels_last ? (a.N * a.pixels + a.part - 1) / a.part : a.N * a.C;
+}
+// Parts of one channel, and their places in `partial`.
+template <class Body>
+void for_parts(const BatchNormArgs& a, int64_t c, const Body& body) {
+  const int64_t parts = a.channels_last ? parts_of(a) : a.N;
+  for (int64_t p = 0; p < parts; ++p) {
+    const int64_t count = a.channels_last ? std::min(a.part, a.N * a.pixels - p * a.part) : a.pixels;
+    body(a.partial + 2 * (p * a.C + c), double(count));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::optional<Tensor> running_mean,
+                                                   std::optional<Tensor> running_var, std::optional<Tensor> weight,
+                                                   std::optional<Tensor> bias, bool training, double eps) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format);
+  const ScalarType type = statistics_type(x);
+  BatchNormArgs a = arguments(x, format, training, eps);
+  Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);
+  Tensor mean = empty({a.C}, type, x), var = empty({a.C}, type, x);
+  if (training) {
+    std::vector<double> partial(2 * (a.channels_last ? parts_of(a) * a.C : parts_of(a)));
+    a.partial = partial.data();
+    if (x.numel() > 0) run(pick_batch_norm_moments(), a, parts_of(a), x.numel() * 4);
+    for (int64_t c = 0; c < a.C; ++c) {
+      // Chan, Golub, LeVeque 1983: combining moments of parts.
+      double n = 0, centre = 0, squares = 0;
+      for_parts(a, c, [&](const double* part, double count) {
+        const double delta = part[0] - centre, total = n + count;
+        centre += delta * count / total;
+        squares += part[1] + delta * delta * n * count / total;
+        n = total;
+      });
+      put(mean, c, centre);
+      put(var, c, n > 0 ? squares / n : 0);
+    }
+  } else {
+    torch::stable::copy_(mean, *running_mean);
+    torch::stable::copy_(var, *running_var);
+  }
+  const Parameter w(weight, type), b(bias, type);
+  a.mean = mean.const_data_ptr(), a.var = var.const_data_ptr(), a.weight = w.data(), a.bias = b.data();
+  a.output = output.mutable_data_ptr();
+  if (x.numel() > 0) run(pick_batch_norm_relu_forward(), a, parts_of(a), x.numel() * 8);
+  return {output, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
+                                                            const Tensor& var, std::optional<Tensor> weight,
+                                                            std::optional<Tensor> bias, bool training, double eps) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format), g = in_format(grad, format);
+  const ScalarType type = statistics_type(x);
+  const Tensor m = in_type(mean, type), v = in_type(var, type);
+  BatchNormArgs a = arguments(x, format, training, eps);
+  const Parameter w(weight, type), b(bias, type);
+  Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
+  Tensor grad_weight = empty({a.C}, type, x), grad_bias = empty({a.C}, type, x);
+  std::vector<double> partial(2 * (a.channels_last ? parts_of(a) * a.C : parts_of(a))), sums(2 * a.C);
+  a.partial = partial.data(), a.sums = sums.data();
+  a.mean = m.const_data_ptr(), a.var = v.const_data_ptr(), a.weight = w.data(), a.bias = b.data();
+  a.grad = g.const_data_ptr(), a.output = grad_input.mutable_data_ptr();
+  if (x.numel() > 0) run(pick_batch_norm_backward_sums(), a, parts_of(a), x.numel() * 8);
+  for (int64_t c = 0; c < a.C; ++c) {
+    for_parts(a, c, [&](const double* part, double) { sums[2 * c] += part[0], sums[2 * c + 1] += part[1]; });
+    const double variance =
+        type == ScalarType::Double ? static_cast<const double*>(a.var)[c] : double(static_cast<const float*>(a.var)[c]);
+    put(grad_weight, c, sums[2 * c + 1] / std::sqrt(variance + eps));
+    put(grad_bias, c, sums[2 * c]);
+  }
+  if (x.numel() > 0) run(pick_batch_norm_relu_backward_input(), a, parts_of(a), x.numel() * 12);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
+}
+
+}  // namespace alexnet_kernels
+#endif

@@ -1,0 +1,167 @@
+// Local response normalisation across channels, forward and backward. The formula: lrn_row.h.
+//   input, output [N, C, H, W] in either memory format; groups cut the channels into towers that do not see each other,
+//   which makes [N, H, W, C] a longer list of shorter rows and [N, C, H, W] a longer list of smaller images.
+// Channels last: a task is one row of C / groups channels. NCHW: a task is a strip of pixels of one image.
+#include "lrn_row.h"
+
+namespace alexnet_kernels {
+
+struct LrnArgs {
+  DType dtype;
+  Lrn lrn;
+  bool channels_last;
+  int64_t channels;  // C / groups
+  int64_t pixels;    // H * W (NCHW)
+  int64_t strips;    // strips an image is cut into (NCHW)
+  const void* grad;
+  const void* input;
+  void* output;  // the gradient of the input in backward
+};
+
+constexpr int64_t kStrip = 128;  // pixels: the rows of 256 channels then fit the L2 cache
+
+namespace ALEXNET_ISA {
+namespace {
+
+template <class T>
+struct Strip {
+  using A = acc_t<T>;
+  const Lrn& lrn;
+  const int64_t channels, pixels, first, count;  // channel c of pixel p is at [c * pixels + first + p]
+
+  Vec<A> square_sum(const T* a, int64_t low, int64_t high, int64_t p, int lanes) const {
+    Vec<A> sum{};
+    for (int64_t j = std::max<int64_t>(low, 0); j < std::min(high, channels); ++j) {
+      const Vec<A> v = load_any(a + j * pixels + first + p, lanes);
+      sum += v * v;
+    }
+    return sum;
+  }
+
+  static Vec<A> load_any(const T* p, int lanes) { return lanes == kLanes<A> ? load(p) : load_partial(p, lanes); }
+  static void store_any(T* p, Vec<A> v, int lanes) { lanes == kLanes<A> ? store(p, v) : store_partial(p, v, lanes); }
+
+  Vec<A> scale(const T* a, int64_t c, int64_t p, int lanes) const {
+    const int64_t low = c - lrn.size / 2;
+    return A(lrn.k) + A(lrn.alpha_over_n) * square_sum(a, low, low + lrn.size, p, lanes);
+  }
+
+  void forward(const T* a, T* y) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      for_lanes<A>(count, [&](int64_t p, int lanes) {
+        const int64_t at = c * pixels + first + p;
+        store_any(y + at, load_any(a + at, lanes) * pow_minus_beta(scale(a, c, p, lanes), lrn.beta), lanes);
+      });
+    }
+  }
+
+  void backward(const T* a, const T* g, T* dx, std::vector<A>& direct, std::vector<A>& ratio) const {
+    constexpr int64_t kRow = kStrip + kLanes<A>;
+    direct.resize(channels * kRow);
+    ratio.resize(channels * kRow);
+    for (int64_t c = 0; c < channels; ++c) {
+      for_lanes<A>(count, [&](int64_t p, int lanes) {
+        const int64_t at = c * pixels + first + p;
+        const Vec<A> s = scale(a, c, p, lanes);
+        const Vec<A> d = load_any(g + at, lanes) * pow_minus_beta(s, lrn.beta);
+        store(&direct[c * kRow + p], d);
+        store(&ratio[c * kRow + p], d * load_any(a + at, lanes) / s);
+      });
+    }
+    const A factor = A(-2 * lrn.beta * lrn.alpha_over_n);
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t low = std::max<int64_t>(c - (lrn.size - 1) / 2, 0);
+      const int64_t high = std::min(c + lrn.size / 2 + 1, channels);
+      for_lanes<A>(count, [&](int64_t p, int lanes) {
+        const int64_t at = c * pixels + first + p;
+        Vec<A> sum{};
+        for (int64_t j = low; j < high; ++j) sum += load(&ratio[j * kRow + p]);
+        store_any(dx + at, load(&direct[c * kRow + p]) + factor * load_any(a + at, lanes) * sum, lanes);
+      });
+    }
+  }
+};
+
+template <class T, bool kBackward>
+void lrn(const LrnArgs& args, int64_t begin, int64_t end) {
+  const T* a = static_cast<const T*>(args.input);
+  const T* g = static_cast<const T*>(args.grad);
+  T* out = static_cast<T*>(args.output);
+  if (args.channels_last) {
+    LrnRow<T> row(args.lrn, args.channels);
+    for (int64_t at = begin * args.channels; at < end * args.channels; at += args.channels) {
+      if constexpr (kBackward) {
+        row.template backward<false>(a + at, g + at, out + at);
+      } else {
+        row.template forward<false>(a + at, out + at);
+      }
+    }
+    return;
+  }
+  std::vector<acc_t<T>> direct, ratio;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / args.strips * args.channels * args.pixels;
+    const int64_t first = task % args.strips * kStrip;
+    const Strip<T> strip{args.lrn, args.channels, args.pixels, first, std::min(kStrip, args.pixels - first)};
+    if constexpr (kBackward) {
+      strip.backward(a + image, g + image, out + image, direct, ratio);
+    } else {
+      strip.forward(a + image, out + image);
+    }
+  }
+}
+
+}  // namespace
+
+void lrn_forward(const LrnArgs& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto t) { lrn<decltype(t), false>(args, begin, end); });
+}
+void lrn_backward(const LrnArgs& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto t) { lrn<decltype(t), true>(args, begin, end); });
+}
+
+}  // namespace ALEXNET_ISA
+}  // namespace alexnet_kernels
+
+#ifdef ALEXNET_REGISTER
+#include "common/tensor.h"
+
+namespace alexnet_kernels {
+ALEXNET_DECLARE_KERNEL(lrn_forward, LrnArgs)
+ALEXNET_DECLARE_KERNEL(lrn_backward, LrnArgs)
+
+namespace {
+
+Tensor normalise(Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input, int64_t size, double alpha,
+                 double beta, double k, int64_t groups) {
+  const MemoryFormat format = memory_format_of(input);
+  const bool channels_last = format == MemoryFormat::ChannelsLast;
+  const Tensor a = in_format(input, format);
+  const Tensor g = grad ? in_format(*grad, format) : a;
+  Tensor out = empty(sizes_of(input), input.scalar_type(), input, format);
+  if (input.numel() == 0) return out;
+  const int64_t pixels = input.size(2) * input.size(3);
+  LrnArgs args{dtype_of(input), {size, alpha / double(size), beta, k}, channels_last, input.size(1) / groups, pixels,
+               (pixels + kStrip - 1) / kStrip, g.const_data_ptr(), a.const_data_ptr(), out.mutable_data_ptr()};
+  run(kernel, args, input.size(0) * groups * (channels_last ? pixels : args.strips), input.numel() * 12);
+  return out;
+}
+
+Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k, int64_t groups) {
+  return normalise(pick_lrn_forward(), nullptr, input, size, alpha, beta, k, groups);
+}
+
+Tensor local_response_norm_backward(const Tensor& grad, const Tensor& input, int64_t size, double alpha, double beta,
+                                    double k, int64_t groups) {
+  return normalise(pick_lrn_backward(), &grad, input, size, alpha, beta, k, groups);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("local_response_norm", TORCH_BOX(&local_response_norm));
+  m.impl("local_response_norm_backward", TORCH_BOX(&local_response_norm_backward));
+}
+
+}  // namespace alexnet_kernels
+#endif

@@ -1,0 +1,271 @@
+// Local response normalisation and the max-pooling after it in one pass, forward and backward, optionally with the ReLU
+// before them and its gradient's mask. The normalised activations are never written to memory.
+//   input [N, C, H, W], output and argmax [N, C, OH, OW], in the input's memory format
+// Channels last: a task is one output row (backward: one input row) of one image; the kernel_h rows a window needs are
+// normalised once and kept. NCHW: a task is a block of kBlock channels of one image.
+#include "lrn_row.h"
+#include "pool_row.h"
+
+namespace alexnet_kernels {
+
+struct LrnMaxPoolArgs {
+  DType dtype;
+  bool channels_last, relu;
+  Lrn lrn;
+  Pool pool;
+  int64_t C, groups, H, W, OH, OW;
+  const void *input, *grad;
+  void* output;  // the gradient of the input in backward
+  uint8_t* argmax;
+};
+
+constexpr int64_t kBlock = 16;  // channels
+
+inline int64_t blocks_of(const LrnMaxPoolArgs& a) { return (a.C / a.groups + kBlock - 1) / kBlock; }
+
+namespace ALEXNET_ISA {
+namespace {
+
+template <class T, bool kRelu>
+void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  T* output = static_cast<T*>(a.output);
+  const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
+  LrnRow<T> lrn(a.lrn, tower);
+  std::vector<A> rows(a.pool.kernel_h * row_size);
+  std::vector<int64_t> held(a.pool.kernel_h, -1);  // which row of the whole batch each slot holds
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / a.OH, oh = task % a.OH;
+    const int64_t top = oh * a.pool.stride_h - a.pool.pad_h;
+    const int64_t last = std::min(top + a.pool.kernel_h, a.H);
+    for (int64_t y = std::max<int64_t>(top, 0); y < last; ++y) {
+      const int64_t slot = y % a.pool.kernel_h, row = n * a.H + y;
+      if (held[slot] == row) continue;
+      held[slot] = row;
+      for (int64_t at = 0; at < row_size; at += tower) {
+        lrn.template forward<kRelu>(input + row * row_size + at, &rows[slot * row_size + at]);
+      }
+    }
+    const int64_t at = task * a.OW * a.C;
+    pool_row_channels_last<false, A>(
+        a.pool, a.H, a.W, a.C, oh, a.OW,
+        [&](int64_t y) -> const A* { return &rows[y % a.pool.kernel_h * row_size]; }, output + at, a.argmax + at);
+  }
+}
+
+template <class T, bool kRelu>
+void backward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  const T* grad = static_cast<const T*>(a.grad);
+  T* grad_input = static_cast<T*>(a.output);
+  const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
+  LrnRow<T> lrn(a.lrn, tower);
+  std::vector<A> sum(row_size);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t at = task / a.H * a.OH * a.OW * a.C;
+    pool_row_backward_channels_last<false, T>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, nullptr,
+                                              a.argmax + at, sum.data());
+    for (int64_t c = 0; c < row_size; c += tower) {
+      const int64_t i = task * row_size + c;
+      lrn.template backward<kRelu>(input + i, sum.data() + c, grad_input + i);
+    }
+  }
+}
+
+// s^-beta of one channel of a tower, and relu(a) if asked: plane c of `tower` planes of `pixels`.
+template <class T, bool kRelu>
+struct Planes {
+  using A = acc_t<T>;
+  const Lrn& lrn;
+  const T* tower;
+  int64_t channels, pixels;
+
+  template <class Count>
+  Vec<A> input(int64_t c, int64_t p, Count count) const {
+    const Vec<A> v = load_n(tower + c * pixels + p, count);
+    return kRelu ? vrelu(v) : v;
+  }
+  template <class Count>
+  Vec<A> scale(int64_t c, int64_t p, Count count) const {
+    const int64_t low = std::max<int64_t>(c - lrn.size / 2, 0);
+    const int64_t high = std::min(c + (lrn.size - 1) / 2 + 1, channels);
+    Vec<A> sum{};
+    for (int64_t j = low; j < high; ++j) {
+      const Vec<A> v = input(j, p, count);
+      sum += v * v;
+    }
+    return A(lrn.k) + A(lrn.alpha_over_n) * sum;
+  }
+};
+
+struct Block {
+  int64_t image, tower, first, last;  // channels [first, last) of the tower
+};
+inline Block block_of(const LrnMaxPoolArgs& a, int64_t task) {
+  const int64_t blocks = blocks_of(a), first = task % blocks * kBlock;
+  return {task / blocks / a.groups, task / blocks % a.groups, first, std::min(first + kBlock, a.C / a.groups)};
+}
+
+template <class T, bool kRelu>
+void forward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  T* output = static_cast<T*>(a.output);
+  const int64_t channels = a.C / a.groups, pixels = a.H * a.W;
+  std::vector<A> plane(pixels), best(a.OW);
+  for (int64_t task = begin; task < end; ++task) {
+    const Block b = block_of(a, task);
+    const int64_t first_plane = b.image * a.C + b.tower * channels;
+    const Planes<T, kRelu> planes{a.lrn, input + first_plane * pixels, channels, pixels};
+    for (int64_t c = b.first; c < b.last; ++c) {
+      for_lanes<A>(pixels, [&](int64_t p, auto count) {
+        const Vec<A> y = planes.input(c, p, count) * pow_minus_beta(planes.scale(c, p, count), a.lrn.beta);
+        store_n(&plane[p], y, count);
+      });
+      for (int64_t oh = 0; oh < a.OH; ++oh) {
+        const int64_t at = ((first_plane + c) * a.OH + oh) * a.OW;
+        pool_row_plane<false>(a.pool, a.H, a.W, oh, a.OW, plane.data(), output + at, a.argmax + at, best.data());
+      }
+    }
+  }
+}
+
+template <class T, bool kRelu>
+void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(a.input);
+  const T* grad = static_cast<const T*>(a.grad);
+  T* grad_input = static_cast<T*>(a.output);
+  const int64_t channels = a.C / a.groups, pixels = a.H * a.W, pooled = a.OH * a.OW;
+  const int64_t before = (a.lrn.size - 1) / 2, after = a.lrn.size / 2;
+  // The block's planes and those whose windows reach into it.
+  std::vector<A> direct((kBlock + a.lrn.size) * pixels), ratio((kBlock + a.lrn.size) * pixels);
+  const A factor = A(-2 * a.lrn.beta * a.lrn.alpha_over_n);
+  for (int64_t task = begin; task < end; ++task) {
+    const Block b = block_of(a, task);
+    const int64_t first_plane = b.image * a.C + b.tower * channels;
+    const Planes<T, kRelu> planes{a.lrn, input + first_plane * pixels, channels, pixels};
+    const int64_t low = std::max<int64_t>(b.first - before, 0), high = std::min(b.last + after, channels);
+    for (int64_t c = low; c < high; ++c) {
+      A* d = &direct[(c - low) * pixels];
+      A* r = &ratio[(c - low) * pixels];
+      std::fill(d, d + pixels, A(0));
+      const int64_t at = (first_plane + c) * pooled;
+      pool_plane_backward<false, T>(a.pool, a.W, a.OH, a.OW, grad + at, grad + at, a.argmax + at, d);
+      for_lanes<A>(pixels, [&](int64_t p, auto count) {
+        const Vec<A> s = planes.scale(c, p, count);
+        const Vec<A> v = load_n(d + p, count) * pow_minus_beta(s, a.lrn.beta);
+        store_n(d + p, v, count);
+        store_n(r + p, v * planes.input(c, p, count) / s, count);
+      });
+    }
+    for (int64_t c = b.first; c < b.last; ++c) {
+      const int64_t from = std::max(c - before, low), to = std::min(c + after + 1, high);
+      for_lanes<A>(pixels, [&](int64_t p, auto count) {
+        Vec<A> sum{};
+        for (int64_t j = from; j < to; ++j) sum += load_n(&ratio[(j - low) * pixels + p], count);
+        const Vec<A> raw = load_n(planes.tower + c * pixels + p, count);
+        const Vec<A> v = kRelu ? vrelu(raw) : raw;
+        Vec<A> dx = load_n(&direct[(c - low) * pixels + p], count) + factor * v * sum;
+        if (kRelu) dx = raw <= Vec<A>{} ? Vec<A>{} : dx;
+        store_n(grad_input + (first_plane + c) * pixels + p, dx, count);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void lrn_max_pool_forward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (a.channels_last) {
+      a.relu ? forward_channels_last<T, true>(a, begin, end) : forward_channels_last<T, false>(a, begin, end);
+    } else {
+      a.relu ? forward_planes<T, true>(a, begin, end) : forward_planes<T, false>(a, begin, end);
+    }
+  });
+}
+void lrn_max_pool_backward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (a.channels_last) {
+      a.relu ? backward_channels_last<T, true>(a, begin, end) : backward_channels_last<T, false>(a, begin, end);
+    } else {
+      a.relu ? backward_planes<T, true>(a, begin, end) : backward_planes<T, false>(a, begin, end);
+    }
+  });
+}
+
+}  // namespace ALEXNET_ISA
+}  // namespace alexnet_kernels
+
+#ifdef ALEXNET_REGISTER
+#include "common/tensor.h"
+
+namespace alexnet_kernels {
+ALEXNET_DECLARE_KERNEL(lrn_max_pool_forward, LrnMaxPoolArgs)
+ALEXNET_DECLARE_KERNEL(lrn_max_pool_backward, LrnMaxPoolArgs)
+
+namespace {
+
+LrnMaxPoolArgs arguments(const Tensor& x, MemoryFormat format, const Lrn& lrn, int64_t groups, const IntList& kernel,
+                         const IntList& stride, const IntList& padding, bool relu) {
+  LrnMaxPoolArgs args{};
+  args.dtype = dtype_of(x);
+  args.channels_last = format == MemoryFormat::ChannelsLast;
+  args.relu = relu;
+  args.lrn = lrn;
+  args.pool = {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
+  args.C = x.size(1), args.groups = groups, args.H = x.size(2), args.W = x.size(3);
+  args.input = x.const_data_ptr();
+  return args;
+}
+
+std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, double alpha, double beta, double k,
+                                          int64_t groups, IntList kernel, IntList stride, IntList padding,
+                                          bool ceil_mode, bool relu) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format);
+  const Lrn lrn{size, alpha / double(size), beta, k};
+  LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
+  args.OH = pooled_size(args.H, kernel[0], stride[0], padding[0], ceil_mode);
+  args.OW = pooled_size(args.W, kernel[1], stride[1], padding[1], ceil_mode);
+  const IntList shape{x.size(0), x.size(1), args.OH, args.OW};
+  Tensor output = empty(shape, x.scalar_type(), x, format);
+  Tensor argmax = empty(shape, ScalarType::Byte, x, format);
+  args.output = output.mutable_data_ptr();
+  args.argmax = static_cast<uint8_t*>(argmax.mutable_data_ptr());
+  const int64_t tasks = x.size(0) * (args.channels_last ? args.OH : groups * blocks_of(args));
+  if (output.numel() > 0) run(pick_lrn_max_pool_forward(), args, tasks, x.numel() * 12);
+  return {output, argmax};
+}
+
+Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& argmax, int64_t size,
+                               double alpha, double beta, double k, int64_t groups, IntList kernel, IntList stride,
+                               IntList padding, bool relu) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format), g = in_format(grad, format), winners = in_format(argmax, format);
+  Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
+  const Lrn lrn{size, alpha / double(size), beta, k};
+  LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
+  args.OH = g.size(2), args.OW = g.size(3);
+  args.grad = g.const_data_ptr();
+  args.argmax = static_cast<uint8_t*>(const_cast<void*>(winners.const_data_ptr()));
+  args.output = grad_input.mutable_data_ptr();
+  const int64_t tasks = x.size(0) * (args.channels_last ? args.H : groups * blocks_of(args));
+  if (x.numel() > 0) run(pick_lrn_max_pool_backward(), args, tasks, x.numel() * 16);
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("lrn_max_pool2d", TORCH_BOX(&lrn_max_pool2d));
+  m.impl("lrn_max_pool2d_backward", TORCH_BOX(&lrn_max_pool2d_backward));
+}
+
+}  // namespace alexnet_kernels
+#endif

@@ -1,0 +1,150 @@
+// Overlapping max-pooling, optionally of the ReLU of its input, with a one-byte argmax; backward gathers.
+//   input [N, C, H, W], output, argmax [N, C, OH, OW], all in the input's memory format
+//   relu: relu(max(x)) = max(relu(x)), so ReLU costs nothing here, and its gradient's mask is output > 0
+// Channels last: a task is one output row (backward: one input row) of one image. NCHW: a task is one plane.
+#include <vector>
+
+#include "pool_row.h"
+
+namespace alexnet_kernels {
+
+struct MaxPoolArgs {
+  DType dtype;
+  bool channels_last, relu;
+  Pool pool;
+  int64_t C, H, W, OH, OW;
+  const void *input, *grad;  // backward reads grad
+  void* output;              // and output, and writes grad_input
+  uint8_t* argmax;
+  void* grad_input;
+};
+
+namespace ALEXNET_ISA {
+namespace {
+
+template <class T, bool kRelu>
+void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
+  const T* input = static_cast<const T*>(a.input);
+  T* output = static_cast<T*>(a.output);
+  if (a.channels_last) {
+    for (int64_t task = begin; task < end; ++task) {
+      const T* image = input + task / a.OH * a.H * a.W * a.C;
+      const int64_t at = task * a.OW * a.C;
+      pool_row_channels_last<kRelu, T>(
+          a.pool, a.H, a.W, a.C, task % a.OH, a.OW, [&](int64_t y) { return image + y * a.W * a.C; }, output + at,
+          a.argmax + at);
+    }
+    return;
+  }
+  std::vector<acc_t<T>> best(a.OW);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    for (int64_t oh = 0; oh < a.OH; ++oh) {
+      const int64_t at = (plane * a.OH + oh) * a.OW;
+      pool_row_plane<kRelu>(a.pool, a.H, a.W, oh, a.OW, input + plane * a.H * a.W, output + at, a.argmax + at,
+                            best.data());
+    }
+  }
+}
+
+template <class T, bool kRelu>
+void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* grad = static_cast<const T*>(a.grad);
+  const T* output = static_cast<const T*>(a.output);
+  T* grad_input = static_cast<T*>(a.grad_input);
+  const int64_t count = a.channels_last ? a.W * a.C : a.H * a.W;
+  std::vector<A> sum(std::is_same_v<A, T> ? 0 : count);
+  for (int64_t task = begin; task < end; ++task) {
+    T* to = grad_input + task * count;
+    A* into = std::is_same_v<A, T> ? reinterpret_cast<A*>(to) : sum.data();
+    if (a.channels_last) {
+      const int64_t at = task / a.H * a.OH * a.OW * a.C;
+      pool_row_backward_channels_last<kRelu>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, output + at,
+                                             a.argmax + at, into);
+    } else {
+      std::fill(into, into + count, A(0));
+      const int64_t at = task * a.OH * a.OW;
+      pool_plane_backward<kRelu>(a.pool, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
+    }
+    if constexpr (!std::is_same_v<A, T>) {
+      for_lanes<A>(count, [&](int64_t i, auto lanes) { store_n(to + i, load_n(into + i, lanes), lanes); });
+    }
+  }
+}
+
+}  // namespace
+
+void max_pool_forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) {
+    a.relu ? forward<decltype(t), true>(a, begin, end) : forward<decltype(t), false>(a, begin, end);
+  });
+}
+void max_pool_backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto t) {
+    a.relu ? backward<decltype(t), true>(a, begin, end) : backward<decltype(t), false>(a, begin, end);
+  });
+}
+
+}  // namespace ALEXNET_ISA
+}  // namespace alexnet_kernels
+
+#ifdef ALEXNET_REGISTER
+#include "common/tensor.h"
+
+namespace alexnet_kernels {
+ALEXNET_DECLARE_KERNEL(max_pool_forward, MaxPoolArgs)
+ALEXNET_DECLARE_KERNEL(max_pool_backward, MaxPoolArgs)
+
+namespace {
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding,
+                                      bool ceil_mode, bool relu) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format);
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  const int64_t OH = pooled_size(H, kernel[0], stride[0], padding[0], ceil_mode);
+  const int64_t OW = pooled_size(W, kernel[1], stride[1], padding[1], ceil_mode);
+  Tensor output = empty({N, C, OH, OW}, x.scalar_type(), x, format);
+  Tensor argmax = empty({N, C, OH, OW}, ScalarType::Byte, x, format);
+  MaxPoolArgs args{};
+  args.dtype = dtype_of(x);
+  args.channels_last = format == MemoryFormat::ChannelsLast;
+  args.relu = relu;
+  args.pool = {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
+  args.C = C, args.H = H, args.W = W, args.OH = OH, args.OW = OW;
+  args.input = x.const_data_ptr();
+  args.output = output.mutable_data_ptr();
+  args.argmax = static_cast<uint8_t*>(argmax.mutable_data_ptr());
+  if (output.numel() > 0) run(pick_max_pool_forward(), args, args.channels_last ? N * OH : N * C, x.numel() * 8);
+  return {output, argmax};
+}
+
+Tensor max_pool2d_backward(const Tensor& grad, const Tensor& output, const Tensor& argmax, IntList input_size,
+                           IntList kernel, IntList stride, IntList padding, bool relu) {
+  const MemoryFormat format = memory_format_of(argmax);
+  const Tensor g = in_format(grad, format), y = in_format(output, format), k = in_format(argmax, format);
+  Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
+  MaxPoolArgs args{};
+  args.dtype = dtype_of(grad);
+  args.channels_last = format == MemoryFormat::ChannelsLast;
+  args.relu = relu;
+  args.pool = {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
+  args.C = input_size[1], args.H = input_size[2], args.W = input_size[3], args.OH = g.size(2), args.OW = g.size(3);
+  args.grad = g.const_data_ptr();
+  args.output = const_cast<void*>(y.const_data_ptr());
+  args.argmax = static_cast<uint8_t*>(const_cast<void*>(k.const_data_ptr()));
+  args.grad_input = grad_input.mutable_data_ptr();
+  const int64_t tasks = input_size[0] * (args.channels_last ? args.H : args.C);
+  if (grad_input.numel() > 0) run(pick_max_pool_backward(), args, tasks, grad_input.numel() * 8);
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("max_pool2d", TORCH_BOX(&max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
+}
+
+}  // namespace alexnet_kernels
+#endif

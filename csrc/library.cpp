@@ -1,0 +1,105 @@
+// Every operator's schema, and what the library tells of itself.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "common/isa.h"
+
+namespace alexnet_kernels {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "generic";
+  }
+}
+
+namespace {
+
+Isa detect_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // ALEXNET_KERNELS_ISA lowers the choice, so that each set of kernels can be tested on one machine.
+  const char* wish = std::getenv("ALEXNET_KERNELS_ISA");
+  const std::string most = wish ? wish : "avx512";
+  if (avx512 && most == "avx512") return Isa::avx512;
+  if (avx2 && most != "generic") return Isa::avx2;
+#endif
+  return Isa::generic;
+}
+
+std::string isa() { return isa_name(current_isa()); }
+
+}  // namespace
+
+Isa current_isa() {
+  static const Isa isa = detect_isa();
+  return isa;
+}
+
+}  // namespace alexnet_kernels
+
+STABLE_TORCH_LIBRARY(alexnet_kernels, m) {
+  m.def("isa() -> str");
+
+  m.def(
+      "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int groups, bool relu) "
+      "-> Tensor");
+  m.def("relu_dropout_backward(Tensor grad, Tensor output, float scale) -> Tensor");
+
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool relu) "
+      "-> (Tensor output, Tensor argmax)");
+  m.def(
+      "max_pool2d_backward(Tensor grad, Tensor output, Tensor argmax, int[] input_size, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, bool relu) -> Tensor");
+
+  m.def(
+      "local_response_norm(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor");
+  m.def(
+      "local_response_norm_backward(Tensor grad, Tensor input, int size, float alpha, float beta, float k, "
+      "int groups) -> Tensor");
+
+  m.def(
+      "lrn_max_pool2d(Tensor input, int size, float alpha, float beta, float k, int groups, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, bool ceil_mode, bool relu) -> (Tensor output, Tensor argmax)");
+  m.def(
+      "lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor argmax, int size, float alpha, float beta, float k, "
+      "int groups, int[2] kernel_size, int[2] stride, int[2] padding, bool relu) -> Tensor");
+
+  m.def("within_map_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
+  m.def(
+      "within_map_response_norm_backward(Tensor grad, Tensor input, int size, float alpha, float beta, float k) "
+      "-> Tensor");
+
+  m.def(
+      "batch_norm_relu(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
+      "bool training, float eps) -> (Tensor output, Tensor mean, Tensor var)");
+  m.def(
+      "batch_norm_relu_backward(Tensor grad, Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "bool training, float eps) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  m.def(
+      "dropout(Tensor input, float p, float scale, Tensor seed, int offset, int row, int row_stride, int base) "
+      "-> Tensor");
+  m.def(
+      "linear_relu_dropout(Tensor input, Tensor weight, Tensor? bias, bool relu, float p, float scale, Tensor seed, "
+      "int offset, int row, int row_stride, int base) -> Tensor");
+
+  m.def(
+      "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, float lr, "
+      "float momentum, float weight_decay, float dampening, bool nesterov, bool paper_rule, bool first_step) -> ()");
+
+  m.def(
+      "augment(Tensor images, Tensor crops, int[2] size, Tensor? flips, Tensor? color_shift, Tensor? mean, "
+      "Tensor? scale, ScalarType dtype, bool channels_last) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&alexnet_kernels::isa));
+}

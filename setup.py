@@ -1,0 +1,172 @@
+"""Builds the native library: CPU kernels always, CUDA kernels where nvcc is found.
+
+The library uses LibTorch's stable ABI only, so that one build loads in every torch from 2.11 on, whatever its Python and
+whether or not it has CUDA. It is no Python extension module but an operator library, built by a ninja file written here.
+
+Environment:
+    ALEXNET_KERNELS_CUDA    1: CUDA kernels or an error; 0: none; unset: if nvcc is found
+    ALEXNET_KERNELS_ARCHS   default "8.0;9.0;10.0+PTX"
+    CUDA_HOME               the CUDA toolkit, if nvcc isn't on PATH
+    CXX, CXXFLAGS, MAX_JOBS as usual
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+LIBRARY = "alexnet_kernels._C"
+TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+
+# Extra flags of each instruction set the CPU kernels are compiled for; csrc/common/isa.h tells how one is chosen.
+# Linking them in this order makes the linker keep the plainest copy of any inline function they share.
+ISAS = {"generic": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    }
+
+
+def find_nvcc() -> str | None:
+    wish = os.environ.get("ALEXNET_KERNELS_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"ALEXNET_KERNELS_CUDA={wish!r}: 0, 1 or nothing expected")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/nvcc"] if home else []
+    nvcc = next((c for c in [*candidates, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"] if c and Path(c).exists()), None)
+    if nvcc is None and wish == "1":
+        raise SystemExit("ALEXNET_KERNELS_CUDA=1, but there is no nvcc: install the CUDA toolkit or set CUDA_HOME")
+    return nvcc
+
+
+def gencode(archs: str) -> list[str]:
+    flags = []
+    for arch in archs.replace(",", ";").split(";"):
+        number, plus, _ = arch.strip().partition("+PTX")
+        major, dot, minor = number.partition(".")
+        if not (major.isdigit() and dot and minor.rstrip("af").isdigit()):
+            raise SystemExit(f"ALEXNET_KERNELS_ARCHS={archs!r}: a list such as '8.0;9.0;10.0+PTX' expected")
+        sm = major + minor
+        flags.append(f"-gencode=arch=compute_{sm},code=sm_{sm}")
+        if plus:
+            flags.append(f"-gencode=arch=compute_{sm},code=compute_{sm}")
+    return flags
+
+
+def toolkit_root(nvcc: str) -> Path:
+    """The toolkit that an nvcc, or a wrapper script of it, belongs to."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    for line in dry_run.splitlines():
+        name, _, value = line.removeprefix("#$ ").partition("=")
+        if name == "TOP":
+            return Path(value).resolve()
+    return Path(nvcc).resolve().parent.parent
+
+
+def ninja_path() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise SystemExit("alexnet_kernels builds with ninja: pip install ninja") from None
+        return found
+
+
+def write_ninja(build: Path, output: Path) -> None:
+    """Writes build.ninja: csrc/library.cpp, csrc/cpu/*.cpp once for each instruction set, csrc/cuda/*.cu."""
+    import torch.utils.cpp_extension as torch_build
+
+    nvcc = find_nvcc()
+    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
+    include += [f"-isystem {path}" for path in torch_build.include_paths()]
+    common = ["-O3", "-std=c++20", "-fvisibility=hidden", *TARGET, *include]
+    cxx = [*common, "-fPIC", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    cxx += ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+    cxx += os.environ.get("CXXFLAGS", "").split()
+    link = [f"-L{path}" for path in torch_build.library_paths()]
+    link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    link += ["-Wl,--exclude-libs,ALL", "-s"]
+
+    objects: list[str] = []
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        "rule cxx",
+        "  command = $cxx -MD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared -o $out $in $flags",
+    ]
+
+    def compile_(rule: str, source: Path, name: str, flags: list[str]) -> None:
+        objects.append(name)
+        lines.extend([f"build {name}: {rule} {source}", f"  flags = {' '.join(flags)}"])
+
+    compile_("cxx", ROOT / "csrc" / "library.cpp", "library.o", cxx)
+    for isa, flags in ISAS.items():
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            once = ["-DALEXNET_REGISTER", "-DALEXNET_ISA_GENERIC"] if isa == "generic" else []
+            compile_("cxx", source, f"{source.stem}.{isa}.o", [*cxx, f"-DALEXNET_ISA={isa}", *once, *flags])
+    if cuda_sources:
+        toolkit = toolkit_root(nvcc)
+        archs = gencode(os.environ.get("ALEXNET_KERNELS_ARCHS", "8.0;9.0;10.0+PTX"))
+        lines += [f"nvcc = {nvcc}", "rule nvcc", "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+        for source in cuda_sources:
+            flags = [f for f in common if f != "-fvisibility=hidden"]
+            compile_("nvcc", source, f"{source.stem}.cu.o", [*flags, *host, *archs])
+        lib = next(p for p in (toolkit / "lib64", toolkit / "lib", toolkit / "targets/x86_64-linux/lib") if p.exists())
+        link += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {' '.join(link)}", f"default {output}", ""]
+    (build / "build.ninja").write_text("\n".join(lines))
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        write_ninja(build, output)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        verbose = ["-v"] if self.verbose > 1 else []
+        subprocess.run([ninja_path(), "-C", str(build), *jobs, *verbose], check=True, stdout=sys.stderr)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library holds no Python symbol: one wheel for every Python 3 of the platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(
+    ext_modules=[Extension(LIBRARY, sources=[])],
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": AnyPythonWheel},
+    distclass=BinaryDistribution,
+)

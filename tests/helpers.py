@@ -1,0 +1,252 @@
+"""What the tests share: inputs, tolerances, and comparison with the definitions in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alexnet_kernels import reference
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPE_IDS = {dtype: name for name, dtype in DTYPES.items()}
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+every_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    relative: float  # to the element
+    sums: float  # to the tensor's largest element: what a long sum may be off where its terms cancel
+    operand: float  # as `sums`, where an operand of the sum was itself rounded to the dtype
+
+
+# With u the unit roundoff (2^-53, 2^-24, 2^-11, 2^-8): the ops accumulate in float64 for float64 and in
+# float32 otherwise, and round to the dtype at most twice, hence 2u for the two short ones. float32 and float64 results
+# see some tens of roundings, and pow.
+TOLERANCES = {
+    torch.float64: Tolerance(1e-12, 1e-13, 1e-13),
+    torch.float32: Tolerance(1e-5, 1e-6, 1e-6),
+    torch.float16: Tolerance(2**-10, 1e-5, 2**-11),
+    torch.bfloat16: Tolerance(2**-7, 1e-5, 2**-8),
+}
+
+
+def shape_id(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def case_id(case: Any) -> str:
+    """A case's own `id`, or its shape and the options that it sets."""
+    shape, options = case
+    words = [shape_id(shape)]
+    for name, value in options.items():
+        if value is True:
+            words.append(name)
+        else:
+            words.append(f"{name}={shape_id(value) if isinstance(value, tuple) else value}")
+    return "-".join(words)
+
+
+def cases(*entries: tuple[Sequence[int], Mapping[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrise over `shape` and `options`, with ids that read like `2x96x13x13-size=4`."""
+    return pytest.mark.parametrize(("shape", "options"), entries, ids=[case_id(entry) for entry in entries])
+
+
+def random(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    device: str = "cpu",
+    scale: float = 1.0,
+) -> Tensor:
+    """Normal deviates, the same on every device."""
+    value = (torch.randn(tuple(shape)) * scale).to(device, dtype)
+    return value.contiguous(memory_format=memory_format) if value.dim() == 4 else value
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, rounded_operand: bool = False, what: str = "") -> None:
+    """Compare with a float64 value, by the tolerance of actual's dtype; NaN and infinities must agree."""
+    tolerance = TOLERANCES[actual.dtype]
+    finite = expected[expected.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    torch.testing.assert_close(
+        actual.detach().double(),
+        expected.detach().double(),
+        rtol=tolerance.relative,
+        atol=largest * (tolerance.operand if rounded_operand else tolerance.sums),
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def assert_same(
+    actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor], what: str = ""
+) -> None:
+    """The same numbers, NaN for NaN."""
+    if not isinstance(actual, Tensor):
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(a, b, f"{what}[{i}]")
+        return
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def assert_format(actual: Tensor, memory_format: torch.memory_format, what: str = "") -> None:
+    assert actual.is_contiguous(memory_format=memory_format), (
+        f"{what}: {memory_format}, strides {actual.stride()}"
+    )
+
+
+def upcast(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def gradients(out: Tensor, inputs: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    return dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))
+
+
+def check(
+    op: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor | None],
+    arguments: Mapping[str, Any],
+    *,
+    backend: str | None = None,
+    settled: Callable[..., Tensor] | None = None,
+    rounded_operand: bool = False,
+    exact: bool = False,
+    grad: Tensor | None = None,
+) -> Tensor:
+    """Compare an op with its definition in float64: forward, and the gradient of every tensor.
+
+    `settled(**tensors, **arguments)` says, from float64 tensors, for which outputs the gradient does not hang on
+    a rounding (which of two nearly equal maxima won; on which side of zero a pre-activation fell): the others get
+    none. The output must have the input's dtype and memory format, and so must the input's gradient if the
+    output's had (`grad` is any other). The op must leave its tensors alone.
+    """
+    leaves = {k: v if v is None else v.detach().requires_grad_() for k, v in tensors.items()}
+    copies = {k: v.detach().clone() for k, v in leaves.items() if v is not None}
+    exact_leaves = {k: upcast(v) for k, v in leaves.items()}
+    out = op(**leaves, **arguments, backend=backend)
+    expected = definition(**exact_leaves, **arguments)
+    input = leaves["input"]
+    assert out.dtype == input.dtype
+    assert out.device == input.device
+    compare = assert_same if exact else assert_close
+    compare(out.double() if exact else out, expected, what="output")
+
+    like_output = grad is None
+    if grad is None:
+        grad = torch.randint(-4, 5, out.shape).to(out.device, out.dtype)
+        if out.dim() == 4 and input.dim() == 4:
+            grad = grad.contiguous(memory_format=FORMATS["nhwc" if is_channels_last(input) else "nchw"])
+    if settled is not None:
+        with torch.no_grad():
+            grad = grad * settled(**exact_leaves, **arguments).to(grad.dtype)
+    wanted = {k: v for k, v in leaves.items() if v is not None}
+    actual_gradients = gradients(out, wanted, grad)
+    expected_gradients = gradients(expected, {k: exact_leaves[k] for k in wanted}, grad.double())
+    for name, actual in actual_gradients.items():
+        assert actual.dtype == wanted[name].dtype, name
+        if exact:
+            assert_same(actual.double(), expected_gradients[name], what=f"gradient of {name}")
+        else:
+            assert_close(
+                actual, expected_gradients[name], rounded_operand=rounded_operand, what=f"gradient of {name}"
+            )
+    for name, copy in copies.items():
+        assert_same(leaves[name].detach(), copy, what=f"{name} after the call")
+    if input.dim() == 4 and input.numel():
+        for memory_format in FORMATS.values():
+            if input.is_contiguous(memory_format=memory_format) and out.dim() == 4:
+                assert_format(out, memory_format, "output")
+                if like_output:
+                    assert_format(actual_gradients["input"], memory_format, "gradient of input")
+    return out
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def windows(
+    x: Tensor, kernel_size: Any = 3, stride: Any = 2, padding: Any = 0, ceil_mode: bool = False
+) -> Tensor:
+    """The elements of every pooling window, [N, C, P, Q, R * S], with -inf for places outside."""
+    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = (
+        (v, v) if isinstance(v, int) else v for v in (kernel_size, stride, padding)
+    )
+    height, width = x.shape[-2:]
+    out_h = reference.pool_output_size(height, kernel_h, stride_h, pad_h, ceil_mode)
+    out_w = reference.pool_output_size(width, kernel_w, stride_w, pad_w, ceil_mode)
+    beyond_h = max(0, (out_h - 1) * stride_h + kernel_h - height - pad_h)
+    beyond_w = max(0, (out_w - 1) * stride_w + kernel_w - width - pad_w)
+    padded = torch.nn.functional.pad(x, (pad_w, beyond_w, pad_h, beyond_h), value=-torch.inf)
+    unfolded = padded.unfold(2, kernel_h, stride_h).unfold(3, kernel_w, stride_w)
+    return unfolded[:, :, :out_h, :out_w].flatten(-2)
+
+
+def clear_winner(x: Tensor, margin: float, **pool: Any) -> Tensor:
+    """Which windows' largest element is larger than every other by more than this part of itself."""
+    elements = windows(x, **pool)
+    if elements.shape[-1] == 1:
+        return torch.ones_like(elements[..., 0], dtype=torch.bool)
+    largest, second = elements.topk(2, dim=-1).values.unbind(-1)
+    return largest - second > margin * largest.abs()
+
+
+def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float64, step: float = 0.01) -> Tensor:
+    """A shuffled arithmetic sequence around (and off) zero: no two elements closer than step, none near zero."""
+    count = torch.Size(shape).numel()
+    values = (torch.arange(count, dtype=dtype) - count // 2 + 0.5) * step
+    return values[torch.randperm(count)].reshape(tuple(shape))
+
+
+def check_gradients(function: Callable[..., Any], inputs: Iterable[Tensor], *, twice: bool = True) -> None:
+    """Numerical first and second derivatives, in float64."""
+    leaves = tuple(x.detach().double().requires_grad_() for x in inputs)
+    assert torch.autograd.gradcheck(function, leaves)
+    if twice:
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The output, and every input's gradient for an output gradient that depends on nothing but the output's shape."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    grad = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def check_repeatable(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], threads: Callable[[int], None]
+) -> None:
+    """Bitwise the same output and gradients in every run, with one thread and with two."""
+    threads(1)
+    first = forward_backward(function, *inputs)
+    assert_same(forward_backward(function, *inputs), first, "second run")
+    threads(2)
+    for run in range(3):
+        assert_same(forward_backward(function, *inputs), first, f"two threads, run {run}")
+
+
+def check_compiled(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], compiler: str = "aot_eager"
+) -> None:
+    """torch.compile takes the whole function, and computes the same bits, also for another batch size."""
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    assert_same(forward_backward(compiled, *inputs), forward_backward(function, *inputs), "compiled")
+    dynamic = torch.compile(function, fullgraph=True, backend=compiler, dynamic=True)
+    wider = [torch.cat([inputs[0], inputs[0]]), *inputs[1:]]
+    for tensors in (inputs, wider):
+        assert_same(forward_backward(dynamic, *tensors), forward_backward(function, *tensors), "dynamic")

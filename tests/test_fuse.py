@@ -1,0 +1,740 @@
+"""FusedSequential and fuse: the same values and gradients as torch.nn.Sequential, by the ops where they may be used."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import alexnet_kernels.nn
+from alexnet_kernels.fuse import fuse, unfuse
+from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
+
+OPS = (
+    "batch_norm_relu",
+    "conv2d_relu",
+    "dropout",
+    "linear_relu_dropout",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+    "within_map_response_norm",
+)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops that the modules call, in order."""
+    names: list[str] = []
+
+    def spy(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **kwargs: object) -> Tensor:
+            names.append(name + ("+relu" if kwargs.get("relu") and "pool" in name else ""))
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in OPS:
+        monkeypatch.setattr(alexnet_kernels.nn, name, spy(name, getattr(alexnet_kernels.nn, name)))
+    return names
+
+
+def conv(channels: int = 3, filters: int = 8, **kwargs: object) -> nn.Conv2d:
+    return nn.Conv2d(channels, filters, 3, padding=kwargs.pop("padding", 1), **kwargs)
+
+
+def lrn(**kwargs: object) -> nn.LocalResponseNorm:
+    return nn.LocalResponseNorm(5, alpha=0.5, beta=0.75, k=2.0)
+
+
+def pool(**kwargs: object) -> nn.MaxPool2d:
+    return nn.MaxPool2d(3, 2, **kwargs)
+
+
+def stats() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(8)
+    with torch.no_grad():
+        for values in (norm.running_mean, norm.weight, norm.bias):
+            values.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def image(channels: int = 3, size: int = 13) -> Tensor:
+    return torch.randn(2, channels, size, size, dtype=torch.float64)
+
+
+def outcome(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Output, gradients of the input and of every parameter, and every buffer afterwards."""
+    module = copy.deepcopy(module).double()
+    x = x.clone().requires_grad_()
+    out = module(x)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    gradients = torch.autograd.grad((out * weight).sum(), [x, *module.parameters()])
+    return (out.detach(), *gradients, *(buffer.clone() for buffer in module.buffers()))
+
+
+def plain(module: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(module.named_children()))
+
+
+def assert_same_function(module: nn.Module, other: nn.Module, x: Tensor) -> None:
+    for i, (a, b) in enumerate(zip(outcome(module, x), outcome(other, x), strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda text, i=i: f"value {i}: {text}")
+
+
+RUNS = {
+    "conv-relu-lrn-pool": (lambda: [conv(), nn.ReLU(), lrn(), pool()], ["lrn_max_pool2d+relu"]),
+    "conv-relu-pool": (lambda: [conv(), nn.ReLU(True), pool()], ["max_pool2d+relu"]),
+    "conv-relu": (lambda: [conv(), nn.ReLU(True), conv(8), nn.ReLU()], ["conv2d_relu"] * 2),
+    "conv-relu-lrn": (lambda: [conv(), nn.ReLU(), lrn()], ["conv2d_relu", "local_response_norm"]),
+    "conv-lrn-pool-relu": (lambda: [conv(), lrn(), pool(), nn.ReLU(True)], ["lrn_max_pool2d"]),
+    "conv-pool-relu": (lambda: [conv(), pool(), nn.ReLU(True)], ["max_pool2d+relu"]),
+    "conv-relu-pool-lrn": (
+        lambda: [conv(), nn.ReLU(), pool(), lrn()],
+        ["max_pool2d+relu", "local_response_norm"],
+    ),
+    "conv-bn-relu-pool": (
+        lambda: [conv(), stats(), nn.ReLU(True), pool()],
+        ["batch_norm_relu", "max_pool2d"],
+    ),
+    "towers": (lambda: [LocalResponseNorm(3, 0.5, groups=3), pool()], ["lrn_max_pool2d"]),
+    "pool-options": (
+        lambda: [nn.MaxPool2d((3, 2), (2, 1), padding=1, ceil_mode=True)],
+        ["max_pool2d"],
+    ),
+    "conv-options": (
+        lambda: [
+            nn.Conv2d(3, 8, (3, 5), (2, 1), (1, 0), bias=False),
+            nn.ReLU(),
+            conv(8, 8, groups=4),
+            nn.ReLU(),
+        ],
+        ["conv2d_relu"] * 2,
+    ),
+    "linear-relu-dropout": (
+        lambda: [nn.Flatten(), nn.Linear(507, 8), nn.ReLU(True), nn.Dropout(0.0), nn.Linear(8, 4), nn.ReLU()],
+        ["linear_relu_dropout"] * 2,
+    ),
+    "within-map": (
+        lambda: [conv(), WithinMapResponseNorm(3), pool()],
+        ["within_map_response_norm", "max_pool2d"],
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", RUNS)
+def test_run_of_children_is_one_op(case: str, training: bool, calls: list[str]) -> None:
+    children, ops = RUNS[case]
+    fused = FusedSequential(*children()).double().train(training)
+    assert_same_function(fused, plain(fused), image())
+    calls.clear()
+    fused(image())
+    assert calls == ops
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        lambda: [conv(dilation=2), nn.ReLU()],
+        lambda: [conv(padding_mode="reflect"), nn.ReLU()],
+        lambda: [conv(padding="same"), nn.ReLU()],
+        lambda: [nn.MaxPool2d(3, 2, dilation=2)],
+        lambda: [nn.MaxPool2d(17, 1, padding=8)],
+        lambda: [conv(), nn.LeakyReLU(0.1, inplace=True)],
+        lambda: [nn.ConvTranspose2d(3, 4, 3), nn.SELU()],
+        lambda: [nn.InstanceNorm2d(3), nn.AvgPool2d(3)],
+        lambda: [nn.Dropout(0.0, inplace=True)],
+    ],
+    ids="dilation padding_mode same-padding pool-dilation large-pool leaky transposed instance-norm inplace".split(),
+)
+def test_what_the_ops_do_not_cover_runs_by_itself(children: Callable[[], list], calls: list[str]) -> None:
+    fused = FusedSequential(*children()).double()
+    assert_same_function(fused, plain(fused), image())
+    assert calls == []
+
+
+def test_pool_behind_an_uncovered_conv_still_takes_the_relu(calls: list[str]) -> None:
+    fused = FusedSequential(conv(dilation=2), nn.ReLU(True), pool())
+    assert_same_function(fused, plain(fused), image())
+    assert calls == ["max_pool2d+relu"]
+
+
+def test_return_indices() -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), nn.MaxPool2d(3, 2, return_indices=True)).double()
+    x = image()
+    for a, b in zip(fused(x), plain(fused)(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3, 13, 13), (2, 3, 13)], ids=["unbatched-image", "sequence"])
+def test_inputs_of_other_ranks(shape: tuple[int, ...]) -> None:
+    children = [conv(), nn.ReLU(True), pool()] if shape[-1] == shape[-2] else [nn.ReLU(), lrn()]
+    fused = FusedSequential(*children)
+    assert_same_function(fused, plain(fused), torch.randn(shape, dtype=torch.float64))
+
+
+def test_integer_input(calls: list[str]) -> None:
+    x = torch.arange(-49, 49).reshape(1, 2, 7, 7)
+    assert torch.equal(FusedSequential(nn.ReLU(), pool())(x), F.max_pool2d(x.relu(), 3, 2))
+    assert calls == []
+
+
+class Doubled(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_subclass_of_a_known_type_runs_by_itself(calls: list[str]) -> None:
+    fused = FusedSequential(conv(), Doubled(), pool())
+    assert_same_function(fused, plain(fused), image())
+    assert calls == ["max_pool2d"]
+
+
+def doubled_output(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def negated_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (-args[0],)
+
+
+def tripled_gradient(module: nn.Module, grad_input: tuple, grad_output: tuple) -> tuple:
+    return tuple(None if g is None else 3 * g for g in grad_input)
+
+
+def tripled_output_gradient(module: nn.Module, grad_output: tuple) -> tuple:
+    return tuple(3 * g for g in grad_output)
+
+
+HOOKS = {
+    "forward": lambda child: child.register_forward_hook(doubled_output),
+    "forward-pre": lambda child: child.register_forward_pre_hook(negated_input),
+    "backward": lambda child: child.register_full_backward_hook(tripled_gradient),
+    "backward-pre": lambda child: child.register_full_backward_pre_hook(tripled_output_gradient),
+}
+
+
+@pytest.mark.parametrize("position", range(6), ids="conv relu lrn pool conv2 relu2".split())
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hook_on_a_child_acts_as_in_sequential(kind: str, position: int) -> None:
+    bare = FusedSequential(conv(), nn.ReLU(), lrn(), pool(), conv(8), nn.ReLU()).double()
+    fused = copy.deepcopy(bare)
+    x = image()
+    handle = HOOKS[kind](fused[position])
+    hooked = outcome(fused, x)
+    assert_same_function(fused, plain(fused), x)
+    assert any(not torch.allclose(a, b) for a, b in zip(hooked, outcome(bare, x), strict=True))
+    handle.remove()
+    assert_same_function(fused, bare, x)
+
+
+@pytest.mark.parametrize("position", range(6), ids="bn relu flatten linear relu2 dropout".split())
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hook_on_batch_norm_and_linear_children(kind: str, position: int) -> None:
+    fused = FusedSequential(
+        stats(), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 169, 6), nn.ReLU(), nn.Dropout(0.0)
+    ).double()
+    HOOKS[kind](fused[position])
+    assert_same_function(fused, plain(fused), image(8))
+
+
+def test_hook_counts_and_order() -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), lrn(), pool(), conv(8), nn.ReLU())
+    seen: list[str] = []
+    for name, child in fused.named_children():
+        child.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
+    fused(image().float())
+    assert seen == list("012345")
+
+
+def test_hook_on_a_conv_sees_what_precedes_the_relu() -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), conv(8), nn.ReLU())
+    seen: list[Tensor] = []
+    fused[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    x = image().float()
+    fused(x)
+    torch.testing.assert_close(seen[0], fused[0](x))
+    assert (seen[0] < 0).any()
+
+
+def test_inplace_relu_shows_in_what_a_hook_kept() -> None:
+    fused = FusedSequential(conv(), nn.ReLU(inplace=True), pool())
+    seen: list[Tensor] = []
+    fused[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        fused(image().float())
+    assert (seen[0] >= 0).all()
+
+
+def test_inplace_relu_at_the_start_overwrites_the_input(calls: list[str]) -> None:
+    x = image()
+    expected = F.max_pool2d(x.relu(), 3, 2)
+    torch.testing.assert_close(FusedSequential(nn.ReLU(inplace=True), pool())(x), expected)
+    assert (x >= 0).all()
+    assert calls == ["max_pool2d"]
+
+
+@pytest.mark.parametrize(
+    "after", [lambda: nn.ReLU(True), lambda: nn.LeakyReLU(0.2, True), lambda: nn.Hardtanh(-0.5, 0.5, True)]
+)
+@pytest.mark.parametrize(
+    "before", [pool, lrn, lambda: nn.Sequential(lrn(), pool())], ids=["pool", "lrn", "both"]
+)
+def test_inplace_activation_after_an_op(before: Callable, after: Callable) -> None:
+    first = before()
+    fused = FusedSequential(*(first if isinstance(first, nn.Sequential) else [first]), after())
+    assert_same_function(fused, plain(fused), image())
+
+
+@pytest.fixture
+def global_hook() -> Iterator[list[str]]:
+    seen: list[str] = []
+
+    def record(module: nn.Module, args: object, output: object) -> None:
+        seen.append(type(module).__name__)
+
+    handle = nn.modules.module.register_module_forward_hook(record)
+    yield seen
+    handle.remove()
+
+
+def test_global_forward_hook_sees_every_child(global_hook: list[str], calls: list[str]) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), pool())
+    fused(image().float())
+    assert global_hook == ["Conv2d", "ReLU", "MaxPool2d", "FusedSequential"]
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda seen: nn.modules.module.register_module_forward_pre_hook(lambda m, a: seen.append(m)),
+        lambda seen: nn.modules.module.register_module_full_backward_hook(lambda m, i, o: seen.append(m)),
+        lambda seen: nn.modules.module.register_module_full_backward_pre_hook(lambda m, o: seen.append(m)),
+    ],
+    ids=["forward-pre", "backward", "backward-pre"],
+)
+def test_other_global_hooks_see_every_child(register: Callable, calls: list[str]) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), pool())
+    seen: list[nn.Module] = []
+    handle = register(seen)
+    try:
+        fused(image().float().requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    assert {type(module).__name__ for module in seen} == {"Conv2d", "ReLU", "MaxPool2d", "FusedSequential"}
+    assert calls == []
+    fused(image().float())
+    assert calls == ["max_pool2d+relu"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrizations.weight_norm(layer),
+        lambda layer: parametrizations.spectral_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        pytest.param(
+            lambda layer: weight_norm(layer), marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+        ),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "old-weight_norm"],
+)
+def test_reparametrized_child(change: Callable[[nn.Module], None], calls: list[str]) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), conv(8), nn.ReLU()).eval()
+    change(fused[0])
+    x = image().float()
+    torch.testing.assert_close(fused(x), plain(fused)(x))
+    assert calls == ["conv2d_relu"]
+
+
+def test_patched_forward(calls: list[str]) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), pool())
+    fused[1].forward = torch.tanh
+    x = image().float()
+    torch.testing.assert_close(fused(x), pool()(fused[0](x).tanh()))
+    assert calls == ["max_pool2d"]
+    del fused[1].forward
+    calls.clear()
+    torch.testing.assert_close(fused(x), pool()(fused[0](x).relu()))
+    assert calls == ["max_pool2d+relu"]
+
+
+def test_compiled_child_runs_by_itself(calls: list[str], fresh_dynamo: None) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), pool())
+    fused[1].compile(backend="eager")
+    x = image().float()
+    torch.testing.assert_close(fused(x), pool()(fused[0](x).relu()))
+    assert calls == ["max_pool2d"]
+
+
+def test_replaced_children_count_at_once(calls: list[str]) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), pool()).double()
+    x = image()
+    fused(x)
+    for i, child in ((1, nn.Identity()), (1, nn.ReLU()), (2, nn.AvgPool2d(3, 2)), (0, conv()), (2, lrn())):
+        fused[i] = child.double()
+        assert_same_function(fused, plain(fused), x)
+    fused.append(pool())
+    fused.insert(0, nn.ReLU())
+    assert_same_function(fused, plain(fused), x)
+    del fused[2]
+    assert_same_function(fused, plain(fused), x)
+    fused[1].padding = (0, 0)
+    fused[1].stride = (2, 2)
+    assert_same_function(fused, plain(fused), x)
+
+
+def test_container_operations() -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), pool(), conv(8), nn.ReLU())
+    assert type(fused[:3]) is FusedSequential
+    assert [type(child) for child in fused[1:3]] == [nn.ReLU, nn.MaxPool2d]
+    assert list(FusedSequential(OrderedDict(a=conv(), b=nn.ReLU())).state_dict()) == ["a.weight", "a.bias"]
+    assert FusedSequential()(7) == 7
+    x = image().float()
+    torch.testing.assert_close(fused[3:](fused[:3](x)), fused(x))
+    pieces = nn.Sequential(nn.Sequential(*fused[:2]), nn.Sequential(*fused[2:]))
+    torch.testing.assert_close(pieces(x), fused(x))
+
+
+def test_missing_child_is_an_error_as_in_sequential() -> None:
+    fused = FusedSequential(nn.ReLU())
+    fused.add_module("1", None)
+    with pytest.raises(TypeError, match="not callable"):
+        fused(image())
+
+
+def test_copies(calls: list[str]) -> None:
+    fused = FusedSequential(conv(), nn.ReLU(), lrn(), pool(), Dropout(0.3, scale_at="inference")).eval()
+    x = image().float()
+    expected = fused(x)
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(fused),
+        pickle.loads(pickle.dumps(fused)),
+        torch.load(buffer, weights_only=False),
+    ):
+        calls.clear()
+        assert torch.equal(other(x), expected)
+        assert calls == ["lrn_max_pool2d+relu", "dropout"]
+
+
+class TestBatchNorm:
+    @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+    @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+    @pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+    def test_bookkeeping(self, momentum: float | None, affine: bool, tracked: bool, calls: list[str]) -> None:
+        norm = nn.BatchNorm2d(8, momentum=momentum, affine=affine, track_running_stats=tracked).double()
+        fused = FusedSequential(norm, nn.ReLU())
+        other = plain(copy.deepcopy(fused))
+        for training in (True, True, True, False, True, False):
+            x = 3 * image(8) + 1
+            fused.train(training)
+            other.train(training)
+            torch.testing.assert_close(fused(x), other(x))
+            for (name, a), b in zip(fused.named_buffers(), other.buffers(), strict=True):
+                torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+        assert calls == ["batch_norm_relu"] * 6
+
+    def test_tracking_switched_off_later(self) -> None:
+        fused = FusedSequential(stats(), nn.ReLU()).double()
+        fused[0].track_running_stats = False
+        assert_same_function(fused, plain(fused), image(8))
+        assert_same_function(fused.eval(), plain(fused), image(8))
+
+    def test_frozen_norm_in_a_training_container(self) -> None:
+        fused = FusedSequential(conv(), stats(), nn.ReLU(), pool()).double()
+        fused[1].eval()
+        assert_same_function(fused, plain(fused), image())
+
+
+class TestDropout:
+    def test_merged_with_its_linear(self, calls: list[str]) -> None:
+        fused = FusedSequential(nn.Linear(6, 4000), nn.ReLU(), nn.Dropout(0.25))
+        x = torch.randn(3, 6)
+        hidden = F.relu(fused[0](x))
+        out = fused(x)
+        assert calls == ["linear_relu_dropout"]
+        kept = out != 0
+        torch.testing.assert_close(out[kept], (hidden / 0.75)[kept])
+        assert 0.70 < (kept.sum() / (hidden > 0).sum()).item() < 0.80
+        assert not torch.equal(fused(x), out)
+        torch.testing.assert_close(fused.eval()(x), hidden)
+
+    @pytest.mark.parametrize("merged", [True, False], ids=["merged", "alone"])
+    def test_scaling_at_inference(self, merged: bool) -> None:
+        first = [nn.Linear(6, 4000), nn.ReLU()] if merged else [nn.Linear(6, 4000), nn.Hardtanh(0, 100)]
+        fused = FusedSequential(*first, Dropout(0.25, scale_at="inference"))
+        x = torch.randn(3, 6)
+        hidden = F.relu(fused[0](x))
+        out = fused(x)
+        kept = out != 0
+        torch.testing.assert_close(out[kept], hidden[kept])
+        assert 0.70 < (kept.sum() / (hidden > 0).sum()).item() < 0.80
+        torch.testing.assert_close(fused.eval()(x), 0.75 * hidden)
+
+    def test_its_own_mode_counts(self) -> None:
+        fused = FusedSequential(nn.Linear(6, 4000), nn.ReLU(), nn.Dropout(0.5)).eval()
+        fused[2].train()
+        assert (fused(torch.randn(3, 6)) == 0).float().mean() > 0.6
+
+    def test_alone_in_evaluation_passes_its_input_on(self) -> None:
+        x = torch.randn(3, 6)
+        assert FusedSequential(nn.Dropout()).eval()(x) is x
+        assert Dropout().eval()(x) is x
+
+    def test_repeats_with_torch_seed(self) -> None:
+        fused = FusedSequential(nn.Linear(6, 100), nn.ReLU(), nn.Dropout(), nn.Dropout())
+        x = torch.randn(3, 6)
+        torch.manual_seed(5)
+        first = fused(x)
+        torch.manual_seed(5)
+        assert torch.equal(fused(x), first)
+
+    def test_hook_splits_it_off(self, calls: list[str]) -> None:
+        fused = FusedSequential(nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.0))
+        fused[2].register_forward_hook(doubled_output)
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(fused(x), 2 * F.relu(fused[0](x)))
+        assert len(calls) == 1
+
+    def test_refusals(self) -> None:
+        with pytest.raises(ValueError, match=r'scale_at must be "training" or "inference", got "?\'?test'):
+            Dropout(0.5, scale_at="test")
+        with pytest.raises(ValueError, match="probability"):
+            Dropout(1.5)
+
+
+class TestModules:
+    def test_local_response_norm(self) -> None:
+        x = image(6)
+        norm = LocalResponseNorm(5, alpha=0.5, beta=0.75, k=2.0, groups=2)
+        halves = [F.local_response_norm(half, 5, 0.5, 0.75, 2.0) for half in x.chunk(2, 1)]
+        torch.testing.assert_close(norm(x), torch.cat(halves, 1))
+        torch.testing.assert_close(LocalResponseNorm(3, 0.5)(x), nn.LocalResponseNorm(3, 0.5)(x))
+        assert isinstance(norm, nn.LocalResponseNorm)
+        assert (norm.size, norm.alpha, norm.beta, norm.k, norm.groups) == (5, 0.5, 0.75, 2.0, 2)
+        assert repr(norm) == "LocalResponseNorm(5, alpha=0.5, beta=0.75, k=2.0, groups=2)"
+        assert repr(LocalResponseNorm(5)) == repr(nn.LocalResponseNorm(5))
+        with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+            LocalResponseNorm(5, groups=0)
+
+    def test_within_map_response_norm(self) -> None:
+        x = 30 * image(4)
+        scale = 1.5 + 0.25 * F.avg_pool2d(x * x, 3, 1, 1, count_include_pad=True)
+        norm = WithinMapResponseNorm(3, alpha=0.25, beta=0.75, k=1.5)
+        torch.testing.assert_close(norm(x), x / scale**0.75)
+        assert repr(norm) == "WithinMapResponseNorm(3, alpha=0.25, beta=0.75, k=1.5)"
+        defaults = WithinMapResponseNorm(5)
+        assert (defaults.alpha, defaults.beta, defaults.k) == (1e-3, 0.75, 1.0)
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(conv(), nn.ReLU(True), lrn(), pool(), conv(8), stats(), nn.ReLU(True), pool()),
+        nn.Flatten(),
+        nn.Sequential(nn.Dropout(), nn.Linear(32, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 4)),
+    )
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+class TestTracing:
+    def test_compile_takes_the_whole_graph(self) -> None:
+        fused = fuse(small_net()).eval()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        x = image().float()
+        torch.testing.assert_close(compiled(x), fused(x))
+        (a,) = torch.autograd.grad(compiled(x).square().sum(), fused[0][0].weight)
+        (b,) = torch.autograd.grad(fused(x).square().sum(), fused[0][0].weight)
+        torch.testing.assert_close(a, b)
+
+    def test_compiled_container_notices_hooks_and_replacements(self) -> None:
+        fused = FusedSequential(conv(), nn.ReLU(), pool())
+        compiled = torch.compile(fused, fullgraph=True, backend="eager")
+        x = image().float()
+        expected = pool()(fused[0](x).relu())
+        torch.testing.assert_close(compiled(x), expected)
+        handle = fused[1].register_forward_hook(doubled_output)
+        torch.testing.assert_close(compiled(x), 2 * expected)
+        handle.remove()
+        torch.testing.assert_close(compiled(x), expected)
+        fused[1] = nn.Identity()
+        torch.testing.assert_close(compiled(x), pool()(fused[0](x)))
+
+    def test_compiled_training_step(self) -> None:
+        fused = fuse(small_net())
+        for child in fused[2]:
+            if isinstance(child, nn.Dropout):
+                child.p = 0.0
+        other = copy.deepcopy(fused)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        x = image().float()
+        torch.testing.assert_close(compiled(x), other(x))
+        for a, b in zip(fused.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_export_keeps_the_fused_ops(self, strict: bool) -> None:
+        fused = fuse(small_net()).eval()
+        x = image().float()
+        batch = {0: torch.export.Dim("batch", min=1, max=64)}
+        program = torch.export.export(fused, (x,), dynamic_shapes=(batch,), strict=strict)
+        torch.testing.assert_close(program.module()(x), fused(x))
+        x = torch.cat([x, x, x])
+        torch.testing.assert_close(program.module()(x), fused(x))
+
+    def test_symbolic_trace_sees_the_children(self) -> None:
+        fused = FusedSequential(
+            conv(), nn.ReLU(), LocalResponseNorm(5), pool(), WithinMapResponseNorm(3)
+        ).eval()
+        traced = torch.fx.symbolic_trace(fused)
+        x = image().float()
+        torch.testing.assert_close(traced(x), fused(x))
+
+
+class TestFuse:
+    def test_undone_exactly(self) -> None:
+        model = small_net().eval()
+        before = [(name, id(part), type(part)) for name, part in model.named_modules()]
+        keys, text = list(model.state_dict()), repr(model)
+        x = image().float()
+        expected = model(x)
+        assert fuse(model) is model
+        assert [type(part) for part in model.modules() if isinstance(part, nn.Sequential)] == [
+            FusedSequential
+        ] * 3
+        assert list(model.state_dict()) == keys
+        torch.testing.assert_close(model(x), expected)
+        assert fuse(fuse(model)) is model
+        assert unfuse(model) is model
+        assert [(name, id(part), type(part)) for name, part in model.named_modules()] == before
+        assert repr(model) == text
+        assert torch.equal(model(x), expected)
+
+    def test_runs_the_ops(self, calls: list[str]) -> None:
+        fuse(small_net()).eval()(image().float())
+        assert calls == [
+            "lrn_max_pool2d+relu",
+            "batch_norm_relu",
+            "max_pool2d",
+            "linear_relu_dropout",
+        ]
+
+    def test_hooks_and_references_stay(self) -> None:
+        model = small_net().eval()
+        inner, seen = model[0], []
+        inner.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+        fuse(model)(image().float())
+        assert model[0] is inner
+        assert seen == [FusedSequential]
+
+    def test_subclasses_stay(self) -> None:
+        class Residual(nn.Sequential):
+            def forward(self, input: Tensor) -> Tensor:
+                return input + super().forward(input)
+
+        model = fuse(nn.Sequential(Residual(conv(3, 3), nn.ReLU())))
+        assert type(model[0]) is Residual
+        assert type(model) is FusedSequential
+
+    def test_model_without_containers(self) -> None:
+        layer = nn.Linear(2, 2)
+        assert fuse(layer) is layer
+        assert type(layer) is nn.Linear
+
+    @pytest.mark.parametrize("function", [fuse, unfuse])
+    def test_refuses_what_is_no_module(self, function: Callable) -> None:
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got list"):
+            function([nn.ReLU()])
+
+    def test_same_training_step(self) -> None:
+        model = small_net()
+        for child in model.modules():
+            if isinstance(child, nn.Dropout):
+                child.p = 0.0
+        assert_same_function(fuse(copy.deepcopy(model)), model, image())
+
+
+class LPIPSFeatures(nn.Module):
+    """The package lpips re-parents AlexNet's features so."""
+
+    def __init__(self, features: nn.Sequential) -> None:
+        super().__init__()
+        slices = [(0, 2), (2, 5), (5, 8), (8, 10), (10, 12)]
+        for i, (start, stop) in enumerate(slices, 1):
+            part = nn.Sequential()
+            for j in range(start, stop):
+                part.add_module(str(j), features[j])
+            setattr(self, f"slice{i}", part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for i in range(1, 6):
+            x = getattr(self, f"slice{i}")(x)
+            outputs.append(F.normalize(x, dim=1).mean((2, 3)))
+        return torch.cat(outputs, 1)
+
+
+def results(model: nn.Module, x: Tensor) -> list[Tensor]:
+    out = model(x)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
+
+
+class TestTorchvision:
+    @pytest.mark.parametrize("name", ["alexnet", "vgg16", "vgg16_bn"])
+    def test_same_outputs_and_gradients(self, name: str, calls: list[str]) -> None:
+        models = pytest.importorskip("torchvision.models")
+        with torch.device("meta"):
+            model = getattr(models, name)(num_classes=5)
+        if name == "alexnet":
+            model.classifier[1] = nn.Linear(256 * 36, 64)
+            model.classifier[4] = nn.Linear(64, 64)
+            model.classifier[6] = nn.Linear(64, 5)
+        else:
+            model = model.features
+        model = model.to_empty(device="cpu").double().eval()
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                layer.reset_parameters()
+        x = torch.randn(2, 3, 95 if name == "alexnet" else 32, 64, dtype=torch.float64, requires_grad=True)
+        expected = results(model, x)
+        assert calls == []
+        fused = results(fuse(model), x)
+        again = results(unfuse(model), x)
+        assert (
+            set(calls)
+            == {
+                "alexnet": {"conv2d_relu", "max_pool2d+relu", "linear_relu_dropout"},
+                "vgg16": {"conv2d_relu", "max_pool2d+relu"},
+                "vgg16_bn": {"batch_norm_relu", "max_pool2d"},
+            }[name]
+        )
+        for a, b, c in zip(expected, fused, again, strict=True):
+            largest = a.abs().max().item()
+            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9 * largest)
+            assert torch.equal(c, a)
+
+    def test_lpips(self, calls: list[str]) -> None:
+        models = pytest.importorskip("torchvision.models")
+        with torch.device("meta"):
+            features = models.alexnet().features
+        features.to_empty(device="cpu")
+        for layer in features:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+        model = LPIPSFeatures(features).double()
+        other = fuse(copy.deepcopy(model))
+        assert_same_function(other, model, torch.randn(1, 3, 80, 64, dtype=torch.float64))
+        assert calls == ["conv2d_relu", *["max_pool2d", "conv2d_relu"] * 2, "conv2d_relu", "conv2d_relu"]
