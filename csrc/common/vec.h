@@ -62,13 +62,48 @@ inline V load_raw(const P* p) {
   return v;
 }
 
+// Unsigned integers of 1 or 2 bytes, widened to 4 or 8 byte lanes, and back. Compilers do not find these instructions
+// behind __builtin_convertvector.
+template <class Wide, class Narrow>
+inline Vec<Wide> widen(const Narrow* p) {
+  [[maybe_unused]] constexpr int from = sizeof(Narrow), to = sizeof(Wide);
+#if defined(__AVX512F__)
+  if constexpr (from == 2 && to == 4) return (Vec<Wide>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  if constexpr (from == 1 && to == 4) return (Vec<Wide>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (from == 1 && to == 8) return (Vec<Wide>)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__AVX2__)
+  if constexpr (from == 2 && to == 4) return (Vec<Wide>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (from == 1 && to == 4) return (Vec<Wide>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (from == 1 && to == 8) return (Vec<Wide>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(load_raw<int>(p)));
+#else
+  Vec<Wide> v;
+  for (int i = 0; i < int(sizeof(v) / to); ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+template <class Narrow, class V>
+inline void narrow(Narrow* p, V v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) {
+    __m256i words = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    if constexpr (sizeof(Narrow) == 1) words = _mm256_packus_epi16(words, words);
+    // Each 128-bit half holds its own lanes.
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    const __m128i all = sizeof(Narrow) == 2 ? _mm_unpacklo_epi64(low, high) : _mm_unpacklo_epi32(low, high);
+    __builtin_memcpy(p, &all, sizeof(Narrow) * 8);
+    return;
+  }
+#endif
+  constexpr int n = int(sizeof(v) / sizeof(v[0]));
+  const auto values = __builtin_convertvector(v, typename VecOf<Narrow, n>::type);
+  __builtin_memcpy(p, &values, sizeof(values));
+}
+
 template <class T>
 inline Vec<acc_t<T>> load(const T* p) {
-  constexpr int n = kLanes<acc_t<T>>;
   if constexpr (std::is_same_v<T, bf16>) {
-    auto bits = load_raw<typename VecOf<uint16_t, n>::type>(p);
-    auto wide = __builtin_convertvector(bits, Vec<uint32_t>) << 16;
-    return (Vec<float>)wide;
+    return (Vec<float>)(widen<uint32_t>(reinterpret_cast<const uint16_t*>(p)) << 16);
   } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -76,11 +111,11 @@ inline Vec<acc_t<T>> load(const T* p) {
     return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     Vec<float> v;
-    for (int i = 0; i < n; ++i) v[i] = float(p[i]);
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = float(p[i]);
     return v;
 #endif
   } else if constexpr (std::is_same_v<T, uint8_t>) {
-    return __builtin_convertvector(load_raw<typename VecOf<uint8_t, n>::type>(p), Vec<float>);
+    return __builtin_convertvector(widen<int32_t>(p), Vec<float>);
   } else {
     return load_raw<Vec<T>>(p);
   }
@@ -88,22 +123,20 @@ inline Vec<acc_t<T>> load(const T* p) {
 
 template <class T>
 inline void store(T* p, Vec<acc_t<T>> v) {
-  constexpr int n = kLanes<acc_t<T>>;
   if constexpr (std::is_same_v<T, bf16>) {
     auto bits = (Vec<uint32_t>)v;
     auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     auto is_nan = (v != v);
     Vec<uint32_t> nan = Vec<uint32_t>{} + 0x7fc0u;
     rounded = is_nan ? nan : rounded;
-    auto narrow = __builtin_convertvector(rounded, typename VecOf<uint16_t, n>::type);
-    __builtin_memcpy(p, &narrow, sizeof(narrow));
+    narrow(reinterpret_cast<uint16_t*>(p), rounded);
   } else if constexpr (std::is_same_v<T, f16>) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (int i = 0; i < n; ++i) p[i] = f16(v[i]);
+    for (int i = 0; i < kLanes<float>; ++i) p[i] = f16(v[i]);
 #endif
   } else {
     __builtin_memcpy(p, &v, sizeof(v));
@@ -129,12 +162,11 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int count) {
 // Window positions travel as bytes.
 template <class A>
 inline IntVec<A> load_bytes(const uint8_t* p) {
-  return __builtin_convertvector(load_raw<typename VecOf<uint8_t, kLanes<A>>::type>(p), IntVec<A>);
+  return widen<lane_int_t<A>>(p);
 }
 template <class A>
 inline void store_bytes(uint8_t* p, IntVec<A> v) {
-  auto narrow = __builtin_convertvector(v, typename VecOf<uint8_t, kLanes<A>>::type);
-  __builtin_memcpy(p, &narrow, sizeof(narrow));
+  narrow(p, v);
 }
 
 // Calls body(offset, count) over [0, n) in steps of a register; full steps get the count as a constant.
@@ -202,6 +234,19 @@ inline Vec<double> vsqrt(Vec<double> v) {
   for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
   return v;
 #endif
+}
+
+// 1 / sqrt(v), as exact as a division; 0 and infinity included.
+template <class V>
+inline V vrsqrt(V v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    const V guess = (V)_mm512_rsqrt14_ps((__m512)v);
+    const V better = guess * (1.5f - 0.5f * v * guess * guess);  // Newton's step, NaN where the guess is 0 or infinite
+    return better != better ? guess : better;
+  }
+#endif
+  return 1 / vsqrt(v);
 }
 
 // relu as torch defines it: NaN stays.

@@ -19,71 +19,51 @@ inline Dropout make_dropout(double p, double scale, int64_t seed, int64_t offset
 
 namespace ALEXNET_ISA {
 
-constexpr int kQuads = kVecBytes / 4;  // counters worked on together
+constexpr int kQuads = kVecBytes / 8;  // counters worked on together, each word in the low half of a 64-bit lane
 using U32 = Vec<uint32_t>;
+using U64 = Vec<uint64_t>;
 
-// The high and low halves of a * m, lane by lane.
-inline void multiply(U32 a, uint32_t m, U32& high, U32& low) {
+// The products of the lanes' low halves with m.
+inline U64 multiply_low(U64 a, uint32_t m) {
 #if defined(__AVX512F__)
-  const __m512i factor = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  low = (U32)_mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
-  high = (U32)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+  return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
-  const __m256i factor = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
-  low = (U32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  high = (U32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  return (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #else
-  for (int i = 0; i < kQuads; ++i) {
-    const uint64_t product = uint64_t(a[i]) * m;
-    high[i] = uint32_t(product >> 32);
-    low[i] = uint32_t(product);
-  }
+  return (a & 0xffffffffu) * uint64_t(m);
 #endif
 }
 
 // The words of 4 * kQuads elements from element 4 * quad on, in the elements' order.
 inline void philox_words(const Dropout& d, uint64_t quad, uint32_t* words) {
-  U32 c0, c1;
-  for (int i = 0; i < kQuads; ++i) {
-    c0[i] = uint32_t(quad + i);
-    c1[i] = uint32_t((quad + i) >> 32);
-  }
-  U32 c2 = U32{} + uint32_t(d.offset), c3 = U32{} + uint32_t(d.offset >> 32);
+  U64 c0;
+  for (int i = 0; i < kQuads; ++i) c0[i] = quad + i;
+  // The halves above a word hold rubbish throughout: nothing reads them.
+  U64 c1 = c0 >> 32, c2 = U64{} + d.offset, c3 = c2 >> 32;
   uint32_t k0 = uint32_t(d.seed), k1 = uint32_t(d.seed >> 32);
   for (int round = 0; round < Philox::kRounds; ++round) {
-    U32 high0, low0, high1, low1;
-    multiply(c0, Philox::kMultiplier0, high0, low0);
-    multiply(c2, Philox::kMultiplier1, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c2 = high0 ^ c3 ^ k1;
-    c1 = low1;
-    c3 = low0;
+    const U64 p0 = multiply_low(c0, Philox::kMultiplier0), p1 = multiply_low(c2, Philox::kMultiplier1);
+    c0 = (p1 >> 32) ^ c1 ^ uint64_t(k0);
+    c2 = (p0 >> 32) ^ c3 ^ uint64_t(k1);
+    c1 = p1;
+    c3 = p0;
     k0 += Philox::kWeyl0;
     k1 += Philox::kWeyl1;
   }
-  // Lane i of (c0, c1, c2, c3) belongs to elements 4 i ... 4 i + 3: transpose.
+  const U64 first = (c0 & 0xffffffffu) | (c1 << 32), second = (c2 & 0xffffffffu) | (c3 << 32);
 #if defined(__AVX512F__)
-  const __m512i a = _mm512_unpacklo_epi32((__m512i)c0, (__m512i)c1), b = _mm512_unpackhi_epi32((__m512i)c0, (__m512i)c1);
-  const __m512i c = _mm512_unpacklo_epi32((__m512i)c2, (__m512i)c3), e = _mm512_unpackhi_epi32((__m512i)c2, (__m512i)c3);
-  const __m512i q0 = _mm512_unpacklo_epi64(a, c), q1 = _mm512_unpackhi_epi64(a, c);
-  const __m512i q2 = _mm512_unpacklo_epi64(b, e), q3 = _mm512_unpackhi_epi64(b, e);
-  // q_r holds elements of counters r, r + 4, r + 8, r + 12, one in each 128-bit part.
-  const __m512i s0 = _mm512_shuffle_i32x4(q0, q1, 0x44), s1 = _mm512_shuffle_i32x4(q0, q1, 0xEE);
-  const __m512i s2 = _mm512_shuffle_i32x4(q2, q3, 0x44), s3 = _mm512_shuffle_i32x4(q2, q3, 0xEE);
-  _mm512_storeu_si512(words, _mm512_shuffle_i32x4(s0, s2, 0x88));
-  _mm512_storeu_si512(words + 16, _mm512_shuffle_i32x4(s0, s2, 0xDD));
-  _mm512_storeu_si512(words + 32, _mm512_shuffle_i32x4(s1, s3, 0x88));
-  _mm512_storeu_si512(words + 48, _mm512_shuffle_i32x4(s1, s3, 0xDD));
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(words, _mm512_permutex2var_epi64((__m512i)first, low, (__m512i)second));
+  _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64((__m512i)first, high, (__m512i)second));
+#elif defined(__AVX2__)
+  const __m256i even = _mm256_unpacklo_epi64((__m256i)first, (__m256i)second);
+  const __m256i odd = _mm256_unpackhi_epi64((__m256i)first, (__m256i)second);
+  _mm256_storeu_si256((__m256i*)words, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256((__m256i*)(words + 8), _mm256_permute2x128_si256(even, odd, 0x31));
 #else
   for (int i = 0; i < kQuads; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
+    const uint64_t pair[2] = {first[i], second[i]};
+    for (int j = 0; j < 4; ++j) words[4 * i + j] = uint32_t(pair[j / 2] >> (j % 2 * 32));
   }
 #endif
 }

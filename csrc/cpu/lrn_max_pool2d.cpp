@@ -114,19 +114,23 @@ void forward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(a.input);
   T* output = static_cast<T*>(a.output);
   const int64_t channels = a.C / a.groups, pixels = a.H * a.W;
-  std::vector<A> plane(pixels), best(a.OW);
+  PlaneRows<A> rows(a.pool, a.W, a.OW);
   for (int64_t task = begin; task < end; ++task) {
     const Block b = block_of(a, task);
     const int64_t first_plane = b.image * a.C + b.tower * channels;
     const Planes<T, kRelu> planes{a.lrn, input + first_plane * pixels, channels, pixels};
     for (int64_t c = b.first; c < b.last; ++c) {
-      for_lanes<A>(pixels, [&](int64_t p, auto count) {
-        const Vec<A> y = planes.input(c, p, count) * pow_minus_beta(planes.scale(c, p, count), a.lrn.beta);
-        store_n(&plane[p], y, count);
-      });
+      rows.new_plane();
+      const auto fill = [&](int64_t y, A* to) {
+        for_lanes<A>(a.W, [&](int64_t x, auto count) {
+          const int64_t p = y * a.W + x;
+          const Vec<A> s = planes.scale(c, p, count);
+          store_n(to + x, planes.input(c, p, count) * pow_minus_beta(s, a.lrn.beta), count);
+        });
+      };
       for (int64_t oh = 0; oh < a.OH; ++oh) {
         const int64_t at = ((first_plane + c) * a.OH + oh) * a.OW;
-        pool_row_plane<false>(a.pool, a.H, a.W, oh, a.OW, plane.data(), output + at, a.argmax + at, best.data());
+        rows.template pool_row<false>(a.H, oh, a.OW, fill, output + at, a.argmax + at);
       }
     }
   }

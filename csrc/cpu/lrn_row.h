@@ -22,8 +22,8 @@ namespace ALEXNET_ISA {
 template <class V>
 inline V pow_minus_beta(V s, double beta) {
   if (beta == 0.75) {
-    const V root = vsqrt(s);
-    return 1 / (root * vsqrt(root));
+    const V inverse = vrsqrt(s);
+    return inverse * vsqrt(inverse);
   }
   for (int i = 0; i < int(sizeof(V) / sizeof(s[0])); ++i) s[i] = std::pow(s[i], decltype(+s[0])(-beta));
   return s;

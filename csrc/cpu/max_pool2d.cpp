@@ -36,12 +36,17 @@ void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
     }
     return;
   }
-  std::vector<acc_t<T>> best(a.OW);
+  using A = acc_t<T>;
+  PlaneRows<A> rows(a.pool, a.W, a.OW);
   for (int64_t plane = begin; plane < end; ++plane) {
+    rows.new_plane();
+    const auto fill = [&](int64_t y, A* to) {
+      const T* from = input + (plane * a.H + y) * a.W;
+      for_lanes<A>(a.W, [&](int64_t x, auto count) { store_n(to + x, load_n(from + x, count), count); });
+    };
     for (int64_t oh = 0; oh < a.OH; ++oh) {
       const int64_t at = (plane * a.OH + oh) * a.OW;
-      pool_row_plane<kRelu>(a.pool, a.H, a.W, oh, a.OW, input + plane * a.H * a.W, output + at, a.argmax + at,
-                            best.data());
+      rows.template pool_row<kRelu>(a.H, oh, a.OW, fill, output + at, a.argmax + at);
     }
   }
 }
