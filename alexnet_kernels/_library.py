@@ -9,6 +9,18 @@ import torch
 
 PATH = Path(__file__).with_name("_C.so")
 NAMESPACE = "alexnet_kernels"
+OPS = (
+    "conv2d_relu",
+    "max_pool2d",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "within_map_response_norm",
+    "batch_norm_relu",
+    "dropout",
+    "linear_relu_dropout",
+    "sgd_step",
+    "augment",
+)
 
 
 def _load() -> str | None:
@@ -26,11 +38,13 @@ REASON = _load()
 LOADED = REASON is None
 
 
-def has_kernel(op: str, dispatch_key: str) -> bool:
-    """Whether the library holds a kernel of the op for a dispatch key such as "CPU" or "CUDA"."""
-    if not LOADED:
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", dispatch_key)
+# (op, dispatch key) of every kernel: a plain set, which torch.compile reads as a constant.
+KERNELS = frozenset(
+    (op, key)
+    for op in OPS
+    for key in ("CPU", "CUDA")
+    if LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+)
 
 
 def status() -> dict[str, Any]:
@@ -40,5 +54,5 @@ def status() -> dict[str, Any]:
         "loaded": LOADED,
         "reason": REASON,
         "isa": torch.ops.alexnet_kernels.isa() if LOADED else None,
-        "cuda_built": has_kernel("local_response_norm", "CUDA"),
+        "cuda_built": ("local_response_norm", "CUDA") in KERNELS,
     }

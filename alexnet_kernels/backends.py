@@ -7,7 +7,8 @@
     "native"  PyTorch's own operators (oneDNN, cuDNN)
 
 In order of precedence: an op's `backend=`, `use_backend` or `set_backend`, the environment variable
-ALEXNET_KERNELS_BACKEND, "auto". Asking for a backend that can't run is an error.
+ALEXNET_KERNELS_BACKEND, "auto". Asking for a backend that can't run is an error. Inside torch.func's transforms (vmap,
+grad, jvp) and forward-mode differentiation every op is "native".
 """
 
 from __future__ import annotations
@@ -17,25 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from alexnet_kernels import _library
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
-OPS = (
-    "conv2d_relu",
-    "max_pool2d",
-    "local_response_norm",
-    "lrn_max_pool2d",
-    "within_map_response_norm",
-    "batch_norm_relu",
-    "dropout",
-    "linear_relu_dropout",
-    "sgd_step",
-    "augment",
-)
-
-
 def _check(name: str, source: str = "backend") -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}={name!r}: one of {', '.join(map(repr, BACKENDS))} expected")
@@ -75,7 +64,7 @@ def unavailable(op: str, backend: str) -> str | None:
         return "there are no Triton kernels in this version"
     if not _library.LOADED:
         return str(_library.REASON)
-    if not _library.has_kernel(op, backend.upper()):
+    if not (op, backend.upper()) in _library.KERNELS:
         return "the native library was built without CUDA kernels" if backend == "cuda" else "there is no such kernel"
     return None
 
@@ -83,11 +72,11 @@ def unavailable(op: str, backend: str) -> str | None:
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
     name = _current if backend is None else _check(backend)
-    if name == "native":
-        return name
+    if name == "native" or is_transformed():
+        return "native"
     device = tensor.device.type
     if name == "auto":
-        return device if device in ("cpu", "cuda") and _library.has_kernel(op, device.upper()) else "native"
+        return device if (op, device.upper()) in _library.KERNELS else "native"
     if reason := unavailable(op, name):
         raise RuntimeError(f"{op}: backend {name!r} is not available: {reason}")
     if name != device and name in ("cpu", "cuda"):
@@ -95,7 +84,14 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
     return name
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, of which only PyTorch's own operators know."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def report() -> list[dict[str, Any]]:
     """For every op, its backends, each "available" or the reason why not."""
     names = [name for name in BACKENDS if name != "auto"]
-    return [{"op": op, "backends": {name: unavailable(op, name) or "available" for name in names}} for op in OPS]
+    return [{"op": op, "backends": {name: unavailable(op, name) or "available" for name in names}} for op in _library.OPS]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from alexnet_kernels.backends import is_transformed
 from alexnet_kernels.ops import (
     batch_norm_relu,
     conv2d_relu,
@@ -25,7 +26,7 @@ from alexnet_kernels.ops import (
     within_map_response_norm,
 )
 
-__all__ = ["Dropout", "FusedSequential", "LocalResponseNorm", "WithinMapResponseNorm"]
+__all__ = ["AdaptiveAvgPool2d", "Dropout", "FusedSequential", "LocalResponseNorm", "WithinMapResponseNorm"]
 
 # torch.fx records a call of these instead of tracing into it.
 for _name in ("dropout", "local_response_norm", "within_map_response_norm"):
@@ -88,6 +89,13 @@ class WithinMapResponseNorm(nn.Module):
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """torch's, which hands its input on where that has the output's size already."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if tuple(input.shape[-2:]) == self.output_size else super().forward(input)
+
+
 class Dropout(nn.Dropout):
     """Sets each element to zero with probability p in training; any shape.
 
@@ -132,12 +140,13 @@ class FusedSequential(nn.Sequential):
     torch.nn's or this module's, the op covers its arguments (no dilation, padding_mode or string padding, no
     return_indices), the tensor that reaches it is one the op takes, and nothing of the user's sits on it: a
     forward, forward-pre, backward or backward-pre hook, a global module hook, a parametrization, a forward
-    of its own, or a compiled call. Every other child is called by itself. Dropout's masks come from the ops'
-    stream, not from torch.nn.Dropout's.
+    of its own, or a compiled call. Every other child is called by itself, and every child inside torch.func
+    transforms and forward-mode differentiation. Dropout's masks come from the ops' stream, not from
+    torch.nn.Dropout's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if _has_global_hooks():
+        if _has_global_hooks() or is_transformed():
             return super().forward(input)
         children = list(self._modules.values())
         kinds = _kinds(children)
@@ -231,7 +240,7 @@ def _area(kernel_size: int | tuple[int, ...]) -> int:
 def _run_length(kinds: str, i: int) -> int:
     """Children of the run that starts at i; 0 where child i is called by itself."""
     if kinds.startswith(("CRP", "CRNP"), i):
-        return 0
+        return 1
     for run in _RUNS:
         if kinds.startswith(run, i):
             return len(run)
@@ -255,9 +264,9 @@ def _takes(run: str, x: object) -> bool:
 def _compute(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     if run == "R":
         return F.relu(x)
-    if run == "CR":
+    if run in ("CR", "C"):
         conv = children[0]
-        return conv2d_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.groups)
+        return conv2d_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.groups, relu=run == "CR")
     if run == "BR":
         return _batch_norm_relu(children[0], x)
     if run == "D":

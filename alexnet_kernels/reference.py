@@ -303,7 +303,11 @@ def dropout(
         return input if scale_at == "training" else input * (1 - p)
     keep = dropout_keep(input.shape, p, seed, offset, shard, input.device)
     scale = 1 / (1 - p) if scale_at == "training" and p < 1 else 1.0
-    return torch.where(keep, input * scale, torch.zeros_like(input))
+    scaled = input * scale
+    drop = torch.empty_like(scaled, dtype=torch.bool).copy_(
+        ~keep
+    )  # in the input's memory format, and so the result
+    return torch.where(drop, torch.zeros_like(scaled), scaled)
 
 
 def linear_relu_dropout(
@@ -382,7 +386,7 @@ def sgd_step(
 def augment(
     images: Tensor,
     crops: Tensor,
-    size: Sequence[int],
+    size: int | Sequence[int],
     flips: Tensor | None = None,
     color_shift: Tensor | None = None,
     mean: Tensor | None = None,
@@ -393,14 +397,15 @@ def augment(
 ) -> Tensor:
     """Crop, flip, shift the colours, subtract the mean, scale: `out = (crop + color_shift - mean) * scale`.
 
-    images uint8 [N, H, W, 3]; crops int64 [N, 2], each (top, left); size (h, w); flips bool [N], left to
-    right; color_shift [N, 3], in the images' units of 0..255; scale a number or [3]. mean is [3], or [3, H,
-    W], subtracted at the image's own places, or [3, h, w], subtracted at the output's: the two differ under a
-    flip, and the former is meant where H = h and W = w. out [N, 3, h, w] of `dtype` in `memory_format`.
+    images uint8 [N, H, W, 3]; crops int64 [N, 2], each (top, left); size (h, w) or one number; flips bool
+    [N], left to right; color_shift [N, 3], in the images' units of 0..255; scale a number or [3]. mean is
+    [3], or [3, H, W], subtracted at the image's own places, or [3, h, w], subtracted at the output's: the two
+    differ under a flip, and the former is meant where H = h and W = w. out [N, 3, h, w] of `dtype` in
+    `memory_format`.
     Source: Krizhevsky et al. 2012, section 4.1.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    height, width = size
+    height, width = _pair(size)
     x = images.permute(0, 3, 1, 2).to(compute)
     at_image = mean is not None and mean.dim() == 3 and mean.shape[1:] == images.shape[1:3]
     if at_image:

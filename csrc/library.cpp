@@ -50,13 +50,15 @@ STABLE_TORCH_LIBRARY(alexnet_kernels, m) {
   m.def(
       "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int groups, bool relu) "
       "-> Tensor");
+  m.def("space_to_depth(Tensor input, int block, int[2] padding, int[2] size, ScalarType dtype) -> Tensor");
+  m.def("depth_to_space(Tensor input, int block, int[2] padding, int[2] size, ScalarType dtype) -> Tensor");
   m.def("relu_dropout_backward(Tensor grad, Tensor output, float scale) -> Tensor");
 
   m.def(
       "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool relu) "
       "-> (Tensor output, Tensor argmax)");
   m.def(
-      "max_pool2d_backward(Tensor grad, Tensor output, Tensor argmax, int[] input_size, int[2] kernel_size, "
+      "max_pool2d_backward(Tensor grad, Tensor? output, Tensor argmax, int[] input_size, int[2] kernel_size, "
       "int[2] stride, int[2] padding, bool relu) -> Tensor");
 
   m.def(

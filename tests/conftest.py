@@ -5,20 +5,25 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from alexnet_kernels import backends
+
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = {"cpu": ["cpu", "native"], "cuda": ["cuda", "triton", "native"]}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped without one)")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that take `device` on each device, and those that take `backend` on each of its backends."""
+    """Run tests that take `device` on each device, and those that take `backend` on each of its backends.
+
+    Of tests/ops/test_<op>.py, a CUDA backend that the installation lacks is skipped, with the reason.
+    """
+    op = metafunc.module.__name__.rpartition("test_")[2]
 
     def on(device: str, *values: str) -> object:
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        return pytest.param(device, *values, id="-".join([device, *values]), marks=marks)
+        reason = backends.unavailable(op, values[0]) if device == "cuda" and values else None
+        if reason:
+            marks.append(pytest.mark.skip(reason=f"{values[0]}: {reason}"))
+        return pytest.param(device, *values, id="-".join(values or [device]), marks=marks)
 
     if "backend" in metafunc.fixturenames:
         pairs = [on(device, backend) for device in DEVICES for backend in BACKENDS[device]]
@@ -41,7 +46,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Tensors that torch allocates without a value hold NaN (or the largest integer) until they are written."""
+    """What torch allocates without a value holds NaN (or the largest integer) until it is written."""
     mode = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()

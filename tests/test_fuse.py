@@ -1,4 +1,4 @@
-"""FusedSequential and fuse: the same values and gradients as torch.nn.Sequential, by the ops where they may be used."""
+"""FusedSequential and fuse: torch.nn.Sequential's values and gradients, by the ops where they may be used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import alexnet_kernels.nn
@@ -155,7 +156,17 @@ def test_run_of_children_is_one_op(case: str, training: bool, calls: list[str]) 
         lambda: [nn.InstanceNorm2d(3), nn.AvgPool2d(3)],
         lambda: [nn.Dropout(0.0, inplace=True)],
     ],
-    ids="dilation padding_mode same-padding pool-dilation large-pool leaky transposed instance-norm inplace".split(),
+    ids=[
+        "dilation",
+        "padding_mode",
+        "same-padding",
+        "pool-dilation",
+        "large-pool",
+        "leaky",
+        "transposed",
+        "instance-norm",
+        "inplace",
+    ],
 )
 def test_what_the_ops_do_not_cover_runs_by_itself(children: Callable[[], list], calls: list[str]) -> None:
     fused = FusedSequential(*children()).double()
@@ -176,10 +187,19 @@ def test_return_indices() -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("shape", [(3, 13, 13), (2, 3, 13)], ids=["unbatched-image", "sequence"])
-def test_inputs_of_other_ranks(shape: tuple[int, ...]) -> None:
-    children = [conv(), nn.ReLU(True), pool()] if shape[-1] == shape[-2] else [nn.ReLU(), lrn()]
-    fused = FusedSequential(*children)
+@pytest.mark.parametrize(
+    ("shape", "children"),
+    [
+        ((3, 13, 13), lambda: [conv(), nn.ReLU(True), pool(), conv(8), nn.ReLU()]),
+        ((3, 13, 13), lambda: [nn.ReLU(), lrn(), pool()]),
+        ((2, 3, 13), lambda: [nn.ReLU(), lrn()]),
+        ((2, 3, 5, 5, 5), lambda: [lrn(), nn.ReLU()]),
+        ((2, 4, 3), lambda: [nn.Linear(3, 5), nn.ReLU(True), nn.Dropout(0.0)]),
+    ],
+    ids=["image", "image-lrn", "sequence", "volume", "tokens"],
+)
+def test_inputs_of_other_ranks(shape: tuple[int, ...], children: Callable[[], list]) -> None:
+    fused = FusedSequential(*children())
     assert_same_function(fused, plain(fused), torch.randn(shape, dtype=torch.float64))
 
 
@@ -224,7 +244,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("position", range(6), ids="conv relu lrn pool conv2 relu2".split())
+@pytest.mark.parametrize("position", range(6), ids=["conv", "relu", "lrn", "pool", "conv2", "relu2"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hook_on_a_child_acts_as_in_sequential(kind: str, position: int) -> None:
     bare = FusedSequential(conv(), nn.ReLU(), lrn(), pool(), conv(8), nn.ReLU()).double()
@@ -238,7 +258,7 @@ def test_hook_on_a_child_acts_as_in_sequential(kind: str, position: int) -> None
     assert_same_function(fused, bare, x)
 
 
-@pytest.mark.parametrize("position", range(6), ids="bn relu flatten linear relu2 dropout".split())
+@pytest.mark.parametrize("position", range(6), ids=["bn", "relu", "flatten", "linear", "relu2", "dropout"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hook_on_batch_norm_and_linear_children(kind: str, position: int) -> None:
     fused = FusedSequential(
@@ -604,6 +624,41 @@ class TestTracing:
         torch.testing.assert_close(traced(x), fused(x))
 
 
+class TestTransforms:
+    """torch.func and forward-mode differentiation, which the ops do not know, reach the children."""
+
+    @pytest.fixture
+    def nets(self) -> tuple[nn.Module, nn.Module]:
+        model = small_net().double().eval()
+        return fuse(copy.deepcopy(model)), model
+
+    def test_gradient_per_sample(self, nets: tuple[nn.Module, nn.Module], calls: list[str]) -> None:
+        def gradients(model: nn.Module) -> dict[str, Tensor]:
+            def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+                return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+            parameters = {name: p.detach() for name, p in model.named_parameters()}
+            return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+
+        x = image()
+        fused, expected = map(gradients, nets)
+        for name, value in expected.items():
+            torch.testing.assert_close(fused[name], value)
+        assert calls == []
+
+    def test_jvp(self, nets: tuple[nn.Module, nn.Module]) -> None:
+        x, tangent = image(), image()
+        (_, fused), (_, expected) = (torch.func.jvp(model, (x,), (tangent,)) for model in nets)
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(fused, expected)
+
+    def test_dual_numbers(self, nets: tuple[nn.Module, nn.Module]) -> None:
+        x, tangent = image(), image()
+        with forward_ad.dual_level():
+            duals = [forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))) for model in nets]
+        torch.testing.assert_close(duals[0].tangent, duals[1].tangent)
+
+
 class TestFuse:
     def test_undone_exactly(self) -> None:
         model = small_net().eval()
@@ -693,7 +748,7 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class TestTorchvision:
-    @pytest.mark.parametrize("name", ["alexnet", "vgg16", "vgg16_bn"])
+    @pytest.mark.parametrize("name", ["alexnet", "vgg11", "vgg11_bn"])
     def test_same_outputs_and_gradients(self, name: str, calls: list[str]) -> None:
         models = pytest.importorskip("torchvision.models")
         with torch.device("meta"):
@@ -708,7 +763,9 @@ class TestTorchvision:
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 layer.reset_parameters()
-        x = torch.randn(2, 3, 95 if name == "alexnet" else 32, 64, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(
+            2, 3, *((95, 64) if name == "alexnet" else (32, 32)), dtype=torch.float64
+        ).requires_grad_()
         expected = results(model, x)
         assert calls == []
         fused = results(fuse(model), x)
@@ -717,8 +774,8 @@ class TestTorchvision:
             set(calls)
             == {
                 "alexnet": {"conv2d_relu", "max_pool2d+relu", "linear_relu_dropout"},
-                "vgg16": {"conv2d_relu", "max_pool2d+relu"},
-                "vgg16_bn": {"batch_norm_relu", "max_pool2d"},
+                "vgg11": {"conv2d_relu", "max_pool2d+relu"},
+                "vgg11_bn": {"batch_norm_relu", "max_pool2d"},
             }[name]
         )
         for a, b, c in zip(expected, fused, again, strict=True):

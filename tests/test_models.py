@@ -132,7 +132,7 @@ class TestSizes:
         assert model.features[0].padding == (1, 2)
 
     @pytest.mark.parametrize(
-        "shape", [(3, 63, 63), (3, 64, 300), (3, 224, 224)], ids="smallest wide usual".split()
+        "shape", [(3, 63, 63), (3, 64, 300), (3, 224, 224)], ids=["smallest", "wide", "usual"]
     )
     @pytest.mark.parametrize(
         "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
@@ -239,7 +239,7 @@ class TestInputErrors:
             (torch.zeros(2, 3, 62, 224), r"62 x 224 are too small .* the smallest size is 63 x 63"),
             (torch.zeros(2, 3, 0, 0), r"0 x 0 are too small"),
         ],
-        ids="rank grey channels-last-shape bytes half small empty".split(),
+        ids=["rank", "grey", "channels-last-shape", "bytes", "half", "small", "empty"],
     )
     def test_refusal(self, x: Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -416,7 +416,7 @@ class TestWeights:
 
     def test_features_alone(self, state: dict[str, Tensor]) -> None:
         features = {key: value for key, value in state.items() if key.startswith("features.")}
-        with pytest.raises(ValueError, match="missing classifier.1.weight.* strict=False takes the features"):
+        with pytest.raises(ValueError, match=r"missing classifier.1.weight.* strict=False takes"):
             alexnet(features, num_classes=10, **NARROW)
         with pytest.warns(UserWarning, match="holds only the features: the classifier keeps its untrained"):
             model = alexnet(features, num_classes=10, strict=False, **NARROW)
@@ -443,7 +443,7 @@ class TestWeights:
             ),
             (lambda s: s.update({"features.0.weight": 3}), "its entry 'features.0.weight' is of type int"),
         ],
-        ids="missing missing-fc unexpected shape type".split(),
+        ids=["missing", "missing-fc", "unexpected", "shape", "type"],
     )
     def test_states_that_do_not_fit(
         self, change, message: str, strict: bool, state: dict[str, Tensor]
@@ -465,7 +465,7 @@ class TestWeights:
             alexnet(state, num_classes=1000, **NARROW)
 
     def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="no weights file at '.*absent.pt'"):
+        with pytest.raises(FileNotFoundError, match=r"no weights file at '.*absent.pt'"):
             alexnet(tmp_path / "absent.pt")
         with pytest.raises(
             ValueError, match=r"expected a .pt, .pth, .safetensors or .npz file, or one of the names"
@@ -474,7 +474,7 @@ class TestWeights:
         torch.save([1, 2], tmp_path / "list.pt")
         with pytest.raises(ValueError, match=r"list.pt' holds a list, not a state dict"):
             alexnet(tmp_path / "list.pt")
-        with pytest.raises(TypeError, match="weights must be None, a state dict, .* got int"):
+        with pytest.raises(TypeError, match=r"weights must be None, a state dict, .* got int"):
             alexnet(3)
 
     def test_files_run_no_code(self, tmp_path: Path) -> None:

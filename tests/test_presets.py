@@ -129,11 +129,11 @@ def images(size: int) -> Tensor:
 
 
 def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    # Batch statistics make the gradient of a convolution's bias zero but for rounding.
+    largest = max(value.abs().max().item() for value in expected[1:])
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        largest = b.abs().max().item()
-        assert largest > 0
         torch.testing.assert_close(
-            a, b, rtol=1e-7, atol=1e-9 * largest, msg=lambda text, i=i: f"value {i}: {text}"
+            a, b, rtol=1e-7, atol=1e-11 * largest, msg=lambda text, i=i: f"value {i}: {text}"
         )
 
 
@@ -141,7 +141,7 @@ class TestDefinition:
     @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("name", DEFINITIONS)
     def test_forward_and_gradients(self, name: str, training: bool) -> None:
-        model = spread(AlexNet(num_classes=10, preset=name, width=0.25, dropout=0.0)).double().train(training)
+        model = spread(AlexNet(num_classes=10, preset=name, width=0.1, dropout=0.0)).double().train(training)
         x = images(PRESETS[name].input_size)
         parameters = [(layer.weight, layer.bias) for layer in layers(model)]
         assert_all_close(values(model(x), x, model), values(DEFINITIONS[name](x, parameters, 1.0), x, model))
@@ -164,7 +164,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
     def test_batchnorm(self, training: bool) -> None:
-        model = AlexNet(num_classes=10, preset="batchnorm", width=0.25, dropout=0.0)
+        model = AlexNet(num_classes=10, preset="batchnorm", width=0.1, dropout=0.0)
         model = spread(model).double().train(training)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert len(norms) == 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from alexnet_kernels.models.presets import PRESETS, Preset
 from alexnet_kernels.models.weights import load_weights
-from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
+from alexnet_kernels.nn import AdaptiveAvgPool2d, Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
 
 __all__ = ["AlexNet", "alexnet"]
 
@@ -99,7 +99,7 @@ class AlexNet(nn.Module):
         filters = [_scaled(count, width, multiple) for count in spec.filters]
         neurons = _scaled(spec.neurons, width, multiple)
         self.features = FusedSequential(*_features(spec, in_channels, filters, padding, factory))
-        self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
+        self.avgpool = AdaptiveAvgPool2d((6, 6))
         self.classifier = FusedSequential(
             *_classifier(spec, filters[-1] * 36, neurons, num_classes, dropout, factory)
         )

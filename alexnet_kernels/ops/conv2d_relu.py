@@ -54,12 +54,81 @@ def conv2d_relu(
     stride, padding = _common.pair(OP, "stride", stride, 1), _common.pair(OP, "padding", padding, 0)
     images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     _check(images, weight, bias, stride, padding, groups)
-    if select(OP, images, backend) == "native":
+    chosen = select(OP, images, backend)
+    if chosen == "native":
         output = F.conv2d(images, weight, bias, stride, padding, 1, groups)
         output = F.relu(output) if relu else output
     else:
+        dtype = _compute_dtype(images)
+        if chosen == "cpu" and _gains_by_space_to_depth(images, weight, dtype, stride, groups):
+            images, weight = _space_to_depth(images, weight, dtype, stride[0], padding)
+            stride, padding = [1, 1], [0, 0]
         output = torch.ops.alexnet_kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu)
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    device = input.device.type
+    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def _gains_by_space_to_depth(input: Tensor, weight: Tensor, dtype: torch.dtype, stride: list[int], groups: int) -> bool:
+    """Whether a strided convolution of few channels, AlexNet's first, is faster with its blocks of pixels as channels.
+
+    Measured on two AVX512-BF16 cores, 11x11 kernels with stride 4 on [32, 3, 224, 224], channels last, bfloat16: forward
+    42 -> 20 ms, weight gradient 37 -> 26 ms. In float32 the weight gradient loses more than the rest gains.
+    """
+    return (
+        dtype == torch.bfloat16
+        and groups == 1
+        and stride[0] == stride[1] > 1
+        and stride[0] < min(weight.shape[2:])
+        and input.shape[1] <= 4
+        and _common.memory_format_of(input) == torch.channels_last
+    )
+
+
+def _space_to_depth(
+    input: Tensor, weight: Tensor, dtype: torch.dtype, block: int, padding: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The input and weight of the same convolution with stride 1 and no padding, on block^2 times the channels."""
+    taps = [-(-kernel // block) for kernel in weight.shape[2:]]
+    size = [
+        (extent + 2 * pad - kernel) // block + tap
+        for extent, pad, kernel, tap in zip(input.shape[2:], padding, weight.shape[2:], taps, strict=True)
+    ]
+    rows, columns = (tap * block - kernel for tap, kernel in zip(taps, weight.shape[2:], strict=True))
+    blocks = F.pad(weight, (0, columns, 0, rows)).unflatten(3, (taps[1], block)).unflatten(2, (taps[0], block))
+    # [K, C, taps, block, taps, block] -> [K, block, block, C, taps, taps]
+    weight = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
+    return torch.ops.alexnet_kernels.space_to_depth(input, block, padding, size, dtype), weight
+
+
+def _fake_space_to_depth(input: Tensor, block: int, padding, size, dtype: torch.dtype) -> Tensor:
+    shape = [input.shape[0], block * block * input.shape[1], *size]
+    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=torch.channels_last)
+
+
+def _fake_depth_to_space(input: Tensor, block: int, padding, size, dtype: torch.dtype) -> Tensor:
+    shape = [input.shape[0], input.shape[1] // (block * block), *size]
+    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=torch.channels_last)
+
+
+def _setup_rearrangement(ctx, inputs, output) -> None:
+    input, ctx.block, ctx.padding, _, _ = inputs
+    ctx.size, ctx.dtype = input.shape[2:], input.dtype
+
+
+def _depth_to_space_backward(ctx, grad: Tensor):
+    args = (ctx.block, ctx.padding, ctx.size, ctx.dtype)
+    return torch.ops.alexnet_kernels.space_to_depth(grad, *args), None, None, None, None
+
+
+def _space_to_depth_backward(ctx, grad: Tensor):
+    args = (ctx.block, ctx.padding, ctx.size, ctx.dtype)
+    return torch.ops.alexnet_kernels.depth_to_space(grad, *args), None, None, None, None
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int) -> list:
@@ -114,4 +183,6 @@ def _backward(ctx, grad: Tensor):
 
 
 _common.register(OP, _fake, _backward, _setup_context)
+_common.register("space_to_depth", _fake_space_to_depth, _space_to_depth_backward, _setup_rearrangement)
+_common.register("depth_to_space", _fake_depth_to_space, _depth_to_space_backward, _setup_rearrangement)
 _common.register_autocast(OP)

@@ -6,6 +6,8 @@ Autocast: the input's dtype is kept.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,7 +88,7 @@ def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, 
 def layout_of(op: str, shape: torch.Size, shard: Shard | None) -> tuple[int, int, int]:
     """(row, row_stride, base): element i of row r of a tensor of this shape is number base + r * row_stride + i."""
     if shard is None:
-        count = max(1, shape.numel())
+        count = math.prod(shape)
         return count, count, 0
     if not len(shape):
         raise ValueError(f"{op}: a tensor without dimensions has no shards")
@@ -96,8 +98,8 @@ def layout_of(op: str, shape: torch.Size, shard: Shard | None) -> tuple[int, int
     dim %= len(shape)
     if start < 0 or start + shape[dim] > size:
         raise ValueError(f"{op}: shard {shard}: [{start}, {start + shape[dim]}) is not inside [0, {size})")
-    inner = shape[dim + 1 :].numel()
-    return max(1, shape[dim] * inner), size * inner, start * inner
+    inner = math.prod(shape[dim + 1 :])
+    return shape[dim] * inner, size * inner, start * inner
 
 
 def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -62,8 +62,8 @@ def linear_relu_dropout(
         return dropout(output, p, training, seed, offset, scale_at=scale_at, shard=shard, backend="native")
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     row, row_stride, base = layout_of(OP, shape, shard)
-    if row >= shape.numel():  # one run of elements: the kernel works on a row of the output at a time
-        row = row_stride = max(1, shape[-1])
+    if shard is None or shard[0] % len(shape) == 0:  # one run of elements: the kernel takes it a row of the output at a time
+        row = row_stride = shape[-1]
     output = torch.ops.alexnet_kernels.linear_relu_dropout(
         input.reshape(-1, input.shape[-1]), weight, bias, relu, drop, scale, key, offset, row, row_stride, base
     )

@@ -119,7 +119,7 @@ def _setup_context(ctx, inputs, output) -> None:
     input, kernel_size, stride, padding, _, relu = inputs
     values, argmax = output
     ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(values, argmax)
+    ctx.save_for_backward(values if relu else None, argmax)
     ctx.args = (list(input.shape), kernel_size, stride, padding, relu)
 
 
@@ -129,7 +129,7 @@ def _backward(ctx, grad: Tensor, _):
     return grad_input, None, None, None, None, None
 
 
-def _fake_backward(grad: Tensor, output: Tensor, argmax: Tensor, input_size, *args) -> Tensor:
+def _fake_backward(grad: Tensor, output: Tensor | None, argmax: Tensor, input_size, *args) -> Tensor:
     return _common.empty_like(argmax, input_size, grad.dtype)
 
 

@@ -124,10 +124,10 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
   return {output, argmax};
 }
 
-Tensor max_pool2d_backward(const Tensor& grad, const Tensor& output, const Tensor& argmax, IntList input_size,
+Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
                            IntList kernel, IntList stride, IntList padding, bool relu) {
   const MemoryFormat format = memory_format_of(argmax);
-  const Tensor g = in_format(grad, format), y = in_format(output, format), k = in_format(argmax, format);
+  const Tensor g = in_format(grad, format), y = relu ? in_format(*output, format) : grad, k = in_format(argmax, format);
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
   MaxPoolArgs args{};
   args.dtype = dtype_of(grad);

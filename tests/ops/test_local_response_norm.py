@@ -25,8 +25,8 @@ STRONG = {"alpha": 0.5, "k": 1.5}  # so that the normalisation shows
 @every_format
 @every_dtype
 @cases(
-    ((1, 96, 55, 55), {"alpha": 1e-4, "k": 2.0}),
-    ((2, 256, 27, 27), {"groups": 2, **STRONG}),
+    ((1, 96, 3, 5), {"alpha": 5e-4, "k": 2.0}),
+    ((2, 64, 4, 3), {"groups": 2, **STRONG}),
     ((2, 16, 5, 7), {"size": 5, **STRONG}),
     ((2, 37, 3, 5), {"size": 5, **STRONG}),
     ((2, 20, 4, 3), {"size": 5, "groups": 4, **STRONG}),
@@ -48,6 +48,14 @@ STRONG = {"alpha": 0.5, "k": 1.5}  # so that the normalisation shows
 def test_equals_the_definition(shape, options, dtype, memory_format, device, backend):
     x = random(shape, dtype, memory_format, device)
     check(local_response_norm, reference.local_response_norm, {"input": x}, options, backend=backend)
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@cases(((1, 96, 55, 55), {"alpha": 5e-4, "k": 2.0}), ((1, 256, 27, 27), {"k": 2.0, "groups": 2}))
+def test_alexnets_layers(shape, options, dtype, memory_format, device):
+    x = random(shape, dtype, memory_format, device)
+    check(local_response_norm, reference.local_response_norm, {"input": x}, options)
 
 
 @every_dtype
@@ -105,7 +113,9 @@ def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, ba
         "other_format": lambda: random(shape, dtype, other, device),
         "sliced": lambda: random((2, 40, 5, 4), dtype, memory_format, device)[:, ::2],
     }[layout]()
-    check(local_response_norm, reference.local_response_norm, {"input": x}, STRONG, backend=backend, grad=grad)
+    check(
+        local_response_norm, reference.local_response_norm, {"input": x}, STRONG, backend=backend, grad=grad
+    )
 
 
 @every_format
@@ -118,7 +128,7 @@ def test_first_and_second_derivatives(size, groups, beta, memory_format, device,
 @every_format
 @every_dtype
 def test_repeats_bitwise(dtype, memory_format, device, backend, threads):
-    x = random((4, 48, 27, 27), dtype, memory_format, device)
+    x = random((4, 48, 13, 13), dtype, memory_format, device)
     check_repeatable(lambda x: local_response_norm(x, **STRONG, backend=backend), [x], threads)
 
 
@@ -131,9 +141,8 @@ def test_registration(memory_format, device):
 
 
 @every_format
-@every_dtype
-def test_compiles(dtype, memory_format, device, backend, fresh_dynamo):
-    x = random((2, 20, 5, 4), dtype, memory_format, device)
+def test_compiles(memory_format, device, backend, fresh_dynamo):
+    x = random((2, 20, 5, 4), torch.float32, memory_format, device)
     check_compiled(lambda x: local_response_norm(x * 2, **STRONG, backend=backend), [x])
 
 
@@ -172,7 +181,9 @@ def test_onnx_cases(device, backend):
     for case in found:
         attributes = {a.name: a.i or a.f for a in case.model.graph.node[0].attribute}
         (inputs, outputs) = case.data_sets[0]
-        x = torch.from_numpy(numpy_helper.to_array(inputs[0]) if not hasattr(inputs[0], "dtype") else inputs[0])
+        x = torch.from_numpy(
+            numpy_helper.to_array(inputs[0]) if not hasattr(inputs[0], "dtype") else inputs[0]
+        )
         out = local_response_norm(
             x.to(device),
             attributes["size"],

@@ -20,9 +20,8 @@ from alexnet_kernels import reference
 from alexnet_kernels.ops import max_pool2d
 
 SHAPES = cases(
-    ((1, 96, 55, 55), {}),
-    ((2, 256, 27, 27), {"relu": True}),
-    ((2, 256, 13, 13), {}),
+    ((1, 48, 13, 11), {}),
+    ((1, 64, 7, 9), {"relu": True}),
     ((2, 17, 13, 9), {}),
     ((2, 16, 6, 8), {"kernel_size": 2}),
     ((2, 5, 7, 7), {"kernel_size": 2, "relu": True}),
@@ -74,6 +73,14 @@ def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
         check(max_pool2d, reference.max_pool2d, {"input": x}, {}, backend=backend, exact=True)
 
 
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@cases(((1, 96, 55, 55), {}), ((1, 256, 27, 27), {"relu": True}), ((1, 256, 13, 13), {}))
+def test_alexnets_layers(shape, options, dtype, memory_format, device):
+    x = random(shape, dtype, memory_format, device)
+    check(max_pool2d, reference.max_pool2d, {"input": x}, options, exact=True)
+
+
 @every_dtype
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded", "offset"])
 def test_input_of_any_strides(layout, dtype, device, backend):
@@ -115,6 +122,7 @@ def test_overlapping_gradients_add_in_float32(dtype, memory_format, device, back
         {"stride": 1},
         backend=backend,
         grad=random((1, 17, 3, 3), dtype, memory_format, device),
+        slack="library" if backend == "native" else "sums",
     )
 
 
@@ -142,7 +150,7 @@ def test_second_derivative_through_a_nonlinearity(dtype, memory_format, device, 
 @every_format
 @every_dtype
 def test_repeats_bitwise(dtype, memory_format, device, backend, threads):
-    x = random((4, 48, 27, 27), dtype, memory_format, device)
+    x = random((4, 48, 13, 13), dtype, memory_format, device)
     check_repeatable(lambda x: max_pool2d(x, backend=backend), [x], threads)
 
 
@@ -155,9 +163,8 @@ def test_registration(memory_format, device):
 
 
 @every_format
-@every_dtype
-def test_compiles(dtype, memory_format, device, backend, fresh_dynamo):
-    x = random((2, 20, 7, 9), dtype, memory_format, device)
+def test_compiles(memory_format, device, backend, fresh_dynamo):
+    x = random((2, 20, 7, 9), torch.float32, memory_format, device)
     check_compiled(lambda x: max_pool2d(x * 2, relu=True, backend=backend), [x])
 
 
@@ -186,7 +193,9 @@ def test_onnx_cases(device, backend):
         attributes = {a.name: list(a.ints) or a.i or a.s.decode() for a in description.attribute}
         inputs, outputs = case.data_sets[0]
         kernel, pads = attributes["kernel_shape"], attributes.get("pads", [0, 0, 0, 0])
-        plain = attributes.get("auto_pad", "NOTSET") == "NOTSET" and set(attributes.get("dilations", [1])) == {1}
+        plain = attributes.get("auto_pad", "NOTSET") == "NOTSET" and set(
+            attributes.get("dilations", [1])
+        ) == {1}
         if not plain or len(kernel) != 2 or pads[:2] != pads[2:] or inputs[0].dtype.kind != "f":
             continue
         x = torch.from_numpy(inputs[0]).to(device)

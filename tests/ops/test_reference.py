@@ -131,7 +131,7 @@ def test_batch_norm_relu_is_torchs(training: bool) -> None:
     x, mean, var, weight, bias = double(3, 5, 4, 2), double(5), double(5).square() + 0.1, double(5), double(5)
     before = mean.clone(), var.clone()
     out, new_mean, new_var = reference.batch_norm_relu(x, mean, var, weight, bias, training, 0.3, 1e-3)
-    assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
+    torch.testing.assert_close((mean, var), before, rtol=0, atol=0)
     expected = F.batch_norm(x, mean, var, weight, bias, training, 0.3, 1e-3).relu()
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close((new_mean, new_var), (mean, var))
@@ -181,11 +181,11 @@ def test_sgd_step_by_the_papers_formula() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        dict(momentum=0.0),
-        dict(momentum=0.9),
-        dict(momentum=0.9, dampening=0.3),
-        dict(momentum=0.9, nesterov=True),
-        dict(momentum=0.9, weight_decay=0.1, nesterov=True),
+        {"momentum": 0.0},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.3},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )

@@ -1,0 +1,14 @@
+"""Training, evaluation and prediction: what the `alexnet-kernels` command runs.
+
+| module | |
+|---|---|
+| `images` | reads ImageFolder trees and zips of them |
+| `augmentation` | the paper's crops, mirroring and colour shifts; statistics of a training set |
+| `checkpoint` | atomic files, and networks read from them |
+| `lightning` | the LightningModule, the LightningDataModule and the callbacks |
+| `run` | one training run from its settings to its pictures |
+| `inference` | accuracy and predictions from a checkpoint |
+| `pictures` | conv1's filters, curves, predictions |
+
+Importing the package loads none of them, so that each asks for no more than it uses.
+"""

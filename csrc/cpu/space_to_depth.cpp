@@ -1,0 +1,125 @@
+// Rearranges blocks of pixels into channels, padding with zeros and casting on the way, and back: a convolution with
+// stride `block` on a few channels becomes one with stride 1 on block^2 times as many, which fills vector registers.
+//   input [N, C, H, W] (any float), output [N, block^2 C, OH, OW] channels last; channel (dy block + dx) C + c of pixel
+//   (Y, X) is input[c, Y block + dy - pad_h, X block + dx - pad_w], or zero outside
+// A task is one output row of one image (back: one input row).
+#include "common/vec.h"
+
+namespace alexnet_kernels {
+
+struct SpaceToDepthArgs {
+  DType from, to;
+  bool channels_last;  // of the images
+  int64_t C, H, W, OH, OW, block, pad_h, pad_w;
+  const void* input;
+  void* output;
+};
+
+namespace ALEXNET_ISA {
+namespace {
+
+// Where pixel (y, x) of channel c of image n lies, and how far the next pixel of the row is.
+inline int64_t at(const SpaceToDepthArgs& a, int64_t n, int64_t c, int64_t y, int64_t x) {
+  return a.channels_last ? ((n * a.H + y) * a.W + x) * a.C + c : ((n * a.C + c) * a.H + y) * a.W + x;
+}
+
+template <class From, class To>
+void to_depth(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
+  const From* input = static_cast<const From*>(a.input);
+  To* out = static_cast<To*>(a.output) + begin * a.OW * a.block * a.block * a.C;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / a.OH, Y = task % a.OH;
+    for (int64_t X = 0; X < a.OW; ++X) {
+      for (int64_t dy = 0; dy < a.block; ++dy) {
+        const int64_t y = Y * a.block + dy - a.pad_h, left = X * a.block - a.pad_w;
+        const bool inside = y >= 0 && y < a.H && left >= 0 && left + a.block <= a.W;
+        if (inside && a.channels_last) {
+          const From* from = input + at(a, n, 0, y, left);
+          for (int64_t i = 0; i < a.block * a.C; ++i) *out++ = To(acc_t<To>(from[i]));
+          continue;
+        }
+        for (int64_t x = left; x < left + a.block; ++x) {
+          for (int64_t c = 0; c < a.C; ++c) {
+            const bool zero = y < 0 || y >= a.H || x < 0 || x >= a.W;
+            *out++ = zero ? To(0) : To(acc_t<To>(input[at(a, n, c, y, x)]));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class From, class To>
+void to_space(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
+  const From* input = static_cast<const From*>(a.input);
+  To* output = static_cast<To*>(a.output);
+  const int64_t depth = a.block * a.block * a.C;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / a.H, y = task % a.H;
+    const int64_t Y = (y + a.pad_h) / a.block, dy = (y + a.pad_h) % a.block;
+    for (int64_t x = 0; x < a.W; ++x) {
+      const int64_t X = (x + a.pad_w) / a.block, dx = (x + a.pad_w) % a.block;
+      for (int64_t c = 0; c < a.C; ++c) {
+        const bool read = Y < a.OH && X < a.OW;  // rows and columns that no window reached have no place
+        output[at(a, n, c, y, x)] =
+            read ? To(acc_t<To>(input[((n * a.OH + Y) * a.OW + X) * depth + (dy * a.block + dx) * a.C + c])) : To(0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void space_to_depth(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.from, [&](auto from) {
+    for_dtype(a.to, [&](auto to) { to_depth<decltype(from), decltype(to)>(a, begin, end); });
+  });
+}
+void depth_to_space(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
+  for_dtype(a.from, [&](auto from) {
+    for_dtype(a.to, [&](auto to) { to_space<decltype(from), decltype(to)>(a, begin, end); });
+  });
+}
+
+}  // namespace ALEXNET_ISA
+}  // namespace alexnet_kernels
+
+#ifdef ALEXNET_REGISTER
+#include "common/tensor.h"
+
+namespace alexnet_kernels {
+ALEXNET_DECLARE_KERNEL(space_to_depth, SpaceToDepthArgs)
+ALEXNET_DECLARE_KERNEL(depth_to_space, SpaceToDepthArgs)
+
+namespace {
+
+Tensor space_to_depth(const Tensor& input, int64_t block, IntList padding, IntList size, ScalarType dtype) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format);
+  Tensor output = empty({x.size(0), block * block * x.size(1), size[0], size[1]}, dtype, x, MemoryFormat::ChannelsLast);
+  SpaceToDepthArgs a{dtype_of(x), dtype_of(output), format == MemoryFormat::ChannelsLast, x.size(1), x.size(2),
+                     x.size(3), size[0], size[1], block, padding[0], padding[1], x.const_data_ptr(),
+                     output.mutable_data_ptr()};
+  if (output.numel() > 0) run(pick_space_to_depth(), a, x.size(0) * size[0], output.numel() * 8);
+  return output;
+}
+
+Tensor depth_to_space(const Tensor& input, int64_t block, IntList padding, IntList size, ScalarType dtype) {
+  const Tensor x = in_format(input, MemoryFormat::ChannelsLast);
+  const int64_t channels = x.size(1) / (block * block);
+  Tensor output = empty({x.size(0), channels, size[0], size[1]}, dtype, x, MemoryFormat::ChannelsLast);
+  SpaceToDepthArgs a{dtype_of(x), dtype_of(output), true, channels, size[0], size[1], x.size(2), x.size(3), block,
+                     padding[0], padding[1], x.const_data_ptr(), output.mutable_data_ptr()};
+  if (output.numel() > 0) run(pick_depth_to_space(), a, x.size(0) * size[0], output.numel() * 8);
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("space_to_depth", TORCH_BOX(&space_to_depth));
+  m.impl("depth_to_space", TORCH_BOX(&depth_to_space));
+}
+
+}  // namespace alexnet_kernels
+#endif

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TOLERANCES, assert_close, assert_same, raises, random
+
+from alexnet_kernels import reference
+from alexnet_kernels.ops import sgd_step
+
+SHAPES = [(96, 3, 11, 11), (7,), (64, 50), (1,), (0,), (), (5, 3, 3, 3)]
+
+# The dtypes of parameter, gradient, momentum buffer and master.
+MIXTURES = {
+    "fp32": (torch.float32, torch.float32, torch.float32, None),
+    "fp64": (torch.float64, torch.float64, torch.float64, None),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
+    "fp16": (torch.float16, torch.float16, torch.float16, None),
+    "fp32_bf16_gradient": (torch.float32, torch.bfloat16, torch.float32, None),
+    "bf16_fp32_momentum": (torch.bfloat16, torch.bfloat16, torch.float32, None),
+    "bf16_master": (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
+    "fp16_master": (torch.float16, torch.float16, torch.float32, torch.float32),
+    "bf16_master_fp32_gradient": (torch.bfloat16, torch.float32, torch.float32, torch.float32),
+    "bf16_master_bf16_momentum": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+}
+every_mixture = pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES.keys())
+
+SETTINGS = {
+    "paper": {"rule": "paper"},
+    "paper-first": {"rule": "paper", "first_step": True},
+    "paper-plain": {"rule": "paper", "momentum": 0.0, "weight_decay": 0.0},
+    "torch": {"rule": "torch"},
+    "torch-first": {"rule": "torch", "first_step": True},
+    "torch-plain": {"rule": "torch", "momentum": 0.0, "weight_decay": 0.0},
+    "torch-dampened": {"rule": "torch", "dampening": 0.4},
+    "torch-dampened-first": {"rule": "torch", "dampening": 0.4, "first_step": True},
+    "torch-nesterov": {"rule": "torch", "nesterov": True, "weight_decay": 0.1},
+    "torch-nesterov-first": {"rule": "torch", "nesterov": True, "first_step": True},
+}
+every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def state(mixture, device, shapes=SHAPES):
+    param, grad, buffer, master = mixture
+    masters = [random(shape, master or param, device=device) for shape in shapes]
+    return (
+        [m.to(param, copy=True) for m in masters],
+        [random(shape, grad, device=device) for shape in shapes],
+        [random(shape, buffer, device=device, scale=0.1) for shape in shapes],
+        masters if master else [],
+    )
+
+
+def check_step(given, settings, backend):
+    before = [[t.clone() for t in tensors] for tensors in given]
+    expected = reference.sgd_step(*before, lr=0.03, **settings)
+    assert sgd_step(*given, lr=0.03, **settings, backend=backend) is None
+    params, grads, buffers, masters = given
+    assert_same(grads, before[1], "gradients")
+    for name, actual, wanted in zip(
+        ("param", "buffer", "master"), (params, buffers, masters), expected, strict=True
+    ):
+        assert len(actual) == len(wanted)
+        for a, w in zip(actual, wanted, strict=True):
+            assert_close(a, w.double(), what=name)
+    for param, master in zip(params, masters, strict=False):
+        assert_same(param, master.to(param.dtype), "the rounded master")
+
+
+@every_setting
+@every_mixture
+def test_equals_the_definition(mixture, settings, device, backend):
+    check_step(state(mixture, device), settings, backend)
+
+
+@every_setting
+@pytest.mark.parametrize("layout", ["channels_last", "mixed", "sliced", "transposed"])
+def test_tensors_of_any_strides(layout, settings, device, backend):
+    shape = (6, 5, 3, 3)
+    given = state(MIXTURES["bf16_master"], device, [shape])
+    for i, tensors in enumerate(given):
+        if layout == "channels_last" or (layout == "mixed" and i % 2):
+            tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+        elif layout == "sliced":
+            tensors[0] = torch.cat([tensors[0], tensors[0]], 1)[:, ::2]
+        elif layout == "transposed":
+            tensors[0] = tensors[0].transpose(0, 1)
+    strides = [t[0].stride() for t in given]
+    check_step(given, settings, backend)
+    assert [t[0].stride() for t in given] == strides
+
+
+def test_expanded_gradient(device, backend):
+    params, _, buffers, masters = state(MIXTURES["fp32"], device, [(6, 5)])
+    grads = [torch.tensor(0.7, device=device).expand(6, 5)]
+    check_step((params, grads, buffers, masters), {}, backend)
+
+
+@pytest.mark.parametrize(
+    "foreign", [{}, {"dampening": 0.2}, {"nesterov": True}], ids=["plain", "dampened", "nesterov"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_torchs_rule_follows_torchs_optimizer(dtype, foreign, device, backend):
+    weights = [random(shape, dtype, device=device) for shape in SHAPES]
+    buffers = [torch.zeros_like(w) for w in weights]
+    peers = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = torch.optim.SGD(peers, lr=0.1, momentum=0.9, weight_decay=5e-3, **foreign)
+    for step, lr in enumerate((0.1, 0.1, 0.02, 0.02)):
+        grads = [random(shape, dtype, device=device) for shape in SHAPES]
+        for peer, grad in zip(peers, grads, strict=True):
+            peer.grad = grad.clone()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        settings = {"lr": lr, "weight_decay": 5e-3, "rule": "torch", "first_step": step == 0, **foreign}
+        sgd_step(weights, grads, buffers, **settings, backend=backend)
+        for weight, peer in zip(weights, peers, strict=True):
+            torch.testing.assert_close(weight, peer.detach(), rtol=10 * TOLERANCES[dtype].relative, atol=1e-6)
+
+
+def test_the_rules_part_when_lr_changes(device, backend):
+    weights = {rule: [torch.ones(3, device=device)] for rule in ("paper", "torch")}
+    for rule, w in weights.items():
+        v, g = [torch.zeros(3, device=device)], [torch.ones(3, device=device)]
+        for step, lr in enumerate((0.1, 0.01)):
+            settings = {"lr": lr, "weight_decay": 0.0, "rule": rule, "first_step": step == 0}
+            sgd_step(w, g, v, **settings, backend=backend)
+    # Both take 0.1 first; then 0.9 * 0.1 + 0.01 against 0.01 * (0.9 + 1).
+    torch.testing.assert_close(weights["paper"][0], torch.full((3,), 0.8, device=device))
+    torch.testing.assert_close(weights["torch"][0], torch.full((3,), 0.881, device=device))
+
+
+def test_masters_keep_what_bfloat16_would_lose(device, backend):
+    master = torch.ones(10, device=device)
+    params, buffers = [master.bfloat16()], [torch.zeros(10, device=device)]
+    grads = [torch.ones(10, dtype=torch.bfloat16, device=device)]
+    for _ in range(16):
+        sgd_step(params, grads, buffers, [master], lr=1e-3, momentum=0.0, weight_decay=0.0, backend=backend)
+    torch.testing.assert_close(master, torch.full((10,), 0.984, device=device))
+    assert_same(params[0], master.bfloat16())
+
+
+@every_mixture
+def test_repeats_bitwise(mixture, device, backend, threads):
+    first = None
+    for count in (1, 1, 2, 2):
+        threads(count)
+        torch.manual_seed(1)
+        given = state(mixture, device, [(96, 3, 11, 11), (300, 400), (7,)])
+        sgd_step(*given, lr=0.1, backend=backend)
+        first = first or given
+        for actual, expected in zip(given, first, strict=True):
+            assert_same(actual, expected, f"{count} threads")
+
+
+def test_nan_and_infinity(device, backend):
+    params, grads, buffers, masters = state(MIXTURES["fp32"], device, [(40,)])
+    grads[0][3], grads[0][20], params[0][30] = torch.nan, torch.inf, torch.nan
+    check_step((params, grads, buffers, masters), {}, backend)
+    assert params[0].isnan().sum() == 2
+
+
+def test_parameters_that_require_gradients(device, backend):
+    params, grads, buffers, masters = state(MIXTURES["fp32"], device)
+    params = [p.requires_grad_() for p in params]
+    sgd_step(params, grads, buffers, masters, lr=0.1, backend=backend)
+    assert all(p.requires_grad and p.is_leaf and p.grad is None for p in params)
+
+
+def test_of_nothing(device, backend):
+    assert sgd_step([], [], [], lr=0.1, backend=backend) is None
+
+
+def test_autograd_sees_the_change(device, backend):
+    """A saved tensor that the step changed may not be used by a later backward."""
+    w = random((4,), device=device).requires_grad_()
+    loss = (w * w).sum()
+    sgd_step([w], [torch.ones(4, device=device)], [torch.zeros(4, device=device)], lr=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_registration(device):
+    operator = torch.ops.alexnet_kernels.sgd_step.default
+    for name in ("fp32", "bf16_master"):
+        given = state(MIXTURES[name], device, [(5, 4), (3,)])
+        torch.library.opcheck(operator, (*given, 0.1, 0.9, 5e-4, 0.0, False, True, False))
+
+
+def test_compiles(device, backend, fresh_dynamo):
+    def step(params, grads, buffers):
+        sgd_step(params, grads, buffers, lr=0.1, backend=backend)
+
+    given = state(MIXTURES["fp32"], device)[:3]
+    copies = [[t.clone() for t in tensors] for tensors in given]
+    step(*given)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*copies)
+    for actual, expected in zip(copies, given, strict=True):
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("choice", ["auto", "native"])
+def test_errors(choice):
+    w, g, v = torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(3, 4)
+
+    def call(w=w, g=g, v=v, masters=(), lr=0.1, **settings):
+        return lambda: sgd_step([w], [g], [v], masters, lr=lr, **settings, backend=choice)
+
+    raises(
+        ValueError, r"2 params, but 1 grads", lambda: sgd_step([w, w], [g], [v, v], lr=0.1, backend=choice)
+    )
+    raises(
+        ValueError,
+        r"1 params, but 0 momentum_buffers",
+        lambda: sgd_step([w], [g], [], lr=0.1, backend=choice),
+    )
+    raises(ValueError, r"1 params, but 2 masters", call(masters=[w, w]))
+    raises(TypeError, r"params\[0\] must be a Tensor, not float", call(w=0.0))
+    raises(TypeError, r"grads\[0\] must be a Tensor, not NoneType", call(g=None))
+    raises(TypeError, r"params\[0\] must be float32.* not torch.int64", call(w=w.long()))
+    raises(ValueError, r"grads\[0\] is \[4, 3\], but params\[0\] is \[3, 4\]", call(g=g.t()))
+    raises(ValueError, r"momentum_buffers\[0\] is \[12\], but params\[0\] is \[3, 4\]", call(v=v.flatten()))
+    raises(
+        TypeError, r"grads\[0\] is torch.float64, which does not go with a torch.float32", call(g=g.double())
+    )
+    raises(TypeError, r"momentum_buffers\[0\] is torch.bfloat16, which does not", call(v=v.bfloat16()))
+    raises(TypeError, r"masters\[0\] is torch.float16, which does not go", call(masters=[w.half()]))
+    raises(RuntimeError, r"grads\[0\] is on meta, but .* on cpu", call(g=g.to("meta")))
+    raises(ValueError, r"lr must not be negative, not -0.1", call(lr=-0.1))
+    raises(ValueError, r"momentum must not be negative, not -1", call(momentum=-1))
+    raises(ValueError, r"weight_decay must not be negative, not -2", call(weight_decay=-2))
+    raises(ValueError, r"rule must be 'paper' or 'torch', not 'adam'", call(rule="adam"))
+    raises(ValueError, r"neither nesterov nor dampening", call(nesterov=True))
+    raises(ValueError, r"neither nesterov nor dampening", call(dampening=0.1))
+    raises(
+        ValueError,
+        r"nesterov needs a momentum and zero dampening",
+        call(rule="torch", nesterov=True, momentum=0.0),
+    )
+    raises(ValueError, r"nesterov needs a momentum", call(rule="torch", nesterov=True, dampening=0.1))
+    assert_same([w, g, v], [torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(3, 4)], "after the refusals")
