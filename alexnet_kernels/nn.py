@@ -29,7 +29,7 @@ from alexnet_kernels.ops import (
 __all__ = ["AdaptiveAvgPool2d", "Dropout", "FusedSequential", "LocalResponseNorm", "WithinMapResponseNorm"]
 
 # torch.fx records a call of these instead of tracing into it.
-for _name in ("dropout", "local_response_norm", "within_map_response_norm"):
+for _name in ("_average", "dropout", "local_response_norm", "within_map_response_norm"):
     torch.fx.wrap(_name)
 
 
@@ -93,7 +93,11 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """torch's, which hands its input on where that has the output's size already."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if tuple(input.shape[-2:]) == self.output_size else super().forward(input)
+        return _average(input, self.output_size)
+
+
+def _average(input: Tensor, size: Any) -> Tensor:
+    return input if tuple(input.shape[-2:]) == size else F.adaptive_avg_pool2d(input, size)
 
 
 class Dropout(nn.Dropout):
@@ -127,13 +131,13 @@ class FusedSequential(nn.Sequential):
 
     | children | op |
     |---|---|
-    | Conv2d, ReLU | conv2d_relu (not where a max-pool follows: the pool then takes the ReLU) |
+    | Conv2d[, ReLU] | conv2d_relu; where a max-pool follows, the pool takes the ReLU |
     | ReLU, [LocalResponseNorm,] MaxPool2d | max_pool2d or lrn_max_pool2d with relu=True |
     | LocalResponseNorm, MaxPool2d | lrn_max_pool2d |
     | MaxPool2d, ReLU | max_pool2d with relu=True: the same function |
     | BatchNorm2d, ReLU | batch_norm_relu |
     | Linear, ReLU[, Dropout] | linear_relu_dropout |
-    | LocalResponseNorm, MaxPool2d, Dropout alone | their own |
+    | ReLU, LocalResponseNorm, MaxPool2d, Dropout alone | their own |
 
     The children stay what they are: state_dict keys, slices, replacement, hooks and re-parenting work as in
     Sequential, and the runs are found anew in every call. A child takes part only if its type is exactly
@@ -177,7 +181,7 @@ _KINDS: dict[type[nn.Module], str] = {
     Dropout: "D",
 }
 
-_RUNS = ("RNP", "RP", "NP", "PR", "CR", "BR", "LRD", "LR", "R", "N", "P", "D")
+_RUNS = ("RNP", "RP", "NP", "PR", "CR", "BR", "LRD", "LR", "R", "N", "P", "C", "D")
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _DEVICES = frozenset(("cpu", "cuda", "meta"))

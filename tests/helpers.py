@@ -136,8 +136,8 @@ def check(
     `settled(**tensors, **arguments)` says, from float64 tensors, for which outputs the gradient does not
     hang on a rounding (which of two nearly equal maxima won; on which side of zero a pre-activation fell):
     the others get none. The output must have the input's dtype and memory format, and so must the input's
-    gradient if the output's had (`grad` is any other), unless `formats` is False. The op must leave its tensors
-    alone.
+    gradient if the output's had (`grad` is any other), unless `formats` is False. The op must leave its
+    tensors alone.
     """
     leaves = {k: v if v is None else v.detach().requires_grad_() for k, v in tensors.items()}
     copies = {k: v.detach().clone() for k, v in leaves.items() if v is not None}
@@ -250,15 +250,28 @@ def check_repeatable(
 
 
 def check_compiled(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], compiler: str = "aot_eager"
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    compiler: str = "aot_eager",
+    *,
+    dynamic: bool = True,
 ) -> None:
-    """torch.compile takes the whole function, and computes the same bits, also for another batch size."""
+    """torch.compile takes the whole function and computes the same bits (inductor, which fuses torch's operators
+    its own way, the same to rounding); with `dynamic`, also where sizes may vary, for two batch sizes."""
+
+    def same(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+        if compiler == "inductor":
+            torch.testing.assert_close(actual, expected, msg=lambda text: f"{what}: {text}")
+        else:
+            assert_same(actual, expected, what)
+
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
-    assert_same(forward_backward(compiled, *inputs), forward_backward(function, *inputs), "compiled")
-    dynamic = torch.compile(function, fullgraph=True, backend=compiler, dynamic=True)
-    wider = [torch.cat([inputs[0], inputs[0]]), *inputs[1:]]
-    for tensors in (inputs, wider):
-        assert_same(forward_backward(dynamic, *tensors), forward_backward(function, *tensors), "dynamic")
+    same(forward_backward(compiled, *inputs), forward_backward(function, *inputs), "compiled")
+    if dynamic:
+        compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=True)
+        wider = [torch.cat([inputs[0], inputs[0]]), *inputs[1:]]
+        for tensors in (inputs, wider):
+            same(forward_backward(compiled, *tensors), forward_backward(function, *tensors), "dynamic")
 
 
 def raises(error: type[Exception], match: str, call: Callable[[], Any]) -> None:

@@ -88,13 +88,12 @@ void lrn(const LrnArgs& args, int64_t begin, int64_t end) {
   const T* g = static_cast<const T*>(args.grad);
   T* out = static_cast<T*>(args.output);
   if (args.channels_last) {
-    LrnRow<T> row(args.lrn, args.channels);
-    for (int64_t at = begin * args.channels; at < end * args.channels; at += args.channels) {
-      if constexpr (kBackward) {
-        row.template backward<false>(a + at, g + at, out + at);
-      } else {
-        row.template forward<false>(a + at, out + at);
-      }
+    LrnRows<T> rows(args.lrn, args.channels);
+    const int64_t at = begin * args.channels;
+    if constexpr (kBackward) {
+      rows.template backward<false>(a + at, g + at, out + at, end - begin);
+    } else {
+      rows.template forward<false>(a + at, out + at, end - begin);
     }
     return;
   }

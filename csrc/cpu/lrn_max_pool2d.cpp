@@ -32,7 +32,7 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
   const T* input = static_cast<const T*>(a.input);
   T* output = static_cast<T*>(a.output);
   const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
-  LrnRow<T> lrn(a.lrn, tower);
+  LrnRows<T> lrn(a.lrn, tower);
   std::vector<A> rows(a.pool.kernel_h * row_size);
   std::vector<int64_t> held(a.pool.kernel_h, -1);  // which row of the whole batch each slot holds
   for (int64_t task = begin; task < end; ++task) {
@@ -43,9 +43,7 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
       const int64_t slot = y % a.pool.kernel_h, row = n * a.H + y;
       if (held[slot] == row) continue;
       held[slot] = row;
-      for (int64_t at = 0; at < row_size; at += tower) {
-        lrn.template forward<kRelu>(input + row * row_size + at, &rows[slot * row_size + at]);
-      }
+      lrn.template forward<kRelu>(input + row * row_size, &rows[slot * row_size], a.W * a.groups);
     }
     const int64_t at = task * a.OW * a.C;
     pool_row_channels_last<false, A>(
@@ -61,16 +59,14 @@ void backward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end)
   const T* grad = static_cast<const T*>(a.grad);
   T* grad_input = static_cast<T*>(a.output);
   const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
-  LrnRow<T> lrn(a.lrn, tower);
+  LrnRows<T> lrn(a.lrn, tower);
   std::vector<A> sum(row_size);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t at = task / a.H * a.OH * a.OW * a.C;
     pool_row_backward_channels_last<false, T>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, nullptr,
                                               a.argmax + at, sum.data());
-    for (int64_t c = 0; c < row_size; c += tower) {
-      const int64_t i = task * row_size + c;
-      lrn.template backward<kRelu>(input + i, sum.data() + c, grad_input + i);
-    }
+    const int64_t i = task * row_size;
+    lrn.template backward<kRelu>(input + i, sum.data(), grad_input + i, a.W * a.groups);
   }
 }
 

@@ -18,65 +18,85 @@ struct Lrn {
 
 namespace ALEXNET_ISA {
 
-// s^-beta. The paper's beta = 3/4 needs square roots only.
+// s^-beta and 1 / s. The paper's beta = 3/4 needs square roots only.
+template <class V>
+struct Powers {
+  V minus_beta, inverse;
+};
+template <class V>
+inline Powers<V> powers(V s, double beta) {
+  if (beta == 0.75) {
+    const V root = vrsqrt(s);
+    return {root * vsqrt(root), root * root};
+  }
+  const V inverse = 1 / s;
+  for (int i = 0; i < int(sizeof(V) / sizeof(s[0])); ++i) s[i] = std::pow(s[i], decltype(+s[0])(-beta));
+  return {s, inverse};
+}
 template <class V>
 inline V pow_minus_beta(V s, double beta) {
-  if (beta == 0.75) {
-    const V inverse = vrsqrt(s);
-    return inverse * vsqrt(inverse);
-  }
-  for (int i = 0; i < int(sizeof(V) / sizeof(s[0])); ++i) s[i] = std::pow(s[i], decltype(+s[0])(-beta));
-  return s;
+  return powers(s, beta).minus_beta;
 }
 
+// Rows of `channels` values that follow each other in memory. A few go through each stage together: a stage reads its
+// neighbours' results at odd offsets, which is slow while they are still on their way to the cache.
 template <class T>
-class LrnRow {
+class LrnRows {
  public:
   using A = acc_t<T>;
 
-  LrnRow(const Lrn& lrn, int64_t channels)
-      : lrn_(lrn), before_(lrn.size / 2), after_((lrn.size - 1) / 2), channels_(channels) {
-    // Windows read up to size - 1 zeros beyond the row, and whole vectors.
-    const int64_t padded = channels + lrn.size + 2 * kLanes<A>;
-    squares_.assign(padded, A(0));
-    ratios_.assign(padded, A(0));
-    direct_.assign(padded, A(0));
-  }
+  LrnRows(const Lrn& lrn, int64_t channels)
+      : lrn_(lrn),
+        before_(lrn.size / 2),
+        after_((lrn.size - 1) / 2),
+        channels_(channels),
+        padded_(channels + lrn.size + 2 * kLanes<A>),
+        batch_(std::max<int64_t>(1, kBatchValues / channels)),
+        squares_(batch_ * padded_),
+        ratios_(batch_ * padded_),
+        direct_(batch_ * padded_) {}
 
   // y and a may be of different types: y is T, or the computing type A.
   template <bool kRelu, class Y>
-  void forward(const T* a, Y* y) {
-    square<kRelu>(a);
-    with_size([&](auto size) {
-      for_lanes<A>(channels_, [&](int64_t c, auto count) {
-        const Vec<A> s = scale(window_sum(squares_.data() + c, size));
-        const Vec<A> v = input<kRelu>(a + c, count);
-        store_n(y + c, v * pow_minus_beta(s, lrn_.beta), count);
-      });
+  void forward(const T* a, Y* y, int64_t rows) {
+    for_batches(batch_, rows, [&](int64_t first, int64_t count, auto size) {
+      square<kRelu>(a + first, count);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = first + r * channels_;
+        for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
+          const Vec<A> s = scale(window_sum(&squares_[r * padded_ + c], size));
+          store_n(y + row + c, input<kRelu>(a + row + c, lanes) * pow_minus_beta(s, lrn_.beta), lanes);
+        });
+      }
     });
   }
 
   // dx[i] = g[i] s[i]^-beta - 2 beta alpha/n a[i] * sum_{j: i in window(j)} g[j] a[j] s[j]^(-beta-1)
   // G is the type of g: T, or the computing type.
   template <bool kRelu, class G>
-  void backward(const T* a, const G* g, T* dx) {
-    square<kRelu>(a);
-    with_size([&](auto size) {
-      for_lanes<A>(channels_, [&](int64_t c, auto count) {
-        const Vec<A> s = scale(window_sum(squares_.data() + c, size));
-        const Vec<A> direct = load_n(g + c, count) * pow_minus_beta(s, lrn_.beta);
-        const Vec<A> ratio = direct * input<kRelu>(a + c, count) / s;
-        store_n(direct_.data() + c, direct, count);
-        store_n(ratios_.data() + after_ + c, ratio, count);
-      });
-      const A factor = A(-2 * lrn_.beta * lrn_.alpha_over_n);
-      for_lanes<A>(channels_, [&](int64_t c, auto count) {
-        const Vec<A> raw = load_n(a + c, count);
-        const Vec<A> v = kRelu ? vrelu(raw) : raw;
-        Vec<A> d = load(direct_.data() + c) + factor * v * window_sum(ratios_.data() + c, size);
-        if (kRelu) d = raw <= Vec<A>{} ? Vec<A>{} : d;
-        store_n(dx + c, d, count);
-      });
+  void backward(const T* a, const G* g, T* dx, int64_t rows) {
+    const A factor = A(-2 * lrn_.beta * lrn_.alpha_over_n);
+    for_batches(1, rows, [&](int64_t first, int64_t count, auto size) {
+      square<kRelu>(a + first, count);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = first + r * channels_;
+        for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
+          const auto p = powers(scale(window_sum(&squares_[r * padded_ + c], size)), lrn_.beta);
+          const Vec<A> direct = load_n(g + row + c, lanes) * p.minus_beta;
+          store_n(&direct_[r * padded_ + c], direct, lanes);
+          store_n(&ratios_[r * padded_ + after_ + c], direct * input<kRelu>(a + row + c, lanes) * p.inverse, lanes);
+        });
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = first + r * channels_;
+        for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
+          const Vec<A> raw = load_n(a + row + c, lanes);
+          const Vec<A> v = kRelu ? vrelu(raw) : raw;
+          Vec<A> d = load(&direct_[r * padded_ + c]) + factor * v * window_sum(&ratios_[r * padded_ + c], size);
+          if (kRelu) d = raw <= Vec<A>{} ? Vec<A>{} : d;
+          store_n(dx + row + c, d, lanes);
+        });
+      }
     });
   }
 
@@ -88,11 +108,13 @@ class LrnRow {
   }
 
   template <bool kRelu>
-  void square(const T* a) {
-    for_lanes<A>(channels_, [&](int64_t c, auto count) {
-      const Vec<A> v = input<kRelu>(a + c, count);
-      store_n(squares_.data() + before_ + c, v * v, count);
-    });
+  void square(const T* a, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
+        const Vec<A> v = input<kRelu>(a + r * channels_ + c, lanes);
+        store_n(&squares_[r * padded_ + before_ + c], v * v, lanes);
+      });
+    }
   }
 
   template <class Size>
@@ -104,18 +126,24 @@ class LrnRow {
 
   Vec<A> scale(Vec<A> sum) const { return A(lrn_.k) + A(lrn_.alpha_over_n) * sum; }
 
-  // The window of 5 that every AlexNet uses is unrolled.
+  // body(offset of the first row, rows, window); the window of 5 that every AlexNet uses is unrolled.
   template <class Body>
-  void with_size(const Body& body) const {
-    if (lrn_.size == 5) {
-      body(std::integral_constant<int64_t, 5>{});
-    } else {
-      body(lrn_.size);
+  void for_batches(int64_t batch, int64_t rows, const Body& body) const {
+    for (int64_t r = 0; r < rows; r += batch) {
+      const int64_t count = std::min(batch, rows - r);
+      if (lrn_.size == 5) {
+        body(r * channels_, count, std::integral_constant<int64_t, 5>{});
+      } else {
+        body(r * channels_, count, lrn_.size);
+      }
     }
   }
 
+  static constexpr int64_t kBatchValues = 512;  // of each of six arrays: they stay in the first cache
   const Lrn lrn_;
   const int64_t before_, after_, channels_;
+  const int64_t padded_;  // windows read up to size - 1 zeros beyond the row, and whole vectors
+  const int64_t batch_;
   std::vector<A> squares_, ratios_, direct_;
 };
 

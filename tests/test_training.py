@@ -1,0 +1,443 @@
+"""Training runs: they learn, resume to the same bits, survive failing writes, and leave what they promise."""
+
+from __future__ import annotations
+
+import csv
+import os
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("lightning")
+
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.training import checkpoint, images, inference, pictures
+from alexnet_kernels.training.errors import InputError, RunError
+from alexnet_kernels.training.lightning import Batches, Saver
+from alexnet_kernels.training.run import train
+from alexnet_kernels.training.settings import Settings, defaults
+
+TINY = Settings(
+    **{
+        **defaults(shipped=True),
+        "preset": "batchnorm",
+        "epochs": 2,
+        "batch_size": 8,
+        "image_size": 64,
+        "width": 0.04,
+        "precision": "32",
+    }
+)
+CLASSES = ("airplane", "automobile", "ship")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of the shipped images: 3 classes, 12 for training and 6 for validation of each."""
+    root = tmp_path_factory.mktemp("data")
+    with zipfile.ZipFile(images.SHIPPED) as archive:
+        names = archive.namelist()
+        for split, count in (("train", 12), ("val", 6)):
+            for name in CLASSES:
+                archive.extractall(root, [n for n in names if n.startswith(f"{split}/{name}/")][:count])
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    return train(TINY, data, out=tmp_path_factory.mktemp("runs") / "run").folder
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path)[1]["state_dict"]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """The same weights, buffers and momentum in every bit."""
+    a, b = checkpoint.load(first)[1], checkpoint.load(second)[1]
+    assert a["global_step"] == b["global_step"]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key]), key
+    for state, other in zip(a["optimizer_states"], b["optimizer_states"], strict=True):
+        assert state["state"].keys() == other["state"].keys()
+        for key, values in state["state"].items():
+            assert torch.equal(values["momentum_buffer"], other["state"][key]["momentum_buffer"])
+
+
+def figures(path: Path) -> list[dict[str, float]]:
+    timing = ("images_per_s", "seconds")
+    history = checkpoint.load(path)[0].history
+    return [{key: value for key, value in row.items() if key not in timing} for row in history]
+
+
+class TestRun:
+    def test_leaves_its_files(self, run: Path) -> None:
+        names = {"last.ckpt", "best.ckpt", "metrics.csv", "filters.png", "curves.png", "predictions.png"}
+        assert {path.name for path in run.iterdir()} == names
+        with (run / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["epoch"] for row in rows] == ["1", "2"]
+        assert all(0 <= float(row["val_top1"]) <= float(row["val_top5"]) == 1 for row in rows)
+        assert [float(row["step"]) for row in rows] == [4, 8]
+        for name in ("filters.png", "curves.png", "predictions.png"):
+            with Image.open(run / name) as image:
+                image.load()
+                assert image.format == "PNG"
+                assert np.asarray(image.convert("L")).std() > 5, name
+
+    def test_same_settings_give_the_same_bits(self, run: Path, data: Path, tmp_path: Path) -> None:
+        torch.manual_seed(123)
+        again = train(TINY, data, out=tmp_path / "again").folder
+        assert_same(run / "last.ckpt", again / "last.ckpt")
+        assert figures(run / "last.ckpt") == figures(again / "last.ckpt")
+
+    def test_another_seed_gives_another_network(self, run: Path, data: Path, tmp_path: Path) -> None:
+        other = train(replace(TINY, seed=1), data, out=tmp_path / "other").folder
+        name = "model.features.0.weight"
+        assert not torch.equal(weights(run / "last.ckpt")[name], weights(other / "last.ckpt")[name])
+
+    def test_lazy_reading_gives_the_same_bits(self, run: Path, data: Path, tmp_path: Path) -> None:
+        lazy = train(TINY, data, out=tmp_path / "lazy", in_memory=0, workers=1).folder
+        assert_same(run / "last.ckpt", lazy / "last.ckpt")
+
+    def test_every_preset_trains(self, data: Path, tmp_path: Path) -> None:
+        for preset in ("paper", "as_run", "caffenet", "torchvision"):
+            settings = replace(TINY, preset=preset, epochs=1, image_size=96, precision="bf16", lr=0.001)
+            result = train(settings, data, out=tmp_path / preset)
+            assert 0 < result.best["train_loss"] < 20
+            torch.manual_seed(settings.seed)
+            start = AlexNet(3, preset, width=TINY.width).state_dict()
+            trained = weights(result.folder / "last.ckpt")
+            for key, value in start.items():
+                assert not torch.equal(trained[f"model.{key}"], value), key
+
+    def test_folders_are_numbered(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        settings = replace(TINY, epochs=1)
+        assert [train(settings, data).folder.as_posix() for _ in range(2)] == ["runs/batchnorm-1", "runs/batchnorm-2"]
+
+    def test_learns(self, tmp_path: Path) -> None:
+        """Three classes that colour and form tell apart, against a chance of 33%."""
+        root = tmp_path / "data"
+        with zipfile.ZipFile(images.SHIPPED) as archive:
+            for split, count in (("train", 100), ("val", 50)):
+                for name in ("frog", "ship", "truck"):
+                    members = [n for n in archive.namelist() if n.startswith(f"{split}/{name}/")]
+                    archive.extractall(root, members[:count])
+        settings = replace(TINY, epochs=12, batch_size=20, width=0.12, lr=0.05, dropout=0.2)
+        result = train(settings, root, out=tmp_path / "run")
+        assert result.best["val_top1"] > 0.55
+        assert result.history[-1]["train_loss"] < 0.95 < 1.05 < result.history[0]["train_loss"]
+
+
+class TestResume:
+    @pytest.mark.parametrize("step", [4, 2, 7], ids=["between epochs", "mid-epoch", "last epoch"])
+    def test_to_the_same_bits(
+        self, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    ) -> None:
+        def ask_at(saver: Saver) -> str | None:
+            return "interrupted" if trained[-1] >= step else None
+
+        trained = [0]
+        original = Saver.on_train_batch_end
+
+        def counted(self: Saver, trainer: object, *rest: object) -> None:
+            trained.append(trainer.global_step)
+            original(self, trainer, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Saver, "on_train_batch_end", counted)
+            patch.setattr(Saver, "_stop_reason", ask_at)
+            stopped = train(TINY, data, out=tmp_path / "run")
+        assert stopped.stopped == "interrupted"
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == step
+        torch.manual_seed(99)
+        resumed = train(TINY, resume=tmp_path / "run")
+        assert resumed.stopped is None
+        assert_same(run / "last.ckpt", tmp_path / "run" / "last.ckpt")
+        assert figures(run / "last.ckpt") == figures(tmp_path / "run" / "last.ckpt")
+
+    def test_time_limit_stops_and_resumes(self, run: Path, data: Path, tmp_path: Path) -> None:
+        stopped = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
+        assert stopped.stopped == "out of time"
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == 1
+        train(TINY, resume=tmp_path / "run" / "last.ckpt")
+        assert_same(run / "last.ckpt", tmp_path / "run" / "last.ckpt")
+
+    def test_finished_run(self, run: Path) -> None:
+        with pytest.raises(InputError, match="has finished its 2 epochs"):
+            train(TINY, resume=run)
+
+    def test_other_data(self, data: Path, tmp_path: Path) -> None:
+        train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
+        with pytest.raises(InputError, match="begun on 36 images of 3 classes, the data has 4000 of 10"):
+            train(TINY, images.SHIPPED, resume=tmp_path / "run")
+
+
+class TestFiles:
+    def test_failing_write_leaves_the_previous_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "last.ckpt"
+        checkpoint.save({"value": torch.ones(3)}, path)
+
+        def full(handle: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="could not be written: .*No space left on device; the previous one is intact"):
+            checkpoint.save({"value": torch.zeros(3)}, path)
+        assert torch.equal(torch.load(path, weights_only=True)["value"], torch.ones(3))
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_write_that_fails_half_way(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"before")
+        with pytest.raises(KeyboardInterrupt), checkpoint.atomic_file(path) as file:
+            file.write(b"after")
+            raise KeyboardInterrupt
+        assert path.read_bytes() == b"before"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_disk_that_fills_up_ends_the_run(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        written = []
+        original = torch.save
+
+        def save(content: object, file: object) -> None:
+            written.append(content)
+            if len(written) == 2:
+                raise OSError(28, "No space left on device")
+            original(content, file)
+
+        monkeypatch.setattr(torch, "save", save)
+        with pytest.raises(RunError, match="No space left"):
+            train(TINY, data, out=tmp_path / "run")
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == 4
+
+    def test_best_is_the_first_epoch_of_the_highest_top1(self, run: Path) -> None:
+        header = checkpoint.load(run / "last.ckpt")[0]
+        best, content = checkpoint.load(run / "best.ckpt")
+        top1 = [row["val_top1"] for row in header.history]
+        assert len(best.history) == top1.index(max(top1)) + 1
+        assert content["global_step"] == 4 * len(best.history)
+
+    def test_best_survives_the_next_last(self, tmp_path: Path) -> None:
+        last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+        checkpoint.save({"epoch": 1}, last)
+        checkpoint.link(last, best)
+        checkpoint.save({"epoch": 2}, last)
+        assert torch.load(best, weights_only=True) == {"epoch": 1}
+        checkpoint.link(last, best)
+        assert torch.load(best, weights_only=True) == {"epoch": 2}
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_link_copies_where_there_are_no_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*paths: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", refuse)
+        (tmp_path / "last").write_bytes(b"content")
+        checkpoint.link(tmp_path / "last", tmp_path / "best")
+        assert (tmp_path / "best").read_bytes() == b"content"
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+class TestBadCheckpoints:
+    def change(self, run: Path, path: Path, **changes: object) -> Path:
+        content = torch.load(run / "best.ckpt", weights_only=True)
+        for name, value in changes.items():
+            content[checkpoint.KEY][name] = value
+        torch.save(content, path)
+        return path
+
+    @pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.999])
+    def test_cut_off(self, run: Path, tmp_path: Path, part: float) -> None:
+        whole = (run / "best.ckpt").read_bytes()
+        path = tmp_path / "cut.ckpt"
+        path.write_bytes(whole[: int(len(whole) * part)])
+        with pytest.raises(InputError, match=r"cut\.ckpt is not a readable checkpoint"):
+            checkpoint.load_network(path)
+
+    def test_not_ours(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+        with pytest.raises(InputError, match=r"other\.ckpt is not a checkpoint of `alexnet-kernels train`"):
+            checkpoint.load_network(tmp_path / "other.ckpt")
+
+    def test_code_is_not_run(self, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return os.mkdir, (str(tmp_path / "made"),)
+
+        torch.save({checkpoint.KEY: Evil()}, tmp_path / "evil.ckpt")
+        with pytest.raises(InputError, match="not a readable checkpoint"):
+            checkpoint.load_network(tmp_path / "evil.ckpt")
+        assert not (tmp_path / "made").exists()
+
+    def test_another_preset(self, run: Path, tmp_path: Path) -> None:
+        settings = replace(TINY, preset="paper").to_dict()
+        path = self.change(run, tmp_path / "x.ckpt", settings=settings)
+        with pytest.raises(InputError, match="does not hold the weights of preset 'paper' with 3 classes"):
+            checkpoint.load_network(path)
+
+    def test_another_number_of_classes(self, run: Path, tmp_path: Path) -> None:
+        path = self.change(run, tmp_path / "x.ckpt", classes=["a", "b", "c", "d"])
+        with pytest.raises(InputError, match="with 4 classes and width 0.04"):
+            checkpoint.load_network(path)
+
+    def test_newer_format(self, run: Path, tmp_path: Path) -> None:
+        path = self.change(run, tmp_path / "x.ckpt", format=2)
+        with pytest.raises(InputError, match="it is of format 2"):
+            checkpoint.load_network(path)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="does not exist"):
+            checkpoint.load_network(tmp_path / "no.ckpt")
+        with pytest.raises(InputError, match=r"no checkpoint best\.ckpt in"):
+            checkpoint.load_network(tmp_path)
+
+
+class TestInference:
+    def test_evaluate_agrees_with_the_run(self, run: Path, data: Path) -> None:
+        network = checkpoint.load_network(run)
+        result = inference.evaluate(network, data, batch_size=5)
+        assert result["images"] == 18
+        assert result["top1"] == pytest.approx(network.header.best()["val_top1"])
+        assert result["top5"] == 1
+
+    def test_predict_agrees_with_evaluate(self, run: Path, data: Path) -> None:
+        network = checkpoint.load_network(run)
+        paths = sorted((data / "val").rglob("*.png"))
+        right = sum(
+            result[0][0] == path.parent.name
+            for path, result in zip(paths, inference.predict(network, paths), strict=True)
+        )
+        assert right / len(paths) == pytest.approx(inference.evaluate(network, data)["top1"])
+
+    def test_predictions_are_sorted_probabilities(self, run: Path, data: Path) -> None:
+        network = checkpoint.load_network(run)
+        for crops in (1, 10):
+            (result,) = inference.predict(network, [next((data / "val").rglob("*.png"))], crops=crops)
+            assert {name for name, _ in result} == set(CLASSES)
+            values = [value for _, value in result]
+            assert values == sorted(values, reverse=True)
+            assert sum(values) == pytest.approx(1, abs=1e-5)
+
+    def test_ten_crops_are_averaged(self, run: Path) -> None:
+        network = checkpoint.load_network(run)
+        size = 73
+        # An image of one colour and its crops are the same: the mean changes nothing.
+        flat = torch.full((1, size, size, 3), 90, dtype=torch.uint8)
+        one, ten = (inference.probabilities(network, flat, crops) for crops in (1, 10))
+        torch.testing.assert_close(one, ten)
+        noise = torch.randint(0, 256, (1, size, size, 3), dtype=torch.uint8)
+        assert not torch.equal(inference.probabilities(network, noise), inference.probabilities(network, noise, 10))
+
+    def test_other_classes(self, run: Path) -> None:
+        with pytest.raises(InputError, match="3 classes are not the 10 of .*: bird, cat"):
+            inference.evaluate(checkpoint.load_network(run))
+
+    @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:99", "cpu:0"])
+    def test_device_that_is_not_there(self, name: str) -> None:
+        with pytest.raises(InputError, match=f"--device.*{name}"):
+            inference.pick_device(name)
+
+
+class TestPieces:
+    def test_learning_rate_rises_and_falls_to_zero(self) -> None:
+        rates = [TINY.lr_at(step, 100) for step in range(100)]
+        assert rates[10] == TINY.lr == max(rates)
+        assert rates[:11] == sorted(rates[:11])
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert 0 < rates[0] < TINY.lr / 5
+        assert 0 < rates[-1] < TINY.lr / 100
+        assert [TINY.lr_at(0, 1), TINY.lr_at(1, 2)] == [TINY.lr, TINY.lr / 2]
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("epochs", 0),
+            ("batch_size", 0),
+            ("lr", 0.0),
+            ("lr", float("nan")),
+            ("lr", float("inf")),
+            ("momentum", 1.0),
+            ("weight_decay", -1.0),
+            ("image_size", 0),
+            ("width", 0.0),
+            ("dropout", 1.0),
+            ("precision", "64"),
+            ("seed", -1),
+            ("preset", "vgg"),
+        ],
+    )
+    def test_settings_are_checked(self, name: str, value: object) -> None:
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be .*, got {value}"):
+            replace(TINY, **{name: value})
+
+    def test_every_epoch_shows_every_image_once_in_its_own_order(self, data: Path) -> None:
+        train_set, _ = images.open_data(data, 4)
+        loader = Batches(train_set, 6, 0, seed=0)
+        orders = []
+        for epoch in range(2):
+            loader.batch_sampler.sampler.set_epoch(epoch)
+            orders.append([int(i) for batch in loader for i in batch["indices"]])
+        assert [sorted(order) for order in orders] == [list(range(36))] * 2
+        assert orders[0] != orders[1]
+        loader.load_state_dict({"batches": 2})
+        assert [int(i) for batch in loader for i in batch["indices"]] == orders[1][12:]
+
+    def test_filters_in_two_towers(self) -> None:
+        weight = torch.randn(96, 3, 11, 11)
+        grid = pictures.filter_grid(weight)
+        # Six rows of sixteen with a line between them, four lines between the towers.
+        assert grid.shape == (2 * (3 * 12 - 1) + 4, 16 * 12 - 1, 3)
+        for number, (top, left) in {0: (0, 0), 17: (12, 12), 48: (39, 0), 95: (63, 180)}.items():
+            kernel = weight[number]
+            expected = (kernel - kernel.min()) / (kernel.max() - kernel.min()) * 255
+            shown = grid[top : top + 11, left : left + 11].permute(2, 0, 1).float()
+            torch.testing.assert_close(shown, expected, rtol=0, atol=0.51)
+        assert grid[35:39].eq(255).all()
+
+    def test_filters_of_one_tower(self) -> None:
+        assert pictures.filter_grid(torch.randn(64, 3, 11, 11), towers=1).shape == (47, 191, 3)
+        assert pictures.filter_grid(torch.zeros(5, 3, 11, 11), towers=1).shape == (11, 59, 3)
+
+    def test_loss_that_is_not_finite_ends_the_run(self, data: Path, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="not finite in epoch 1: try a lower --lr than 1e\\+20"):
+            train(replace(TINY, lr=1e20), data, out=tmp_path / "run")
+        assert not (tmp_path / "run" / "last.ckpt").exists()
+
+    def test_image_too_small_for_the_network(self, data: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="--image-size 30 is too small for preset 'paper': .* at least"):
+            train(replace(TINY, preset="paper", image_size=30), data, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_half_precision_on_a_cpu(self, data: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="--precision 16 needs a CUDA device"):
+            train(replace(TINY, precision="16"), data, out=tmp_path / "run", device="cpu")
+
+    def test_one_class_is_not_enough(self, data: Path, tmp_path: Path) -> None:
+        for split in ("train", "val"):
+            (tmp_path / "one" / split).mkdir(parents=True)
+            (tmp_path / "one" / split / "ship").symlink_to(data / split / "ship")
+        with pytest.raises(InputError, match="two classes at least are needed, there is only 'ship'"):
+            train(TINY, tmp_path / "one", out=tmp_path / "run")
+
+    def test_lazy_bad_images(self, data: Path, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        for file in data.rglob("*.png"):
+            copy = root / file.relative_to(data)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+        spoilt = sorted((root / "train" / "ship").iterdir())[3]
+        spoilt.write_bytes(b"no image")
+        options = {"in_memory": 0, "out": tmp_path / "run"}
+        with pytest.raises(InputError, match=rf"1 image can't be read: train/ship/{spoilt.name}.*--bad-images skip"):
+            train(replace(TINY, batch_size=36), root, **options)
+        result = train(replace(TINY, epochs=1), root, bad_images="skip", in_memory=0, out=tmp_path / "skipping")
+        assert [name.split(":")[0] for name in result.skipped] == [f"train/ship/{spoilt.name}"]
