@@ -110,8 +110,10 @@ def write_ninja(build: Path, output: Path) -> None:
         "  command = $cxx -MD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "  description = compiling $out",
         "rule link",
         "  command = $cxx -shared -o $out $in $flags",
+        "  description = linking $out",
     ]
 
     def compile_(rule: str, source: Path, name: str, flags: list[str]) -> None:

@@ -206,6 +206,8 @@ def batch_norm_relu(
             unbiased = var.detach() * (count / (count - 1))
             new_var = ((1 - momentum) * running_var + momentum * unbiased).to(running_var.dtype)
     else:
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean, running_var
     out = (input - along_channels(mean)) / (along_channels(var) + eps).sqrt()
     if weight is not None:
@@ -407,17 +409,19 @@ def augment(
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     height, width = _pair(size)
     x = images.permute(0, 3, 1, 2).to(compute)
-    at_image = mean is not None and mean.dim() == 3 and mean.shape[1:] == images.shape[1:3]
-    if at_image:
-        x = x - mean.to(compute)
+    at_image, at_output = mean, None
+    if mean is not None and (mean.dim() == 1 or mean.shape[1:] != images.shape[1:3]):
+        at_image, at_output = None, mean.reshape(3, *(mean.shape[1:] or (1, 1)))
+    if at_image is not None:
+        x = x - at_image.to(compute)
     out = x.new_empty(x.shape[0], 3, height, width)
     for i, (top, left) in enumerate(crops.tolist()):
         crop = x[i, :, top : top + height, left : left + width]
         out[i] = crop.flip(-1) if flips is not None and bool(flips[i]) else crop
     if color_shift is not None:
         out = out + color_shift.to(compute)[:, :, None, None]
-    if mean is not None and not at_image:
-        out = out - mean.to(compute).reshape(3, *(mean.shape[1:] or (1, 1)))
+    if at_output is not None:
+        out = out - at_output.to(compute)
     if scale is not None:
         out = out * (scale.to(compute).reshape(3, 1, 1) if isinstance(scale, Tensor) else scale)
     return out.to(dtype).contiguous(memory_format=memory_format)

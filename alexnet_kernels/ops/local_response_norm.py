@@ -74,7 +74,8 @@ def _native(input: Tensor, size: int, alpha: float, beta: float, k: float, group
     if input.numel() == 0:
         return input.clone()
     towers = input.reshape(input.shape[0] * groups, input.shape[1] // groups, *input.shape[2:])
-    return F.local_response_norm(towers, size, alpha, beta, k).reshape(input.shape)
+    output = F.local_response_norm(towers, size, alpha, beta, k).reshape(input.shape)
+    return output.contiguous(memory_format=_common.memory_format_of(input))
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:

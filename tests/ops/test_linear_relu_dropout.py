@@ -191,6 +191,8 @@ def test_registration(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles(compiler, dtype, device, backend, fresh_dynamo):
+    if compiler == "inductor" and backend == "native":
+        pytest.skip("inductor takes minutes over Philox of a constant seed")
     values = tensors((5, 16), 12, dtype, device)
     check_compiled(
         lambda x, w, b: linear_relu_dropout(x, w, b, **KEYED, backend=backend),

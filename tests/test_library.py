@@ -1,0 +1,170 @@
+"""The native library as a whole: instruction sets, backends, and the package without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import alexnet_kernels
+from alexnet_kernels import _library, backends, ops
+
+PACKAGE = Path(alexnet_kernels.__file__).parent
+
+# Every op with a kernel of its own, forward and backward, in every dtype: the largest error relative to float64.
+EVERY_KERNEL = """
+import json, torch
+from alexnet_kernels import ops, reference
+
+torch.manual_seed(0)
+norm = dict(size=5, alpha=0.5, beta=0.75, k=2.0)
+w, b = (torch.rand(21) + 0.5).bfloat16().float(), torch.randn(21).bfloat16().float()  # exact in every dtype
+calls = {
+    "max_pool2d": (lambda m, x: m.max_pool2d(x, 3, 2, 1, True, relu=True)),
+    "local_response_norm": (lambda m, x: m.local_response_norm(x, **norm)),
+    "lrn_max_pool2d": (lambda m, x: m.lrn_max_pool2d(x, **norm, relu=True)),
+    "within_map_response_norm": (lambda m, x: m.within_map_response_norm(x, 3, 0.5)),
+    "dropout": (lambda m, x: m.dropout(x, 0.3, seed=5, offset=2**40)),
+    "batch_norm_relu": (lambda m, x: m.batch_norm_relu(x, None, None, w.to(x.dtype), b.to(x.dtype), True)),
+    "linear_relu_dropout": (lambda m, x: m.linear_relu_dropout(x.flatten(1)[:, :21], torch.diag(w).to(x.dtype), seed=1)),
+}
+errors = {}
+for name, call in calls.items():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 21, 9, 11).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+            y = x.detach().double().requires_grad_()
+            ours, theirs = call(ops, x), call(reference, y)
+            theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+            g = torch.randn(theirs.shape).to(dtype)
+            pairs = [(ours, theirs), (torch.autograd.grad(ours, x, g)[0], torch.autograd.grad(theirs, y, g.double())[0])]
+            key = f"{name} {str(dtype)[6:]}"
+            for a, e in pairs:
+                errors[key] = max(errors.get(key, 0), ((a.double() - e).abs().max() / e.abs().max()).item())
+print(json.dumps({"isa": torch.ops.alexnet_kernels.isa(), "errors": errors}))
+"""
+
+
+def start(code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **variables}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run(code: str, cwd: Path, **variables: str) -> str:
+    result = start(code, cwd, **variables)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_is_right(isa: str, tmp_path: Path) -> None:
+    report = json.loads(run(EVERY_KERNEL, tmp_path, ALEXNET_KERNELS_ISA=isa))
+    if report["isa"] != isa:
+        pytest.skip(f"this processor has {report['isa']} at best")
+    # A rounding of the result in half precision, a few of the computation in the others.
+    allowed = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2**-7, "float16": 2**-10}
+    assert {key for key, error in report["errors"].items() if not error <= allowed[key.split()[1]]} == set()
+
+
+class TestBackends:
+    def test_auto_is_the_kernel_of_the_device(self) -> None:
+        assert backends.select("max_pool2d", torch.empty(1), None) == "cpu"
+        assert backends.select("max_pool2d", torch.empty(1, device="meta"), None) == "native"
+
+    def test_the_call_wins_over_the_context_and_that_over_the_default(self) -> None:
+        x = torch.empty(1)
+        with alexnet_kernels.use_backend("native"):
+            assert backends.select("max_pool2d", x, None) == "native"
+            assert backends.select("max_pool2d", x, "cpu") == "cpu"
+            with alexnet_kernels.use_backend("cpu"):
+                assert backends.get_backend() == "cpu"
+            assert backends.get_backend() == "native"
+        assert backends.get_backend() == "auto"
+
+    def test_context_ends_with_an_exception(self) -> None:
+        with pytest.raises(KeyError), alexnet_kernels.use_backend("native"):
+            raise KeyError
+        assert backends.get_backend() == "auto"
+
+    def test_environment(self, tmp_path: Path) -> None:
+        code = "from alexnet_kernels import backends; print(backends.get_backend())"
+        assert run(code, tmp_path, ALEXNET_KERNELS_BACKEND="native").strip() == "native"
+
+    def test_bad_environment_is_named(self, tmp_path: Path) -> None:
+        result = start("import alexnet_kernels", tmp_path, ALEXNET_KERNELS_BACKEND="fast")
+        assert "ALEXNET_KERNELS_BACKEND='fast': one of 'auto', 'cpu'" in result.stderr
+
+    def test_unknown_backend(self) -> None:
+        with pytest.raises(ValueError, match="backend='fast': one of 'auto', 'cpu', 'cuda', 'triton', 'native' expected"):
+            ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend="fast")
+        with pytest.raises(ValueError, match="one of"):
+            alexnet_kernels.set_backend("fast")
+
+    @pytest.mark.parametrize("name", ["cuda", "triton"])
+    def test_backend_that_is_not_there(self, name: str) -> None:
+        if backends.unavailable("max_pool2d", name) is None:
+            pytest.skip(f"{name} is available")
+        with pytest.raises(RuntimeError, match=f"max_pool2d: backend '{name}' is not available: "):
+            ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend=name)
+
+    def test_report(self) -> None:
+        rows = {row["op"]: row["backends"] for row in backends.report()}
+        assert set(rows) == set(ops.__all__)
+        assert all(row["cpu"] == row["native"] == "available" for row in rows.values())
+
+    def test_status(self) -> None:
+        status = _library.status()
+        assert status["loaded"]
+        assert status["reason"] is None
+        assert status["isa"] in ("generic", "avx2", "avx512")
+
+
+class TestTransforms:
+    """torch.func and forward-mode differentiation know PyTorch's own operators only."""
+
+    def test_forward_mode(self) -> None:
+        x, v = torch.randn(1, 4, 5, 5, dtype=torch.float64), torch.randn(1, 4, 5, 5, dtype=torch.float64)
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            return ops.local_response_norm(x, alpha=0.5)
+
+        _, tangent = torch.func.jvp(function, (x,), (v,))
+        step = 1e-6
+        torch.testing.assert_close(tangent, (function(x + step * v) - function(x - step * v)) / (2 * step))
+
+    def test_vmap_of_grad(self) -> None:
+        x = torch.randn(3, 1, 4, 5, 5, dtype=torch.float64)
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            return ops.max_pool2d(x, relu=True).square().sum()
+
+        expected = torch.stack([torch.func.grad(loss)(image) for image in x])
+        torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), expected)
+
+
+def test_package_without_its_library(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "alexnet_kernels", ignore=shutil.ignore_patterns("*.so", "*.zip", "__pycache__"))
+    code = """
+import torch, json
+import alexnet_kernels as ak
+x = torch.randn(2, 3, 64, 64, requires_grad=True)
+model = ak.AlexNet(num_classes=4, width=0.1)
+model(x).sum().backward()
+try:
+    ak.ops.dropout(x, backend="cpu")
+except RuntimeError as error:
+    message = str(error)
+status = ak._library.status()
+print(json.dumps([status["loaded"], status["reason"], bool(x.grad.isfinite().all()), message]))
+"""
+    loaded, reason, trained, message = json.loads(run(code, tmp_path, PYTHONPATH=str(tmp_path)))
+    assert not loaded
+    assert "does not exist: build it" in reason
+    assert trained
+    assert message.startswith("dropout: backend 'cpu' is not available: ")

@@ -1,0 +1,185 @@
+"""The build and what it installs: symbols, wheels, source distributions, other releases of torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+
+import alexnet_kernels
+from alexnet_kernels import _library, ops
+
+ROOT = Path(__file__).parent.parent
+BUILD_VARIABLES = ("ALEXNET_KERNELS_CUDA", "ALEXNET_KERNELS_ARCHS", "CUDA_HOME")
+
+
+def symbols(*options: str) -> list[str]:
+    listing = subprocess.run(
+        ["nm", "-D", "-C", *options, str(_library.PATH)], capture_output=True, text=True, check=True
+    ).stdout
+    return [line.split(maxsplit=1)[-1].removeprefix("U ").strip() for line in listing.splitlines()]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+class TestSymbols:
+    def test_torch_is_reached_through_its_c_functions_only(self) -> None:
+        needed = symbols("--undefined-only")
+        assert any("torch_call_dispatcher" in name for name in needed)
+        unstable = [name for name in needed if re.search(r"\b(at|c10|torch|caffe2)::", name)]
+        assert unstable == []
+
+    def test_no_python_and_no_cuda_library_is_needed(self) -> None:
+        assert [name for name in symbols("--undefined-only") if name.startswith(("Py", "_Py", "cuda"))] == []
+
+    def test_nothing_of_torch_is_exported(self) -> None:
+        defined = [name for name in symbols("--defined-only") if re.search(r" ?\b(at|c10|torch)::", name)]
+        assert defined == []
+
+
+# Runs under another torch: every op of the library once, forward, on the tensors given.
+ELSEWHERE = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+op = torch.ops.alexnet_kernels
+calls = torch.load(sys.argv[2], weights_only=True)
+results = {name: getattr(op, name)(*args) for name, args in calls.items()}
+torch.save({"torch": torch.__version__, "results": results}, sys.argv[3])
+"""
+
+
+def every_op() -> dict[str, tuple]:
+    x = torch.randn(2, 20, 9, 7).contiguous(memory_format=torch.channels_last)
+    pool, lrn, channels = ([3, 3], [2, 2], [0, 0]), (5, 0.5, 0.75, 2.0), torch.rand(20)
+    seed, rows = torch.tensor(3), torch.randn(4, 12)
+    return {
+        "conv2d_relu": (x, torch.randn(8, 10, 3, 3), torch.randn(8), [2, 2], [1, 1], 2, True),
+        "max_pool2d": (x, *pool, True, True),
+        "local_response_norm": (x, *lrn, 2),
+        "local_response_norm_backward": (x, x, *lrn, 2),
+        "lrn_max_pool2d": (x, *lrn, 1, *pool, False, True),
+        "within_map_response_norm": (x, 5, 0.5, 0.75, 1.0),
+        "batch_norm_relu": (x, None, None, channels, channels, True, 1e-5),
+        "dropout": (rows, 0.5, 2.0, seed, 7, 48, 48, 0),
+        "linear_relu_dropout": (rows, torch.randn(6, 12), torch.randn(6), True, 0.5, 2.0, seed, 0, 6, 6, 0),
+        "augment": (
+            torch.randint(0, 256, (2, 8, 9, 3), dtype=torch.uint8),
+            torch.tensor([[0, 1], [2, 3]]),
+            [5, 5],
+            torch.tensor([True, False]),
+            None,
+            torch.rand(3),
+            torch.rand(3),
+            torch.float32,
+            True,
+        ),
+    }
+
+
+def test_one_build_loads_in_another_torch(tmp_path: Path) -> None:
+    other = os.environ.get("ALEXNET_KERNELS_OTHER_PYTHON")
+    if other is None:
+        pytest.skip("ALEXNET_KERNELS_OTHER_PYTHON names no interpreter with another torch")
+    calls = every_op()
+    torch.save(calls, tmp_path / "calls.pt")
+    command = [other, "-c", ELSEWHERE, str(_library.PATH), str(tmp_path / "calls.pt"), str(tmp_path / "results.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    there = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert there["torch"] != torch.__version__
+    for name, args in calls.items():
+        here = getattr(torch.ops.alexnet_kernels, name)(*args)
+        torch.testing.assert_close(there["results"][name], here, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def installed() -> Distribution:
+    try:
+        return distribution("alexnet_kernels")
+    except PackageNotFoundError:
+        pytest.skip("the package is not installed, but imported from its source tree")
+
+
+class TestMetadata:
+    def test_torch_has_a_lower_bound_only(self, installed: Distribution) -> None:
+        requirements = [r for r in installed.requires or [] if "extra" not in r]
+        assert [r for r in requirements if r.startswith("torch")] == ["torch>=2.11"]
+        assert all("==" not in r and "<" not in r for r in requirements)
+
+    def test_typed_and_complete(self) -> None:
+        package = Path(alexnet_kernels.__file__).parent
+        assert (package / "py.typed").exists()
+        assert (package / "data" / "cifar10_small.zip").stat().st_size > 1_000_000
+
+    def test_version(self, installed: Distribution) -> None:
+        assert alexnet_kernels.__version__ == installed.version
+
+
+def run_setup(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in BUILD_VARIABLES}
+    command = [sys.executable, str(ROOT / "setup.py"), "-q", *args]
+    return subprocess.run(command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True)
+
+
+def test_source_distribution_holds_the_sources(tmp_path: Path) -> None:
+    result = run_setup("egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), "--formats=gztar")
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    names = subprocess.run(["tar", "tzf", str(archive)], capture_output=True, text=True, check=True).stdout
+    for path in ("csrc/library.cpp", "csrc/common/vec.h", "csrc/cpu/max_pool2d.cpp", "setup.py", "LICENSE"):
+        assert f"/{path}\n" in names
+    assert "/alexnet_kernels/data/cifar10_small.zip\n" in names
+    assert "_C.so" not in names
+
+
+class TestBuildSettings:
+    @staticmethod
+    def evaluate(expression: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            "import json, setuptools; setuptools.setup = lambda **kwargs: None\n"
+            f"import runpy; module = runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+            f"print(json.dumps(module[{expression}))"
+        )
+        environment = {name: value for name, value in os.environ.items() if name not in BUILD_VARIABLES}
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True
+        )
+
+    def test_architectures(self) -> None:
+        result = self.evaluate("'gencode']('8.0;9.0a;10.0+PTX')")
+        assert json.loads(result.stdout) == [
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-gencode=arch=compute_100,code=sm_100",
+            "-gencode=arch=compute_100,code=compute_100",
+        ]
+
+    def test_bad_architectures_are_named(self) -> None:
+        result = self.evaluate("'gencode']('hopper')")
+        assert result.returncode != 0
+        assert "ALEXNET_KERNELS_ARCHS='hopper'" in result.stderr
+
+    def test_cuda_can_be_left_out(self) -> None:
+        assert json.loads(self.evaluate("'find_nvcc']()", ALEXNET_KERNELS_CUDA="0").stdout) is None
+
+    @pytest.mark.skipif(Path("/usr/local/cuda/bin/nvcc").exists(), reason="the toolkit is where setup.py looks last")
+    def test_cuda_insisted_on_without_nvcc(self) -> None:
+        result = self.evaluate("'find_nvcc']()", ALEXNET_KERNELS_CUDA="1", PATH="")
+        assert result.returncode != 0
+        assert "there is no nvcc" in result.stderr
+
+    def test_bad_wish_is_named(self) -> None:
+        result = self.evaluate("'find_nvcc']()", ALEXNET_KERNELS_CUDA="maybe")
+        assert result.returncode != 0
+        assert "ALEXNET_KERNELS_CUDA='maybe'" in result.stderr
+
+
+def test_ops_of_the_library_are_the_package_s() -> None:
+    assert set(_library.OPS) == set(ops.__all__)
+    assert {op for op, key in _library.KERNELS if key == "CPU"} == set(ops.__all__)
