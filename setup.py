@@ -1,7 +1,8 @@
 """Builds the native library: CPU kernels always, CUDA kernels where nvcc is found.
 
-The library uses LibTorch's stable ABI only, so that one build loads in every torch from 2.11 on, whatever its Python and
-whether or not it has CUDA. It is no Python extension module but an operator library, built by a ninja file written here.
+The library uses LibTorch's stable ABI only, so that one build loads in every torch from 2.11 on, whatever its Python
+and whether or not it has CUDA. It is no Python extension module but an operator library, built by a ninja file written
+here.
 
 Environment:
     ALEXNET_KERNELS_CUDA    1: CUDA kernels or an error; 0: none; unset: if nvcc is found
@@ -45,7 +46,8 @@ def find_nvcc() -> str | None:
         return None
     home = os.environ.get("CUDA_HOME")
     candidates = [f"{home}/bin/nvcc"] if home else []
-    nvcc = next((c for c in [*candidates, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"] if c and Path(c).exists()), None)
+    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((path for path in candidates if path and Path(path).exists()), None)
     if nvcc is None and wish == "1":
         raise SystemExit("ALEXNET_KERNELS_CUDA=1, but there is no nvcc: install the CUDA toolkit or set CUDA_HOME")
     return nvcc

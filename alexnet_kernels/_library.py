@@ -48,7 +48,7 @@ KERNELS = frozenset(
 
 
 def status() -> dict[str, Any]:
-    """The library's path, whether it's loaded or why not, the CPU instruction set in use, and whether it holds CUDA kernels."""
+    """The library's path, whether it is loaded or why not, the instruction set in use, whether it has CUDA kernels."""
     return {
         "path": str(PATH),
         "loaded": LOADED,

@@ -25,6 +25,8 @@ from torch.autograd import forward_ad
 from alexnet_kernels import _library
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
+
+
 def _check(name: str, source: str = "backend") -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}={name!r}: one of {', '.join(map(repr, BACKENDS))} expected")
@@ -64,8 +66,8 @@ def unavailable(op: str, backend: str) -> str | None:
         return "there are no Triton kernels in this version"
     if not _library.LOADED:
         return str(_library.REASON)
-    if not (op, backend.upper()) in _library.KERNELS:
-        return "the native library was built without CUDA kernels" if backend == "cuda" else "there is no such kernel"
+    if (op, backend.upper()) not in _library.KERNELS:
+        return "the native library holds no CUDA kernels" if backend == "cuda" else "there is no such kernel"
     return None
 
 
@@ -94,4 +96,6 @@ def is_transformed() -> bool:
 def report() -> list[dict[str, Any]]:
     """For every op, its backends, each "available" or the reason why not."""
     names = [name for name in BACKENDS if name != "auto"]
-    return [{"op": op, "backends": {name: unavailable(op, name) or "available" for name in names}} for op in _library.OPS]
+    return [
+        {"op": op, "backends": {name: unavailable(op, name) or "available" for name in names}} for op in _library.OPS
+    ]

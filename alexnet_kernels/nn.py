@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from alexnet_kernels.backends import is_transformed
-from alexnet_kernels.ops import (
-    batch_norm_relu,
-    conv2d_relu,
-    dropout,
-    linear_relu_dropout,
-    local_response_norm,
-    lrn_max_pool2d,
-    max_pool2d,
-    within_map_response_norm,
-)
+from alexnet_kernels.ops.batch_norm_relu import batch_norm_relu
+from alexnet_kernels.ops.conv2d_relu import conv2d_relu
+from alexnet_kernels.ops.dropout import dropout
+from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout
+from alexnet_kernels.ops.local_response_norm import local_response_norm
+from alexnet_kernels.ops.lrn_max_pool2d import lrn_max_pool2d
+from alexnet_kernels.ops.max_pool2d import max_pool2d
+from alexnet_kernels.ops.within_map_response_norm import within_map_response_norm
 
 __all__ = ["AdaptiveAvgPool2d", "Dropout", "FusedSequential", "LocalResponseNorm", "WithinMapResponseNorm"]
 
@@ -45,9 +43,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 
     groups: int
 
-    def __init__(
-        self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, groups: int = 1
-    ) -> None:
+    def __init__(self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, groups: int = 1) -> None:
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
         super().__init__(size, alpha, beta, k)

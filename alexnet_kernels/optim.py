@@ -17,8 +17,8 @@ class SGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay, one pass over all parameters a step.
 
     rule="paper" (the default) is the paper's, `v <- momentum * v - weight_decay * lr * w - lr * g; w <- w + v`: lr is
-    inside v, so a change of lr acts on the past gradients only as they fade. rule="torch" is torch.optim.SGD's, in which
-    it rescales them at once. At a constant lr the two agree.
+    inside v, so a change of lr acts on the past gradients only as they fade. rule="torch" is torch.optim.SGD's, in
+    which it rescales them at once. At a constant lr the two agree.
 
     Args:
         params: tensors or groups of them, as for every optimizer; groups may override any of the following.
@@ -85,7 +85,7 @@ class SGD(torch.optim.Optimizer):
                 states = [self.state[param] for param in params]
                 ops.sgd_step(
                     params,
-                    [param.grad for param in params],
+                    [param.grad for param in params if param.grad is not None],
                     [state["momentum_buffer"] for state in states],
                     [state["master"] for state in states] if mastered else [],
                     first_step=first,
@@ -104,7 +104,7 @@ class SGD(torch.optim.Optimizer):
         return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; masters and their momentum stay float32, where torch would cast them to the parameter's dtype."""
+        """Loads a state; masters and their momentum stay float32: torch would cast them to the parameter's dtype."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
         order = [key for group in state_dict["param_groups"] for key in group["params"]]

@@ -98,9 +98,7 @@ def max_pool2d(
             row = p * stride_h + r - pad_h
             column = q * stride_w + s - pad_w
             inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))
-            candidate = x.index_select(-2, row.clamp(0, height - 1)).index_select(
-                -1, column.clamp(0, width - 1)
-            )
+            candidate = x.index_select(-2, row.clamp(0, height - 1)).index_select(-1, column.clamp(0, width - 1))
             better = (candidate > best) | candidate.isnan() | ~found
             best = torch.where(inside & better, candidate, best)
             found = found | inside
@@ -111,9 +109,7 @@ def _window_sum(x: Tensor, dim: int, size: int) -> Tensor:
     """Sum of the places `i - size // 2 ... i + (size - 1) // 2` along dim, cut at the ends."""
     length = x.shape[dim]
     before, after = x.shape[:dim], x.shape[dim + 1 :]
-    padded = torch.cat(
-        [x.new_zeros(*before, size // 2, *after), x, x.new_zeros(*before, (size - 1) // 2, *after)], dim
-    )
+    padded = torch.cat([x.new_zeros(*before, size // 2, *after), x, x.new_zeros(*before, (size - 1) // 2, *after)], dim)
     total = padded.narrow(dim, 0, length)
     for shift in range(1, size):
         total = total + padded.narrow(dim, shift, length)
@@ -155,9 +151,7 @@ def lrn_max_pool2d(
     2.
     """
     x = torch.relu(input) if relu else input
-    return max_pool2d(
-        local_response_norm(x, size, alpha, beta, k, groups), kernel_size, stride, padding, ceil_mode
-    )
+    return max_pool2d(local_response_norm(x, size, alpha, beta, k, groups), kernel_size, stride, padding, ceil_mode)
 
 
 def within_map_response_norm(
@@ -306,9 +300,7 @@ def dropout(
     keep = dropout_keep(input.shape, p, seed, offset, shard, input.device)
     scale = 1 / (1 - p) if scale_at == "training" and p < 1 else 1.0
     scaled = input * scale
-    drop = torch.empty_like(scaled, dtype=torch.bool).copy_(
-        ~keep
-    )  # in the input's memory format, and so the result
+    drop = torch.empty_like(scaled, dtype=torch.bool).copy_(~keep)  # in the input's memory format, and so the result
     return torch.where(drop, torch.zeros_like(scaled), scaled)
 
 

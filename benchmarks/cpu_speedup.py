@@ -26,12 +26,12 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "
 if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-import alexnet_kernels
-from alexnet_kernels import ops
+import alexnet_kernels  # noqa: E402
+from alexnet_kernels import ops  # noqa: E402
 
 PAPER_LRN = (5, 5e-4, 0.75, 2.0)
 
@@ -92,9 +92,7 @@ def op_cases() -> Iterator[Case]:
                 return F.max_pool2d(x, 3, 2)
 
             yield Case(f"{label}: forward", lambda x=x: norm(x), lambda x=x: torch_norm(x))
-            yield Case(
-                f"{label}: forward + backward", forward_backward(norm, x, g), forward_backward(torch_norm, x, g)
-            )
+            yield Case(f"{label}: forward + backward", forward_backward(norm, x, g), forward_backward(torch_norm, x, g))
             yield Case(f"{label}, with pool: forward", lambda x=x: block(x), lambda x=x: torch_block(x))
             yield Case(
                 f"{label}, with pool: forward + backward",
@@ -191,16 +189,15 @@ def measure(case: Case, rounds: int) -> Row:
 
 
 def machine() -> dict[str, object]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
+    about = dict(
+        line.split(":", 1) for line in re.sub(r"\t+", "", Path("/proc/cpuinfo").read_text()).splitlines() if ":" in line
     )
-    flags = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
+    cpu, flags = about.get("model name", platform.processor()).strip(), about.get("flags", "") + " "
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
     return {
         "cpu": cpu,
-        "matrix instructions": [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags],
+        "matrix instructions": [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in flags],
         "threads": torch.get_num_threads(),
         "kernels": torch.ops.alexnet_kernels.isa(),
         "torch": torch.__version__,
@@ -214,8 +211,8 @@ def markdown(about: dict[str, object], rows: list[Row]) -> str:
     lines = [f"- {name}: {value}" for name, value in about.items()]
     lines += ["", "| | this package, ms | torch eager, ms | ratio |", "|---|---|---|---|"]
     lines += [
-        f"| {row.name} | {row.ours_ms:.2f} (±{row.ours_spread / 2:.0%}) | {row.peer_ms:.2f} (±{row.peer_spread / 2:.0%}) "
-        f"| {row.ratio:.1f} |"
+        f"| {row.name} | {row.ours_ms:.2f} (±{row.ours_spread / 2:.0%}) "
+        f"| {row.peer_ms:.2f} (±{row.peer_spread / 2:.0%}) | {row.ratio:.1f} |"
         for row in rows
     ]
     return "\n".join(["# CPU speed against PyTorch's own operators", "", *lines, ""])

@@ -33,7 +33,9 @@ Isa detect_isa() {
   return Isa::generic;
 }
 
-std::string isa() { return isa_name(current_isa()); }
+std::string isa() {
+  return isa_name(current_isa());
+}
 
 }  // namespace
 
@@ -61,8 +63,7 @@ STABLE_TORCH_LIBRARY(alexnet_kernels, m) {
       "max_pool2d_backward(Tensor grad, Tensor? output, Tensor argmax, int[] input_size, int[2] kernel_size, "
       "int[2] stride, int[2] padding, bool relu) -> Tensor");
 
-  m.def(
-      "local_response_norm(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor");
+  m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor");
   m.def(
       "local_response_norm_backward(Tensor grad, Tensor input, int size, float alpha, float beta, float k, "
       "int groups) -> Tensor");

@@ -1,4 +1,4 @@
-"""Reading images: trees and zips of them, formats, every error, and the augmentation's draws and statistics."""
+"""Reading images: trees and zips, formats, every error; the augmentation's draws and statistics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from alexnet_kernels.training.augmentation import (
 from alexnet_kernels.training.errors import InputError
 
 
-def write(path: Path, color: tuple[int, ...] = (10, 200, 30), size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
+def write(
+    path: Path, color: tuple[int, ...] = (10, 200, 30), size: tuple[int, int] = (8, 8), mode: str = "RGB"
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color if len(color) > 1 else color[0]).save(path)
     return path
@@ -58,7 +60,14 @@ def test_tree_gives_sorted_classes_and_pixels(tree: Path) -> None:
     assert train.classes == val.classes == ["ant", "bee"]
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert val.labels.tolist() == [0, 0, 1, 1]
-    assert pixels(train)[:, 2, 2].tolist() == [[50, 0, 0], [50, 1, 0], [50, 2, 0], [150, 0, 0], [150, 1, 0], [150, 2, 0]]
+    assert pixels(train)[:, 2, 2].tolist() == [
+        [50, 0, 0],
+        [50, 1, 0],
+        [50, 2, 0],
+        [150, 0, 0],
+        [150, 1, 0],
+        [150, 2, 0],
+    ]
 
 
 @pytest.mark.parametrize("prefix", ["", "made of/the folder/"], ids=["contents", "folder"])
@@ -159,7 +168,9 @@ def test_shipped_images() -> None:
     assert (len(train), len(val), len(train.classes)) == (4000, 1000, 10)
     assert train.labels.bincount().tolist() == [400] * 10
     assert val.labels.bincount().tolist() == [100] * 10
-    assert not {name.removeprefix("train/") for name in train.files} <= {name.removeprefix("val/") for name in val.files}
+    assert not {name.removeprefix("train/") for name in train.files} <= {
+        name.removeprefix("val/") for name in val.files
+    }
     assert 100 < pixels(val).float().mean() < 140
     assert (images.SHIPPED.parent / "README.md").read_text().count("CIFAR-10") >= 1
 
@@ -210,7 +221,9 @@ class TestErrors:
         archive.write_bytes(archive.read_bytes()[:-40])
         refused(archive, "neither a folder nor a readable zip")
 
-    @pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "train/../../evil.png", "C:/evil.png", "..\\evil.png"])
+    @pytest.mark.parametrize(
+        "name", ["../evil.png", "/evil.png", "train/../../evil.png", "C:/evil.png", "..\\evil.png"]
+    )
     def test_zip_that_names_files_outside(self, tree: Path, tmp_path: Path, name: str) -> None:
         archive = zipped(tree, tmp_path / "data.zip")
         with zipfile.ZipFile(archive, "a") as file:

@@ -309,9 +309,7 @@ def test_inplace_relu_at_the_start_overwrites_the_input(calls: list[str]) -> Non
 @pytest.mark.parametrize(
     "after", [lambda: nn.ReLU(True), lambda: nn.LeakyReLU(0.2, True), lambda: nn.Hardtanh(-0.5, 0.5, True)]
 )
-@pytest.mark.parametrize(
-    "before", [pool, lrn, lambda: nn.Sequential(lrn(), pool())], ids=["pool", "lrn", "both"]
-)
+@pytest.mark.parametrize("before", [pool, lrn, lambda: nn.Sequential(lrn(), pool())], ids=["pool", "lrn", "both"])
 def test_inplace_activation_after_an_op(before: Callable, after: Callable) -> None:
     first = before()
     fused = FusedSequential(*(first if isinstance(first, nn.Sequential) else [first]), after())
@@ -366,9 +364,7 @@ def test_other_global_hooks_see_every_child(register: Callable, calls: list[str]
         lambda layer: parametrizations.weight_norm(layer),
         lambda layer: parametrizations.spectral_norm(layer),
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-        pytest.param(
-            lambda layer: weight_norm(layer), marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-        ),
+        pytest.param(lambda layer: weight_norm(layer), marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*")),
     ],
     ids=["weight_norm", "spectral_norm", "prune", "old-weight_norm"],
 )
@@ -618,9 +614,7 @@ class TestTracing:
         torch.testing.assert_close(program.module()(x), fused(x))
 
     def test_symbolic_trace_sees_the_children(self) -> None:
-        fused = FusedSequential(
-            conv(), nn.ReLU(), LocalResponseNorm(5), pool(), WithinMapResponseNorm(3)
-        ).eval()
+        fused = FusedSequential(conv(), nn.ReLU(), LocalResponseNorm(5), pool(), WithinMapResponseNorm(3)).eval()
         traced = torch.fx.symbolic_trace(fused)
         x = image().float()
         torch.testing.assert_close(traced(x), fused(x))
@@ -669,9 +663,7 @@ class TestFuse:
         x = image().float()
         expected = model(x)
         assert fuse(model) is model
-        assert [type(part) for part in model.modules() if isinstance(part, nn.Sequential)] == [
-            FusedSequential
-        ] * 3
+        assert [type(part) for part in model.modules() if isinstance(part, nn.Sequential)] == [FusedSequential] * 3
         assert list(model.state_dict()) == keys
         torch.testing.assert_close(model(x), expected)
         assert fuse(fuse(model)) is model
@@ -767,9 +759,7 @@ class TestTorchvision:
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 layer.reset_parameters()
-        x = torch.randn(
-            2, 3, *((95, 64) if name == "alexnet" else (32, 32)), dtype=torch.float64
-        ).requires_grad_()
+        x = torch.randn(2, 3, *((95, 64) if name == "alexnet" else (32, 32)), dtype=torch.float64).requires_grad_()
         expected = results(model, x)
         assert calls == []
         fused = results(fuse(model), x)

@@ -52,8 +52,7 @@ class TestCounts:
         assert count_parameters(model) == 60_965_224
         assert count_macs(model) == 724_406_816
         found = [
-            (layer.weight_shape, layer.output_shape, layer.parameters, layer.macs)
-            for layer in count_layers(model)
+            (layer.weight_shape, layer.output_shape, layer.parameters, layer.macs) for layer in count_layers(model)
         ]
         assert found == list(TWO_TOWERS.values())
 
@@ -131,20 +130,14 @@ class TestSizes:
         model = small(conv1_padding=(2, 2, 1, 1))
         assert model.features[0].padding == (1, 2)
 
-    @pytest.mark.parametrize(
-        "shape", [(3, 63, 63), (3, 64, 300), (3, 224, 224)], ids=["smallest", "wide", "usual"]
-    )
-    @pytest.mark.parametrize(
-        "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-    )
+    @pytest.mark.parametrize("shape", [(3, 63, 63), (3, 64, 300), (3, 224, 224)], ids=["smallest", "wide", "usual"])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
     def test_any_size_and_format(self, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
         model = small()
         x = torch.randn(2, *shape)
         expected = model(x)
         assert expected.shape == (2, 10)
-        torch.testing.assert_close(
-            model.to(memory_format=memory_format)(x.to(memory_format=memory_format)), expected
-        )
+        torch.testing.assert_close(model.to(memory_format=memory_format)(x.to(memory_format=memory_format)), expected)
         assert model(x[:0]).shape == (0, 10)
 
     @pytest.mark.parametrize("preset", PRESETS)
@@ -157,9 +150,7 @@ class TestSizes:
         with pytest.raises(RuntimeError, match=r"too small|Kernel size can't be greater"):
             model.features(torch.randn(1, 3, *size))
         smallest = " x ".join(map(str, model.min_size))
-        with pytest.raises(
-            ValueError, match=f"{size[0]} x {size[1]} are too small .* the smallest size is {smallest}"
-        ):
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} are too small .* the smallest size is {smallest}"):
             model(torch.randn(1, 3, *size))
 
     @pytest.mark.parametrize(
@@ -281,9 +272,7 @@ class TestUse:
         assert (seen[0] < 0).any()
         torch.testing.assert_close(out, unfuse(model)(x))
 
-    @pytest.mark.parametrize(
-        "head", [lambda n: nn.Linear(n, 4), lambda n: nn.Identity()], ids=["linear", "identity"]
-    )
+    @pytest.mark.parametrize("head", [lambda n: nn.Linear(n, 4), lambda n: nn.Identity()], ids=["linear", "identity"])
     def test_replaced_head(self, head) -> None:
         model = small()
         model.classifier[-1] = head(model.classifier[-1].in_features)
@@ -384,9 +373,7 @@ class TestWeights:
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("by", ["member", "name", "full-name", "default"])
-    def test_torchvision_downloads(
-        self, by: str, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_torchvision_downloads(self, by: str, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
         models = pytest.importorskip("torchvision.models")
         member = models.AlexNet_Weights.IMAGENET1K_V1
         asked: list[dict] = []
@@ -402,9 +389,7 @@ class TestWeights:
 
     def test_without_torchvision(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "torchvision.models", None)
-        with pytest.raises(
-            ImportError, match="downloaded by torchvision, which is not installed: install it, or pass"
-        ):
+        with pytest.raises(ImportError, match="downloaded by torchvision, which is not installed: install it, or pass"):
             alexnet("DEFAULT")
 
     def test_without_safetensors(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -445,9 +430,7 @@ class TestWeights:
         ],
         ids=["missing", "missing-fc", "unexpected", "shape", "type"],
     )
-    def test_states_that_do_not_fit(
-        self, change, message: str, strict: bool, state: dict[str, Tensor]
-    ) -> None:
+    def test_states_that_do_not_fit(self, change, message: str, strict: bool, state: dict[str, Tensor]) -> None:
         change(state)
         with pytest.raises(ValueError, match=message):
             alexnet(state, strict=strict, **NARROW)
@@ -455,9 +438,7 @@ class TestWeights:
     @pytest.mark.parametrize("preset", ["paper", "as_run", "batchnorm"])
     def test_weights_of_another_preset(self, preset: str) -> None:
         fits = "paper|caffe|caffenet" if preset == "paper" else preset
-        with pytest.raises(
-            ValueError, match=f"does not fit preset 'torchvision': .*; they fit preset='({fits})'"
-        ):
+        with pytest.raises(ValueError, match=f"does not fit preset 'torchvision': .*; they fit preset='({fits})'"):
             alexnet(small(preset=preset).state_dict(), num_classes=10, **NARROW)
 
     def test_other_number_of_classes(self, state: dict[str, Tensor]) -> None:
@@ -467,9 +448,7 @@ class TestWeights:
     def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no weights file at '.*absent.pt'"):
             alexnet(tmp_path / "absent.pt")
-        with pytest.raises(
-            ValueError, match=r"expected a .pt, .pth, .safetensors or .npz file, or one of the names"
-        ):
+        with pytest.raises(ValueError, match=r"expected a .pt, .pth, .safetensors or .npz file, or one of the names"):
             alexnet("IMAGENET1K_V2")
         torch.save([1, 2], tmp_path / "list.pt")
         with pytest.raises(ValueError, match=r"list.pt' holds a list, not a state dict"):

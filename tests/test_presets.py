@@ -132,9 +132,7 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
     # Batch statistics make the gradient of a convolution's bias zero but for rounding.
     largest = max(value.abs().max().item() for value in expected[1:])
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(
-            a, b, rtol=1e-7, atol=1e-11 * largest, msg=lambda text, i=i: f"value {i}: {text}"
-        )
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11 * largest, msg=lambda text, i=i: f"value {i}: {text}")
 
 
 class TestDefinition:
@@ -211,9 +209,7 @@ class TestDropout:
         fc6, fc7, fc8 = layers(model)[5:]
         received: dict[nn.Module, Tensor] = {}
         for layer in (fc6, fc7, fc8):
-            layer.register_forward_pre_hook(
-                lambda module, args: received.__setitem__(module, args[0].detach())
-            )
+            layer.register_forward_pre_hook(lambda module, args: received.__setitem__(module, args[0].detach()))
         flat = torch.rand(8, fc6.in_features)
         model.classifier(flat)
         assert torch.equal(received[fc6], flat)
@@ -228,9 +224,7 @@ class TestDropout:
         fc6, fc7, fc8 = layers(model)[5:]
         received: dict[nn.Module, Tensor] = {}
         for layer in (fc6, fc7, fc8):
-            layer.register_forward_pre_hook(
-                lambda module, args: received.__setitem__(module, args[0].detach())
-            )
+            layer.register_forward_pre_hook(lambda module, args: received.__setitem__(module, args[0].detach()))
         flat = torch.rand(8, fc6.in_features) + 0.1
         model.classifier(flat)
         for layer, whole in ((fc6, flat), (fc7, F.relu(fc6(received[fc6])))):
@@ -287,9 +281,7 @@ class TestInitialValues:
     def test_reset_parameters_of_a_changed_network(self) -> None:
         model = AlexNet(num_classes=10, width=0.1)
         model.classifier[-1] = nn.Identity()
-        with pytest.raises(
-            RuntimeError, match="knows the 8 layers of preset 'paper', but the model now has 7"
-        ):
+        with pytest.raises(RuntimeError, match="knows the 8 layers of preset 'paper', but the model now has 7"):
             model.reset_parameters()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
+import signal
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -121,7 +123,10 @@ class TestRun:
     def test_folders_are_numbered(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         settings = replace(TINY, epochs=1)
-        assert [train(settings, data).folder.as_posix() for _ in range(2)] == ["runs/batchnorm-1", "runs/batchnorm-2"]
+        assert [train(settings, data).folder.as_posix() for _ in range(2)] == [
+            "runs/batchnorm-1",
+            "runs/batchnorm-2",
+        ]
 
     def test_learns(self, tmp_path: Path) -> None:
         """Three classes that colour and form tell apart, against a chance of 33%."""
@@ -165,11 +170,21 @@ class TestResume:
         assert figures(run / "last.ckpt") == figures(tmp_path / "run" / "last.ckpt")
 
     def test_time_limit_stops_and_resumes(self, run: Path, data: Path, tmp_path: Path) -> None:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         stopped = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
         assert stopped.stopped == "out of time"
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == 1
         train(TINY, resume=tmp_path / "run" / "last.ckpt")
         assert_same(run / "last.ckpt", tmp_path / "run" / "last.ckpt")
+
+    def test_checkpoint_by_itself(self, data: Path, tmp_path: Path) -> None:
+        train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
+        (tmp_path / "alone").mkdir()
+        shutil.copy(tmp_path / "run" / "last.ckpt", tmp_path / "alone" / "saved.ckpt")
+        result = train(TINY, resume=tmp_path / "alone" / "saved.ckpt")
+        assert result.folder == tmp_path / "alone"
+        assert (result.folder / "filters.png").exists()
 
     def test_finished_run(self, run: Path) -> None:
         with pytest.raises(InputError, match="has finished its 2 epochs"):
@@ -190,7 +205,9 @@ class TestFiles:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match="could not be written: .*No space left on device; the previous one is intact"):
+        with pytest.raises(
+            RunError, match=r"could not be written: .*No space left on device; the previous one is intact"
+        ):
             checkpoint.save({"value": torch.zeros(3)}, path)
         assert torch.equal(torch.load(path, weights_only=True)["value"], torch.ones(3))
         assert list(tmp_path.iterdir()) == [path]
@@ -198,9 +215,14 @@ class TestFiles:
     def test_write_that_fails_half_way(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         path.write_bytes(b"before")
-        with pytest.raises(KeyboardInterrupt), checkpoint.atomic_file(path) as file:
-            file.write(b"after")
-            raise KeyboardInterrupt
+
+        def write_half() -> None:
+            with checkpoint.atomic_file(path) as file:
+                file.write(b"after")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_half()
         assert path.read_bytes() == b"before"
         assert list(tmp_path.iterdir()) == [path]
 
@@ -286,7 +308,7 @@ class TestBadCheckpoints:
 
     def test_another_number_of_classes(self, run: Path, tmp_path: Path) -> None:
         path = self.change(run, tmp_path / "x.ckpt", classes=["a", "b", "c", "d"])
-        with pytest.raises(InputError, match="with 4 classes and width 0.04"):
+        with pytest.raises(InputError, match=r"with 4 classes and width 0\.04"):
             checkpoint.load_network(path)
 
     def test_newer_format(self, run: Path, tmp_path: Path) -> None:
@@ -338,7 +360,7 @@ class TestInference:
         assert not torch.equal(inference.probabilities(network, noise), inference.probabilities(network, noise, 10))
 
     def test_other_classes(self, run: Path) -> None:
-        with pytest.raises(InputError, match="3 classes are not the 10 of .*: bird, cat"):
+        with pytest.raises(InputError, match=r"3 classes are not the 10 of .*: bird, cat"):
             inference.evaluate(checkpoint.load_network(run))
 
     @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:99", "cpu:0"])
@@ -413,7 +435,7 @@ class TestPieces:
         assert not (tmp_path / "run" / "last.ckpt").exists()
 
     def test_image_too_small_for_the_network(self, data: Path, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="--image-size 30 is too small for preset 'paper': .* at least"):
+        with pytest.raises(InputError, match=r"--image-size 30 is too small for preset 'paper': .* at least"):
             train(replace(TINY, preset="paper", image_size=30), data, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

@@ -100,9 +100,7 @@ class AlexNet(nn.Module):
         neurons = _scaled(spec.neurons, width, multiple)
         self.features = FusedSequential(*_features(spec, in_channels, filters, padding, factory))
         self.avgpool = AdaptiveAvgPool2d((6, 6))
-        self.classifier = FusedSequential(
-            *_classifier(spec, filters[-1] * 36, neurons, num_classes, dropout, factory)
-        )
+        self.classifier = FusedSequential(*_classifier(spec, filters[-1] * 36, neurons, num_classes, dropout, factory))
         self.min_size = _smallest_input(self.features)
         if spec.initialization is not None:
             self.to_empty(device=target)
@@ -183,8 +181,7 @@ def _sides(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
         raise ValueError(
-            "conv1_padding must be a number >= 0 or four of them, (left, right, top, bottom), "
-            f"got {padding!r}"
+            f"conv1_padding must be a number >= 0 or four of them, (left, right, top, bottom), got {padding!r}"
         )
     return sides
 

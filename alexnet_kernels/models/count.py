@@ -38,10 +38,7 @@ def count_layers(model: nn.Module, input_size: int | tuple[int, int] | None = No
             raise ValueError(f"{type(model).__name__} has no input_size: pass one")
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     tensors = [*model.parameters(), *model.buffers()]
-    memo = {
-        id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta")
-        for t in tensors
-    }
+    memo = {id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
     skeleton = copy.deepcopy(model, memo).eval()
     first = next((m for m in skeleton.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:

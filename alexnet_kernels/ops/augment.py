@@ -95,7 +95,9 @@ def _check(images, crops, size, flips, color_shift, mean, scale, dtype) -> None:
         "scale": (scale, [[3]]),
     }
     for name, (tensor, allowed) in shapes.items():
-        if tensor is None and name != "crops":
+        if tensor is None:
+            if name == "crops":
+                raise TypeError(f"{OP}: crops must be a Tensor, not NoneType")
             continue
         _common.check_like(OP, name, tensor, images)
         if list(tensor.shape) not in allowed:

@@ -77,7 +77,7 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 def _gains_by_space_to_depth(input: Tensor, weight: Tensor, dtype: torch.dtype, stride: list[int], groups: int) -> bool:
     """Whether a strided convolution of few channels, AlexNet's first, is faster with its blocks of pixels as channels.
 
-    Measured on two AVX512-BF16 cores, 11x11 kernels with stride 4 on [32, 3, 224, 224], channels last, bfloat16: forward
+    Measured on two AVX512-BF16 cores, 11x11 kernels, stride 4, on [32, 3, 224, 224], channels last, bfloat16: forward
     42 -> 20 ms, weight gradient 37 -> 26 ms. In float32 the weight gradient loses more than the rest gains.
     """
     return (

@@ -7,6 +7,7 @@ Autocast: the input's dtype is kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def dropout(
         offset: the number, 64 bits, of an independent stream of the seed (a layer's or a step's, say).
         scale_at: "training" multiplies what is kept by 1 / (1 - p) (inverted dropout); "inference" leaves training
             unscaled and multiplies by 1 - p otherwise, as the paper does.
-        shard: (dim, start, size): input is the part [start, start + input.shape[dim]) along dim of a tensor of that size.
+        shard: (dim, start, size): input is [start, start + input.shape[dim]) along dim of a tensor of that size.
         backend: see `alexnet_kernels.backends`.
 
     Returns:
@@ -70,9 +71,22 @@ def dropout(
         if seed is None and shard is None and scale_at == "training":
             return F.dropout(input, p, training)
         key = seed_tensor(OP, seed, input.device)
-        return reference.dropout(input, p, training, key, offset, scale_at=scale_at, shard=shard)
+        keep = _keep(list(input.shape), drop, key, offset, list(shard or ()))
+        return torch.where(keep, input * scale, torch.zeros_like(input))
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     return torch.ops.alexnet_kernels.dropout(input, drop, scale, key, offset, *layout)
+
+
+# An op of its own, because compilers inline the generator's arithmetic without end.
+@torch.library.custom_op("alexnet_kernels::dropout_keep", mutates_args=())
+def _keep(shape: Sequence[int], p: float, seed: Tensor, offset: int, shard: Sequence[int]) -> Tensor:
+    where = (shard[0], shard[1], shard[2]) if shard else None
+    return reference.dropout_keep(shape, p, seed, offset, where, seed.device)
+
+
+@_keep.register_fake
+def _(shape: Sequence[int], p: float, seed: Tensor, offset: int, shard: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool, device=seed.device)
 
 
 def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, float]:

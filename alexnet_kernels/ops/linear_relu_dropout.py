@@ -62,7 +62,8 @@ def linear_relu_dropout(
         return dropout(output, p, training, seed, offset, scale_at=scale_at, shard=shard, backend="native")
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     row, row_stride, base = layout_of(OP, shape, shard)
-    if shard is None or shard[0] % len(shape) == 0:  # one run of elements: the kernel takes it a row of the output at a time
+    if shard is None or shard[0] % len(shape) == 0:
+        # One run of elements: the kernel takes it a row of the output at a time.
         row = row_stride = shape[-1]
     output = torch.ops.alexnet_kernels.linear_relu_dropout(
         input.reshape(-1, input.shape[-1]), weight, bias, relu, drop, scale, key, offset, row, row_stride, base
@@ -79,7 +80,9 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight must be [O, I], not of shape {list(weight.shape)}")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{OP}: input must be [*, {weight.shape[1]}] for weight {list(weight.shape)}, not {list(input.shape)}")
+        raise ValueError(
+            f"{OP}: input must be [*, {weight.shape[1]}] for weight {list(weight.shape)}, not {list(input.shape)}"
+        )
     _common.check_same_dtype(OP, "weight", weight, input)
     if bias is not None:
         _common.check_like(OP, "bias", bias, input)

@@ -1,6 +1,7 @@
 """Local response normalisation across channels.
 
-See: schema in csrc/library.cpp, csrc/cpu/local_response_norm.cpp, reference.local_response_norm, tests/ops/test_local_response_norm.py.
+See: schema in csrc/library.cpp, csrc/cpu/local_response_norm.cpp, reference.local_response_norm,
+tests/ops/test_local_response_norm.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 
@@ -105,9 +106,7 @@ def _setup_double_backward(ctx, inputs, output) -> None:
 
 def _double_backward(ctx, grad_grad: Tensor):
     grad, input = ctx.saved_tensors
-    grads = _common.double_backward(
-        lambda x: reference.local_response_norm(x, *ctx.args), [input], grad, [grad_grad]
-    )
+    grads = _common.double_backward(lambda x: reference.local_response_norm(x, *ctx.args), [input], grad, [grad_grad])
     return *grads, None, None, None, None, None
 
 

@@ -1,6 +1,7 @@
 """Local response normalisation and the max-pooling after it, fused; optionally with the ReLU before them.
 
-See: schema in csrc/library.cpp, csrc/cpu/lrn_max_pool2d.cpp, reference.lrn_max_pool2d, tests/ops/test_lrn_max_pool2d.py.
+See: schema in csrc/library.cpp, csrc/cpu/lrn_max_pool2d.cpp, reference.lrn_max_pool2d,
+tests/ops/test_lrn_max_pool2d.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 
@@ -48,7 +49,8 @@ def lrn_max_pool2d(
     if select(OP, input, backend) == "native":
         x = torch.relu(input) if relu else input
         x = local_response_norm(x, size, alpha, beta, k, groups, backend="native")
-        return max_pool2d(x, *window, ceil_mode, backend="native")
+        output = max_pool2d(x, *window, ceil_mode, backend="native")
+        return output.contiguous(memory_format=_common.memory_format_of(input))
     return torch.ops.alexnet_kernels.lrn_max_pool2d(input, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
 
 

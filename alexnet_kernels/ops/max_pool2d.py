@@ -40,7 +40,7 @@ def max_pool2d(
 ) -> Tensor:
     """The maximum of each window; with `relu`, of max(0, input), at no cost.
 
-    What torch.nn.functional.max_pool2d computes, NaN and ties included; its backward is bitwise repeatable, because each
+    What torch.nn.functional.max_pool2d computes, NaN and ties included; backward is bitwise repeatable, because each
     input pixel gathers its windows.
 
     Args:

@@ -69,12 +69,15 @@ def sgd_step(
         _native(params, grads, momentum_buffers, masters, *settings)
     else:
         torch.ops.alexnet_kernels.sgd_step(params, grads, momentum_buffers, masters, *settings)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version([*params, *momentum_buffers, *masters])
 
 
 def _alike_and_dense(tensors: tuple[Tensor, ...]) -> bool:
     """Whether the tensors can be walked as arrays: the same strides, without gaps."""
     first = tensors[0]
-    if not (first.is_contiguous() or first.is_contiguous(memory_format=torch.channels_last) if first.dim() == 4 else first.is_contiguous()):
+    channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    if not (channels_last or first.is_contiguous()):
         return False
     return all(t.stride() == first.stride() for t in tensors[1:])
 

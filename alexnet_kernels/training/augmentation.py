@@ -1,7 +1,8 @@
 """The paper's data augmentation, and the statistics of a training set that it uses.
 
-Krizhevsky et al. 2012, section 4.1: random crops and mirroring, and a shift of each image's colours along the principal
-components of the training set's. What is drawn for an image is a function of (seed, epoch, the image's index) alone.
+Krizhevsky et al. 2012, section 4.1: random crops and mirroring, and a shift of each image's colours along the
+principal components of the training set's. What is drawn for an image is a function of (seed, epoch, the
+image's index) alone.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ def store_size(image_size: int) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a training set's pixels, in the images' units of 0..255: what the network's input is normalised by."""
+    """Of a training set's pixels, in the images' units of 0..255."""
 
     mean: tuple[float, ...]
     """Of each channel."""
     std: tuple[float, ...]
     """Of each channel."""
     components: tuple[tuple[float, ...], ...]
-    """Row i: the i-th principal component of the colours, times its eigenvalue. The eigenvalues are of the covariance
-    of channels in 0..1, and brought back to 0..255: with the covariance of 0..255 the paper's shift of 0.1 eigenvalues
-    would be some hundred times an image's range."""
+    """Row i: the i-th principal component of the colours, times its eigenvalue. The eigenvalues are of the
+    covariance of channels in 0..1, and brought back to 0..255: with the covariance of 0..255 the paper's
+    shift of 0.1 eigenvalues would be some hundred times an image's range."""
 
     @classmethod
     def of(cls, images: Tensor) -> Statistics:
@@ -75,8 +76,8 @@ def random_crop(
 ) -> Tensor:
     """Crops at random places, mirrored with probability 1/2, colours shifted, mean subtracted, times scale.
 
-    images uint8 [N, H, W, 3] on any device; indices int64 [N], the images' places in the training set; scale [3] or
-    None. Returns [N, 3, size, size], channels_last, on the images' device.
+    images uint8 [N, H, W, 3] on any device; indices int64 [N], the images' places in the training set; scale
+    [3] or None. Returns [N, 3, size, size], channels_last, on the images' device.
     """
     u = draws(seed, epoch, indices)
     room = torch.tensor([images.shape[1] - size + 1, images.shape[2] - size + 1])
@@ -101,7 +102,11 @@ def random_crop(
 
 
 def centre_crop(
-    images: Tensor, size: int, statistics: Statistics, scale: Tensor | None, dtype: torch.dtype = torch.float32
+    images: Tensor,
+    size: int,
+    statistics: Statistics,
+    scale: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The crops that networks are evaluated on; arguments and result as of `random_crop`."""
     place = torch.tensor([(images.shape[1] - size) // 2, (images.shape[2] - size) // 2], device=images.device)
@@ -109,7 +114,11 @@ def centre_crop(
 
 
 def ten_crops(
-    images: Tensor, size: int, statistics: Statistics, scale: Tensor | None, dtype: torch.dtype = torch.float32
+    images: Tensor,
+    size: int,
+    statistics: Statistics,
+    scale: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """The paper's ten: four corners and centre, and their mirror images; arguments as of `random_crop`."""
     down, right = images.shape[1] - size, images.shape[2] - size

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 
-__all__ = ["InputError", "MissingPackage", "require"]
+__all__ = ["InputError", "MissingPackage", "RunError", "require"]
 
 
 class InputError(ValueError):
     """A setting, a file or a set of images that can't be used, in one line that says why."""
+
+
+class RunError(RuntimeError):
+    """A run that can't go on, in one line that says why."""
 
 
 class MissingPackage(ImportError):

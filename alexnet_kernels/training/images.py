@@ -14,8 +14,10 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from alexnet_kernels.training.errors import InputError
 
-__all__ = ["EXTENSIONS", "SHIPPED", "ImageSet", "Source", "decode", "open_data", "read_image"]
+__all__ = ["EXTENSIONS", "SHIPPED", "Batch", "ImageSet", "Source", "decode", "open_data", "read_image"]
 
 SHIPPED = Path(__file__).parent.parent / "data" / "cifar10_small.zip"
 """The image set that comes with the package."""
@@ -32,23 +34,21 @@ SHIPPED = Path(__file__).parent.parent / "data" / "cifar10_small.zip"
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 
 IN_MEMORY = 2 << 30
-"""Bytes up to which a set is decoded once and held in memory; a larger one is decoded again in every epoch."""
+"""Bytes up to which a set is decoded once and held; a larger one is decoded again in every epoch."""
 
 _NAMED = 5
 
 
-def decode(file: io.BufferedIOBase | io.BytesIO | Path, size: int | None) -> Tensor:
+def decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
     """The image as uint8 [size, size, 3]: the shorter side resized (bicubic), the centre kept.
 
-    With size=None, [height, width, 3] as stored. Grey, palette, CMYK and 16-bit images become RGB, transparent ones
-    are laid on white, and an EXIF orientation is applied. Raises OSError, ValueError, SyntaxError or
-    Image.DecompressionBombError where the file is not a whole image.
+    With size=None, [height, width, 3] as stored. Grey, palette, CMYK and 16-bit images become RGB,
+    transparent ones are laid on white, and an EXIF orientation is applied. A damaged file raises what its
+    decoder raises.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(file) as opened:
-            opened.load()
-            image = _rgb(ImageOps.exif_transpose(opened))
+    with Image.open(file) as opened:
+        opened.load()
+        image = _rgb(ImageOps.exif_transpose(opened))
     if size is not None:
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -70,16 +70,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without Pillow's remarks on large images, palettes and metadata; for one thread of a process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
@@ -90,8 +86,9 @@ def read_image(path: str | Path, size: int) -> Tensor:
     if path.is_dir():
         raise InputError(f"{path} is a folder, an image file is expected")
     try:
-        return decode(path, size)
-    except _UNREADABLE as error:
+        with _no_warnings():
+            return decode(path, size)
+    except Exception as error:
         raise InputError(f"{path} is not a readable image: {_reason(error)}") from error
 
 
@@ -156,17 +153,29 @@ def _visible(name: str) -> bool:
 
 
 def _common_folder(files: Sequence[str]) -> str:
-    """The one folder that holds train/ and val/, where a zip was made of the folder instead of its contents."""
+    """The one folder that holds all, where a zip was made of a folder instead of its contents."""
     tops = {name.split("/")[0] for name in files if _visible(name)}
     if len(tops) == 1 and not tops & {"train", "val"}:
         return f"{tops.pop()}/"
     return ""
 
 
+class Batch(TypedDict):
+    """Images of a set."""
+
+    images: Tensor
+    """uint8 [n, size, size, 3]; in training and evaluation float32 [n, 3, h, w] once augmented."""
+    labels: Tensor
+    """int64 [n]"""
+    indices: Tensor
+    """int64 [n], places in the set."""
+    bad: list[str]
+    """Files that could not be read, each with its reason; they are missing from the others."""
+
+
 @dataclass
 class ImageSet(torch.utils.data.Dataset):
-    """One split's images. Indexing by a list of places gives `{images, labels, indices, bad}`: uint8 [n, size, size, 3],
-    int64 [n], int64 [n], and the files that could not be read and are missing from the three.
+    """One split's images.
 
     `pixels` is the whole set, uint8 [N, size, size, 3], or None where it is decoded lazily.
     """
@@ -183,10 +192,10 @@ class ImageSet(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([index])
 
-    def __getitems__(self, places: Sequence[int]) -> dict[str, object]:
+    def __getitems__(self, places: Sequence[int]) -> Batch:
         indices = torch.as_tensor(places, dtype=torch.int64)
         bad: list[str] = []
         if self.pixels is not None:
@@ -194,12 +203,13 @@ class ImageSet(torch.utils.data.Dataset):
         else:
             images = torch.empty(len(places), self.size, self.size, 3, dtype=torch.uint8)
             good = []
-            for row, place in enumerate(places):
-                try:
-                    images[row] = decode(self.source.open(self.files[place]), self.size)
-                    good.append(row)
-                except _UNREADABLE as error:
-                    bad.append(f"{self.files[place]}: {_reason(error)}")
+            with _no_warnings():
+                for row, place in enumerate(places):
+                    try:
+                        images[row] = decode(self.source.open(self.files[place]), self.size)
+                        good.append(row)
+                    except Exception as error:
+                        bad.append(f"{self.files[place]}: {_reason(error)}")
             if bad:
                 images, indices = images[good], indices[good]
         return {"images": images, "labels": self.labels[indices], "indices": indices, "bad": bad}
@@ -207,9 +217,7 @@ class ImageSet(torch.utils.data.Dataset):
     def sample(self, count: int) -> Tensor:
         """Up to `count` images, evenly spaced through the set, uint8 [n, size, size, 3]."""
         step = max(1, -(-len(self) // count))
-        images = self.__getitems__(list(range(0, len(self), step)))["images"]
-        assert isinstance(images, Tensor)
-        return images
+        return self.__getitems__(list(range(0, len(self), step)))["images"]
 
 
 def _split(source: Source, split: str, size: int) -> ImageSet:
@@ -217,7 +225,9 @@ def _split(source: Source, split: str, size: int) -> ImageSet:
     prefix = f"{split}/"
     if not any(name == split or name.startswith(prefix) for name in [*source.files, *source.folders]):
         found = sorted({name.split("/")[0] for name in [*source.files, *source.folders]})
-        held = f"it holds {', '.join(found[:_NAMED])}{', ...' if len(found) > _NAMED else ''}" if found else "it is empty"
+        held = (
+            f"it holds {', '.join(found[:_NAMED])}{', ...' if len(found) > _NAMED else ''}" if found else "it is empty"
+        )
         raise InputError(f"{where}: there is no {split}/ in it ({held}); train/<class>/ and val/<class>/ are expected")
     inside = [name.removeprefix(prefix) for name in source.files if name.startswith(prefix)]
     folders = {name.removeprefix(prefix).split("/")[0] for name in source.folders if name.startswith(prefix)}
@@ -257,10 +267,10 @@ def _decode_all(images: ImageSet, progress: Callable[[int], None]) -> Iterator[t
     def one(place: int) -> Tensor | str:
         try:
             return decode(images.source.open(images.files[place]), images.size)
-        except _UNREADABLE as error:
+        except Exception as error:
             return f"{images.files[place]}: {_reason(error)}"
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with _no_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for place, result in enumerate(pool.map(one, range(len(images)))):
             progress(1)
             yield place, result

@@ -28,26 +28,28 @@ const char* isa_name(Isa isa);
 }  // namespace alexnet_kernels
 
 #if defined(__x86_64__)
-#define ALEXNET_DECLARE_KERNEL(name, Args)                             \
-  namespace generic {                                                  \
-  void name(const Args&, int64_t, int64_t);                            \
-  }                                                                    \
-  namespace avx2 {                                                     \
-  void name(const Args&, int64_t, int64_t);                            \
-  }                                                                    \
-  namespace avx512 {                                                   \
-  void name(const Args&, int64_t, int64_t);                            \
-  }                                                                    \
-  inline Kernel<Args> pick_##name() {                                  \
-    static const Kernel<Args> kernel = current_isa() == Isa::avx512    \
-                                           ? avx512::name              \
-                                           : current_isa() == Isa::avx2 ? avx2::name : generic::name; \
-    return kernel;                                                     \
+#define ALEXNET_DECLARE_KERNEL(name, Args)                                           \
+  namespace generic {                                                                \
+  void name(const Args&, int64_t, int64_t);                                          \
+  }                                                                                  \
+  namespace avx2 {                                                                   \
+  void name(const Args&, int64_t, int64_t);                                          \
+  }                                                                                  \
+  namespace avx512 {                                                                 \
+  void name(const Args&, int64_t, int64_t);                                          \
+  }                                                                                  \
+  inline Kernel<Args> pick_##name() {                                                \
+    static const Kernel<Args> kernel = current_isa() == Isa::avx512 ? avx512::name   \
+                                       : current_isa() == Isa::avx2 ? avx2::name     \
+                                                                    : generic::name; \
+    return kernel;                                                                   \
   }
 #else
-#define ALEXNET_DECLARE_KERNEL(name, Args)                             \
-  namespace generic {                                                  \
-  void name(const Args&, int64_t, int64_t);                            \
-  }                                                                    \
-  inline Kernel<Args> pick_##name() { return generic::name; }
+#define ALEXNET_DECLARE_KERNEL(name, Args)  \
+  namespace generic {                       \
+  void name(const Args&, int64_t, int64_t); \
+  }                                         \
+  inline Kernel<Args> pick_##name() {       \
+    return generic::name;                   \
+  }
 #endif

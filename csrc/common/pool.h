@@ -10,7 +10,8 @@ struct Pool {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 };
 
-// How many windows fit: with ceil_mode the last may hang over the end, but it starts inside the input or its left padding.
+// How many windows fit: with ceil_mode the last may hang over the end, but it starts inside the input or its left
+// padding.
 inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, bool ceil_mode) {
   const int64_t span = size + 2 * pad - kernel;
   int64_t windows = span / stride + 1;

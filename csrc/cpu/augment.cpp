@@ -136,7 +136,9 @@ Tensor augment(const Tensor& images, const Tensor& crops, IntList size, std::opt
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) { m.impl("augment", TORCH_BOX(&augment)); }
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("augment", TORCH_BOX(&augment));
+}
 
 }  // namespace alexnet_kernels
 #endif

@@ -60,7 +60,7 @@ template <class T>
 void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
-  std::vector<A> mean(a.channels_last ? a.C : 0), square(mean);
+  std::vector<A> mean(a.channels_last ? a.C : 0), square(mean), rest(mean);
   for (int64_t task = begin; task < end; ++task) {
     if (!a.channels_last) {
       const T* x = input + task * a.pixels;
@@ -89,6 +89,7 @@ void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
     const T* x = input + first * a.C;
     std::fill(mean.begin(), mean.end(), A(0));
     std::fill(square.begin(), square.end(), A(0));
+    std::fill(rest.begin(), rest.end(), A(0));
     for (int64_t p = 0; p < count; ++p) {
       for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
         store_n(&mean[c], load_n(&mean[c], lanes) + load_n(x + p * a.C + c, lanes), lanes);
@@ -99,11 +100,14 @@ void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
       for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
         const Vec<A> d = load_n(x + p * a.C + c, lanes) - load_n(&mean[c], lanes);
         store_n(&square[c], load_n(&square[c], lanes) + d * d, lanes);
+        store_n(&rest[c], load_n(&rest[c], lanes) + d, lanes);
       });
     }
     for (int64_t c = 0; c < a.C; ++c) {
-      a.partial[2 * (task * a.C + c)] = double(mean[c]);
-      a.partial[2 * (task * a.C + c) + 1] = double(square[c]);
+      // mean is the mean as far as its rounding goes; what is left shows around it.
+      const double shift = double(rest[c]) / double(count);
+      a.partial[2 * (task * a.C + c)] = double(mean[c]) + shift;
+      a.partial[2 * (task * a.C + c) + 1] = double(square[c]) - double(count) * shift * shift;
     }
   }
 }
@@ -120,7 +124,8 @@ void normalise(const BatchNormArgs& a, int64_t begin, int64_t end) {
     for (int64_t p = begin * a.part; p < last; ++p) {
       for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
         const Vec<A> x = load_n(input + p * a.C + c, lanes);
-        const Vec<A> y = (x - load_n(&rows.mean[c], lanes)) * load_n(&rows.factor[c], lanes) + load_n(&rows.bias[c], lanes);
+        const Vec<A> y =
+            (x - load_n(&rows.mean[c], lanes)) * load_n(&rows.factor[c], lanes) + load_n(&rows.bias[c], lanes);
         store_n(output + p * a.C + c, vrelu(y), lanes);
       });
     }

@@ -20,7 +20,9 @@ Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) { m.impl("conv2d_relu", TORCH_BOX(&conv2d_relu)); }
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("conv2d_relu", TORCH_BOX(&conv2d_relu));
+}
 
 }  // namespace alexnet_kernels
 #endif

@@ -64,9 +64,8 @@ void images(const DropoutArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void dropout_forward(const DropoutArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto t) {
-    a.channels_last ? images<decltype(t)>(a, begin, end) : rows<decltype(t)>(a, begin, end);
-  });
+  for_dtype(a.dtype,
+            [&](auto t) { a.channels_last ? images<decltype(t)>(a, begin, end) : rows<decltype(t)>(a, begin, end); });
 }
 
 }  // namespace ALEXNET_ISA
@@ -87,8 +86,17 @@ Tensor dropout(const Tensor& input, double p, double scale, const Tensor& seed, 
   Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);
   if (x.numel() == 0) return output;
   const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
-  DropoutArgs args{dtype_of(x), make_dropout(p, scale, key, offset), format == MemoryFormat::ChannelsLast, row,
-                   row_stride, base, (row + kRun - 1) / kRun, 0, 0, x.const_data_ptr(), output.mutable_data_ptr()};
+  DropoutArgs args{dtype_of(x),
+                   make_dropout(p, scale, key, offset),
+                   format == MemoryFormat::ChannelsLast,
+                   row,
+                   row_stride,
+                   base,
+                   (row + kRun - 1) / kRun,
+                   0,
+                   0,
+                   x.const_data_ptr(),
+                   output.mutable_data_ptr()};
   int64_t tasks = x.numel() / row * args.runs;
   if (args.channels_last) {
     args.channels = x.size(1), args.pixels = x.size(2) * x.size(3);
@@ -100,7 +108,9 @@ Tensor dropout(const Tensor& input, double p, double scale, const Tensor& seed, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("dropout", TORCH_BOX(&dropout));
+}
 
 }  // namespace alexnet_kernels
 #endif

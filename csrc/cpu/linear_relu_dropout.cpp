@@ -1,5 +1,5 @@
-// dropout(relu(input @ weight.T + bias)): torch's GEMM (oneDNN, MKL), then one pass over its output in place. The mask is
-// the one dropout.cpp would draw. Backward of ReLU and dropout together: the gradient times scale where output > 0.
+// dropout(relu(input @ weight.T + bias)): torch's GEMM (oneDNN, MKL), then one pass over its output in place. The mask
+// is the one dropout.cpp would draw. Backward of ReLU and dropout together: the gradient times scale where output > 0.
 //   input [N, in], weight [out, in], bias [out], output [N, out]
 #include "dropout_mask.h"
 
@@ -71,7 +71,7 @@ Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optio
   Tensor output = in_format(torch::stable::detail::to<Tensor>(stack[0]), MemoryFormat::Contiguous);
   if (output.numel() == 0 || (!relu && p == 0 && scale == 1)) return output;
   const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
-  ReluDropoutArgs args{dtype_of(output), make_dropout(p, scale, key, offset), relu, row, row_stride, base,
+  ReluDropoutArgs args{dtype_of(output),         make_dropout(p, scale, key, offset), relu, row, row_stride, base,
                        output.mutable_data_ptr()};
   run(pick_relu_dropout_in_place(), args, output.numel() / row, output.numel() * 16);
   return output;
@@ -81,8 +81,8 @@ Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double sc
   const MemoryFormat format = memory_format_of(output);
   const Tensor g = in_format(grad, format), y = in_format(output, format);
   Tensor grad_input = empty(sizes_of(y), y.scalar_type(), y, format);
-  ReluBackwardArgs args{dtype_of(y), scale, y.numel(), g.const_data_ptr(), y.const_data_ptr(),
-                        grad_input.mutable_data_ptr()};
+  ReluBackwardArgs args{
+      dtype_of(y), scale, y.numel(), g.const_data_ptr(), y.const_data_ptr(), grad_input.mutable_data_ptr()};
   run(pick_relu_backward(), args, (y.numel() + kSpan - 1) / kSpan, y.numel() * 12);
   return grad_input;
 }

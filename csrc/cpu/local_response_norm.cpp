@@ -140,8 +140,15 @@ Tensor normalise(Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input
   Tensor out = empty(sizes_of(input), input.scalar_type(), input, format);
   if (input.numel() == 0) return out;
   const int64_t pixels = input.size(2) * input.size(3);
-  LrnArgs args{dtype_of(input), {size, alpha / double(size), beta, k}, channels_last, input.size(1) / groups, pixels,
-               (pixels + kStrip - 1) / kStrip, g.const_data_ptr(), a.const_data_ptr(), out.mutable_data_ptr()};
+  LrnArgs args{dtype_of(input),
+               {size, alpha / double(size), beta, k},
+               channels_last,
+               input.size(1) / groups,
+               pixels,
+               (pixels + kStrip - 1) / kStrip,
+               g.const_data_ptr(),
+               a.const_data_ptr(),
+               out.mutable_data_ptr()};
   run(kernel, args, input.size(0) * groups * (channels_last ? pixels : args.strips), input.numel() * 12);
   return out;
 }

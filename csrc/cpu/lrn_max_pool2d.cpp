@@ -21,7 +21,9 @@ struct LrnMaxPoolArgs {
 
 constexpr int64_t kBlock = 16;  // channels
 
-inline int64_t blocks_of(const LrnMaxPoolArgs& a) { return (a.C / a.groups + kBlock - 1) / kBlock; }
+inline int64_t blocks_of(const LrnMaxPoolArgs& a) {
+  return (a.C / a.groups + kBlock - 1) / kBlock;
+}
 
 namespace ALEXNET_ISA {
 namespace {
@@ -47,8 +49,8 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
     }
     const int64_t at = task * a.OW * a.C;
     pool_row_channels_last<false, A>(
-        a.pool, a.H, a.W, a.C, oh, a.OW,
-        [&](int64_t y) -> const A* { return &rows[y % a.pool.kernel_h * row_size]; }, output + at, a.argmax + at);
+        a.pool, a.H, a.W, a.C, oh, a.OW, [&](int64_t y) -> const A* { return &rows[y % a.pool.kernel_h * row_size]; },
+        output + at, a.argmax + at);
   }
 }
 

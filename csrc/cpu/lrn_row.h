@@ -1,4 +1,5 @@
-// Local response normalisation of one row of neighbouring channels, shared by local_response_norm.cpp and lrn_max_pool2d.cpp.
+// Local response normalisation of one row of neighbouring channels, shared by local_response_norm.cpp and
+// lrn_max_pool2d.cpp.
 //   b[i] = a[i] * s[i]^-beta,  s[i] = k + alpha/n * sum_{j in window(i)} a[j]^2     Krizhevsky et al. 2012, section 3.3
 // window(i) = [i - n/2, i + (n-1)/2], cut at the ends of the row. Computes in float, or double for double.
 #pragma once

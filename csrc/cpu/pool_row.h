@@ -70,8 +70,10 @@ template <class A>
 class PlaneRows {
  public:
   PlaneRows(const Pool& pool, int64_t W, int64_t OW)
-      : pool_(pool), width_(std::max((OW + kLanes<A>) * pool.stride_w + pool.kernel_w + kLanes<A>, pool.pad_w + W)),
-        values_(pool.kernel_h * width_, -std::numeric_limits<A>::infinity()), held_(pool.kernel_h, -1),
+      : pool_(pool),
+        width_(std::max((OW + kLanes<A>)*pool.stride_w + pool.kernel_w + kLanes<A>, pool.pad_w + W)),
+        values_(pool.kernel_h * width_, -std::numeric_limits<A>::infinity()),
+        held_(pool.kernel_h, -1),
         first_(OW + kLanes<A>) {
     for (size_t ow = 0; ow < first_.size(); ++ow) {
       first_[ow] = lane_int_t<A>(std::max<int64_t>(0, pool.pad_w - int64_t(ow) * pool.stride_w));

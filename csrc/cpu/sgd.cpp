@@ -115,7 +115,9 @@ void sgd_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) { m.impl("sgd_step", TORCH_BOX(&sgd_step_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
+  m.impl("sgd_step", TORCH_BOX(&sgd_step_cpu));
+}
 
 }  // namespace alexnet_kernels
 #endif

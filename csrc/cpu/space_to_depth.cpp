@@ -97,8 +97,18 @@ Tensor space_to_depth(const Tensor& input, int64_t block, IntList padding, IntLi
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   Tensor output = empty({x.size(0), block * block * x.size(1), size[0], size[1]}, dtype, x, MemoryFormat::ChannelsLast);
-  SpaceToDepthArgs a{dtype_of(x), dtype_of(output), format == MemoryFormat::ChannelsLast, x.size(1), x.size(2),
-                     x.size(3), size[0], size[1], block, padding[0], padding[1], x.const_data_ptr(),
+  SpaceToDepthArgs a{dtype_of(x),
+                     dtype_of(output),
+                     format == MemoryFormat::ChannelsLast,
+                     x.size(1),
+                     x.size(2),
+                     x.size(3),
+                     size[0],
+                     size[1],
+                     block,
+                     padding[0],
+                     padding[1],
+                     x.const_data_ptr(),
                      output.mutable_data_ptr()};
   if (output.numel() > 0) run(pick_space_to_depth(), a, x.size(0) * size[0], output.numel() * 8);
   return output;
@@ -108,8 +118,19 @@ Tensor depth_to_space(const Tensor& input, int64_t block, IntList padding, IntLi
   const Tensor x = in_format(input, MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1) / (block * block);
   Tensor output = empty({x.size(0), channels, size[0], size[1]}, dtype, x, MemoryFormat::ChannelsLast);
-  SpaceToDepthArgs a{dtype_of(x), dtype_of(output), true, channels, size[0], size[1], x.size(2), x.size(3), block,
-                     padding[0], padding[1], x.const_data_ptr(), output.mutable_data_ptr()};
+  SpaceToDepthArgs a{dtype_of(x),
+                     dtype_of(output),
+                     true,
+                     channels,
+                     size[0],
+                     size[1],
+                     x.size(2),
+                     x.size(3),
+                     block,
+                     padding[0],
+                     padding[1],
+                     x.const_data_ptr(),
+                     output.mutable_data_ptr()};
   if (output.numel() > 0) run(pick_depth_to_space(), a, x.size(0) * size[0], output.numel() * 8);
   return output;
 }

@@ -1,6 +1,7 @@
 // Response normalisation inside each map, the second normalisation of the network that was run in 2012.
 //   b[y, x] = a[y, x] * s[y, x]^-beta,  s[y, x] = k + alpha/n^2 * sum of a^2 over the n x n window around (y, x)
-//   input, output [N, C, H, W] in either memory format; the window is [i - n/2, i + (n-1)/2] on both axes, cut at the edges
+//   input, output [N, C, H, W] in either memory format; the window is [i - n/2, i + (n-1)/2] on both axes, cut at the
+//   edges
 // A task is the maps of one register of channels of one image, gathered so that a pixel is a register.
 #include <vector>
 
@@ -107,8 +108,12 @@ void within_map(const WithinMapArgs& args, int64_t begin, int64_t end, bool back
 
 }  // namespace
 
-void within_map_forward(const WithinMapArgs& args, int64_t begin, int64_t end) { within_map(args, begin, end, false); }
-void within_map_backward(const WithinMapArgs& args, int64_t begin, int64_t end) { within_map(args, begin, end, true); }
+void within_map_forward(const WithinMapArgs& args, int64_t begin, int64_t end) {
+  within_map(args, begin, end, false);
+}
+void within_map_backward(const WithinMapArgs& args, int64_t begin, int64_t end) {
+  within_map(args, begin, end, true);
+}
 
 }  // namespace ALEXNET_ISA
 }  // namespace alexnet_kernels
@@ -128,8 +133,15 @@ Tensor normalise(Kernel<WithinMapArgs> kernel, const Tensor* grad, const Tensor&
   const Tensor x = in_format(input, format);
   const Tensor g = grad ? in_format(*grad, format) : x;
   Tensor out = empty(sizes_of(x), x.scalar_type(), x, format);
-  WithinMapArgs args{dtype_of(x), {size, alpha / double(size * size), beta, k}, format == MemoryFormat::ChannelsLast,
-                     x.size(1), x.size(2), x.size(3), x.const_data_ptr(), g.const_data_ptr(), out.mutable_data_ptr()};
+  WithinMapArgs args{dtype_of(x),
+                     {size, alpha / double(size * size), beta, k},
+                     format == MemoryFormat::ChannelsLast,
+                     x.size(1),
+                     x.size(2),
+                     x.size(3),
+                     x.const_data_ptr(),
+                     g.const_data_ptr(),
+                     out.mutable_data_ptr()};
   if (x.numel() > 0) run(kernel, args, x.size(0) * ((x.size(1) + kMaps - 1) / kMaps), x.numel() * 32);
   return out;
 }

@@ -22,9 +22,7 @@ def batch(count, height, width, size, device):
     )
 
 
-def check_augment(
-    backend, images, crops, size, dtype=torch.float32, memory_format=torch.channels_last, **options
-):
+def check_augment(backend, images, crops, size, dtype=torch.float32, memory_format=torch.channels_last, **options):
     given = {
         "images": images,
         "crops": crops,
@@ -148,9 +146,7 @@ def test_repeats_bitwise(device, backend, threads):
     found = []
     for count in (1, 1, 2, 2):
         threads(count)
-        found.append(
-            augment(images, crops, (56, 56), flips, mean=torch.rand(3).to(device) * 0 + 7, backend=backend)
-        )
+        found.append(augment(images, crops, (56, 56), flips, mean=torch.rand(3).to(device) * 0 + 7, backend=backend))
         assert_same(found[-1], found[0], f"{count} threads")
 
 
@@ -159,12 +155,8 @@ def test_registration(channels_last, device):
     images, crops, flips = batch(3, 9, 11, (5, 4), device)
     mean, scale = torch.rand(3, device=device), torch.ones(3, device=device)
     operator = torch.ops.alexnet_kernels.augment.default
-    torch.library.opcheck(
-        operator, (images, crops, [5, 4], flips, None, mean, scale, torch.bfloat16, channels_last)
-    )
-    torch.library.opcheck(
-        operator, (images, crops, [5, 4], None, None, None, None, torch.float32, channels_last)
-    )
+    torch.library.opcheck(operator, (images, crops, [5, 4], flips, None, mean, scale, torch.bfloat16, channels_last))
+    torch.library.opcheck(operator, (images, crops, [5, 4], None, None, None, None, torch.float32, channels_last))
 
 
 @every_format
@@ -196,9 +188,7 @@ def test_errors(choice):
     raises(ValueError, r"size must be at least 1, not \(0, 5\)", call(size=(0, 5)))
     raises(TypeError, r"size must be an int or two ints, not \(1, 2, 3\)", call(size=(1, 2, 3)))
     raises(TypeError, r"crops must be a Tensor, not NoneType", call(crops=None))
-    raises(
-        ValueError, r"crops must be \[2, 2\], not \[2, 4\]", call(crops=torch.zeros(2, 4, dtype=torch.int64))
-    )
+    raises(ValueError, r"crops must be \[2, 2\], not \[2, 4\]", call(crops=torch.zeros(2, 4, dtype=torch.int64)))
     raises(TypeError, r"crops must be int64, not torch.int32", call(crops=crops.int()))
     for outside, axis in (([5, 0], 0), ([-1, 0], 0), ([0, 5], 1), ([0, -1], 1)):
         bad = crops.clone()
@@ -215,7 +205,5 @@ def test_errors(choice):
     raises(ValueError, r"scale must be \[3\], not \[1\]", call(scale=torch.ones(1)))
     raises(TypeError, r"dtype must be float32.* not torch.uint8", call(dtype=torch.uint8))
     raises(ValueError, r"memory_format must be", call(memory_format=torch.preserve_format))
-    raises(
-        RuntimeError, r"mean is on meta, but the input is on cpu", call(mean=torch.zeros(3, device="meta"))
-    )
+    raises(RuntimeError, r"mean is on meta, but the input is on cpu", call(mean=torch.zeros(3, device="meta")))
     assert set(FORMATS.values()) == {torch.channels_last, torch.contiguous_format}

@@ -175,9 +175,7 @@ def test_expanded_output_gradient(dtype, memory_format, training, device, backen
     leaves = {k: v.clone().requires_grad_() for k, v in values.items()}
     copies = {k: v.clone().requires_grad_() for k, v in values.items()}
     batch_norm_relu(**leaves, **options, backend=backend).backward(grad)
-    batch_norm_relu(**copies, **options, backend=backend).backward(
-        grad.contiguous(memory_format=memory_format)
-    )
+    batch_norm_relu(**copies, **options, backend=backend).backward(grad.contiguous(memory_format=memory_format))
     for name in leaves:
         assert_close(leaves[name].grad, copies[name].grad.double(), slack="operand", what=name)
 
@@ -185,7 +183,7 @@ def test_expanded_output_gradient(dtype, memory_format, training, device, backen
 @every_mode
 @every_format
 def test_first_and_second_derivatives(training, memory_format, device, backend):
-    values = tensors((3, 2, 2, 2), torch.float64, memory_format, device)
+    values = tensors((2, 2, 2, 1), torch.float64, memory_format, device)
     values["bias"] = torch.tensor([6.0, -6.0], dtype=torch.float64, device=device)  # away from ReLU's corner
     mean, var = statistics(2, torch.float64, device)
 
@@ -234,9 +232,7 @@ def test_compiles(memory_format, training, device, backend, fresh_dynamo):
 
     inputs = list(values.values())
     expected = forward_backward(run, *inputs)
-    assert_same(
-        forward_backward(torch.compile(fresh, fullgraph=True, backend="aot_eager"), *inputs), expected
-    )
+    assert_same(forward_backward(torch.compile(fresh, fullgraph=True, backend="aot_eager"), *inputs), expected)
     assert_same((compiled_mean, compiled_var), (mean, var), "running statistics")
 
 

@@ -125,9 +125,7 @@ def test_tensors_of_any_strides(layout, device, backend):
         values["weight"] = random((16, 16, 3, 3), device=device, scale=0.1)[:, ::2]
         values["bias"] = random((32,), device=device)[::2]
     elif layout == "transposed":
-        values["input"] = (
-            random((2, 7, 8, 6), device=device).permute(0, 2, 3, 1).transpose(1, 3).transpose(2, 3)
-        )
+        values["input"] = random((2, 7, 8, 6), device=device).permute(0, 2, 3, 1).transpose(1, 3).transpose(2, 3)
         values["weight"] = random((8, 16, 3, 3), device=device, scale=0.1).transpose(0, 1)
         values["input"] = random((2, 7, 8, 6), device=device).transpose(1, 2)
     elif layout == "expanded":
@@ -160,7 +158,7 @@ def test_expanded_output_gradient(dtype, memory_format, device, backend):
 @every_format
 @pytest.mark.parametrize("groups", [1, 2])
 def test_first_and_second_derivatives(groups, memory_format, device, backend):
-    x = random((1, 4, 4, 3), torch.float64, memory_format, device)
+    x = random((1, 4, 3, 2), torch.float64, memory_format, device)
     w = random((2, 4 // groups, 2, 2), torch.float64, memory_format, device)
     b = random((2,), torch.float64, device=device)
     check_gradients(lambda x, w, b: conv2d_relu(x, w, b, 1, 1, groups, backend=backend), [x, w, b])
@@ -258,3 +256,45 @@ def test_errors(choice):
     raises(TypeError, r"padding must be an int or two ints, not 'same'", call(padding="same"))
     raises(ValueError, r"an image of 2 x 7 .* is smaller than the kernel 3 x 3", call(x=x[:, :, :2]))
     raises(RuntimeError, r"weight is on meta, but the input is on cpu", call(w=w.to("meta")))
+
+
+class TestSpaceToDepth:
+    """The bfloat16, channels_last path of strided convolutions with few channels."""
+
+    @pytest.mark.parametrize(
+        ("size", "kernel", "stride", "padding"),
+        [((39, 39), 11, 4, 2), ((37, 29), 7, 3, 0), ((20, 20), 5, 2, 1), ((23, 31), 4, 3, 1), ((11, 11), 11, 4, 0)],
+    )
+    def test_equals_the_plain_convolution(self, size, kernel, stride, padding):
+        image = torch.randn(2, 3, *size).bfloat16().contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(16, 3, kernel, kernel).bfloat16()
+        ours = [image.clone(memory_format=torch.preserve_format).requires_grad_(), weight.clone().requires_grad_()]
+        exact = [image.double().requires_grad_(), weight.double().requires_grad_()]
+        with torch.profiler.profile() as profile:
+            out = conv2d_relu(*ours, None, stride, padding, relu=False, backend="cpu")
+        assert "alexnet_kernels::space_to_depth" in {event.key for event in profile.key_averages()}
+        expected = torch.nn.functional.conv2d(*exact, None, stride, padding)
+        assert out.shape == expected.shape
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=2**-8 * expected.abs().max().item())
+        grad = torch.randint(-4, 5, out.shape).bfloat16()
+        for actual, wanted in zip(
+            torch.autograd.grad(out, ours, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+        ):
+            atol = 2**-7 * wanted.abs().max().item()
+            torch.testing.assert_close(actual.double(), wanted, rtol=2**-7, atol=atol)
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_there_and_back(self, memory_format):
+        image = torch.randn(2, 3, 8, 12).contiguous(memory_format=memory_format)
+        args = (4, [0, 0], [2, 3], torch.float32)
+        blocks = torch.ops.alexnet_kernels.space_to_depth(image, *args)
+        assert torch.equal(blocks[:, (1 * 4 + 2) * 3 + 1], image[:, 1, 1::4, 2::4])
+        assert torch.equal(torch.ops.alexnet_kernels.depth_to_space(blocks, 4, [0, 0], [8, 12], torch.float32), image)
+
+    def test_opcheck_and_gradients(self):
+        image = torch.randn(1, 3, 9, 7, dtype=torch.float64, requires_grad=True)
+        args = (4, [2, 2], [3, 2], torch.float64)
+        torch.library.opcheck(torch.ops.alexnet_kernels.space_to_depth.default, (image, *args))
+        assert torch.autograd.gradcheck(lambda x: torch.ops.alexnet_kernels.space_to_depth(x, *args), image)
+        assert torch.autograd.gradgradcheck(lambda x: torch.ops.alexnet_kernels.space_to_depth(x, *args), image)

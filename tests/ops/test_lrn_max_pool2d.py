@@ -78,9 +78,7 @@ def test_equals_the_definition(shape, options, dtype, memory_format, device, bac
 
 @every_format
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@cases(
-    ((1, 96, 55, 55), {"alpha": 5e-4, "k": 2.0, "relu": True}), ((1, 256, 27, 27), {"k": 2.0, "groups": 2})
-)
+@cases(((1, 96, 55, 55), {"alpha": 5e-4, "k": 2.0, "relu": True}), ((1, 256, 27, 27), {"k": 2.0, "groups": 2}))
 def test_alexnets_layers(shape, options, dtype, memory_format, device):
     x = random(shape, dtype, memory_format, device)
     check_lrn_max_pool2d(x, options)
@@ -153,9 +151,7 @@ def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, ba
 @pytest.mark.parametrize(("size", "groups", "relu"), [(5, 1, False), (3, 2, True)])
 def test_first_and_second_derivatives(size, groups, relu, memory_format, device, backend):
     x = distinct((1, 4, 3, 5), step=0.02).to(device).contiguous(memory_format=memory_format)
-    check_gradients(
-        lambda x: lrn_max_pool2d(x, size, 0.05, 0.75, 1.2, groups, relu=relu, backend=backend), [x]
-    )
+    check_gradients(lambda x: lrn_max_pool2d(x, size, 0.05, 0.75, 1.2, groups, relu=relu, backend=backend), [x])
 
 
 @every_format
@@ -176,9 +172,7 @@ def test_registration(memory_format, device):
 @every_format
 def test_compiles(memory_format, device, backend, fresh_dynamo):
     x = random((2, 20, 7, 9), torch.float32, memory_format, device)
-    check_compiled(
-        lambda x: lrn_max_pool2d(x * 2, **STRONG, backend=backend), [x], dynamic=backend != "native"
-    )
+    check_compiled(lambda x: lrn_max_pool2d(x * 2, **STRONG, backend=backend), [x], dynamic=backend != "native")
 
 
 def test_compiles_with_inductor(device, fresh_dynamo):

@@ -138,9 +138,7 @@ def test_first_and_second_derivatives(relu, memory_format, device, backend):
 def test_second_derivative_through_a_nonlinearity(dtype, memory_format, device, backend):
     x = random((1, 18, 7, 7), dtype, memory_format, device).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    (first,) = torch.autograd.grad(
-        max_pool2d(x, backend=backend).double().square().sum(), x, create_graph=True
-    )
+    (first,) = torch.autograd.grad(max_pool2d(x, backend=backend).double().square().sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(reference.max_pool2d(exact).square().sum(), exact, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     (expected_second,) = torch.autograd.grad(expected.sum(), exact)
@@ -193,9 +191,7 @@ def test_onnx_cases(device, backend):
         attributes = {a.name: list(a.ints) or a.i or a.s.decode() for a in description.attribute}
         inputs, outputs = case.data_sets[0]
         kernel, pads = attributes["kernel_shape"], attributes.get("pads", [0, 0, 0, 0])
-        plain = attributes.get("auto_pad", "NOTSET") == "NOTSET" and set(
-            attributes.get("dilations", [1])
-        ) == {1}
+        plain = attributes.get("auto_pad", "NOTSET") == "NOTSET" and set(attributes.get("dilations", [1])) == {1}
         if not plain or len(kernel) != 2 or pads[:2] != pads[2:] or inputs[0].dtype.kind != "f":
             continue
         x = torch.from_numpy(inputs[0]).to(device)

@@ -69,8 +69,7 @@ def test_local_response_norm_by_the_papers_formula() -> None:
     x, n, alpha, beta, k = double(1, 7, 1, 1), 5, 0.4, 0.75, 2.0
     a = x.flatten().tolist()
     expected = [
-        a[i] / (k + alpha * sum(a[j] ** 2 for j in range(max(0, i - 2), min(7, i + 3)))) ** beta
-        for i in range(7)
+        a[i] / (k + alpha * sum(a[j] ** 2 for j in range(max(0, i - 2), min(7, i + 3)))) ** beta for i in range(7)
     ]
     b = reference.local_response_norm(x, n, alpha * n, beta, k)
     torch.testing.assert_close(b.flatten(), torch.tensor(expected, dtype=torch.float64))
@@ -200,9 +199,7 @@ def test_sgd_step_by_torchs_rule_is_torchs(options: dict[str, float]) -> None:
             p.grad = g.clone()
         peer.step()
         options = {"weight_decay": 0.0, **options}
-        w, buffers, _ = reference.sgd_step(
-            w, grads, buffers, lr=0.1, rule="torch", first_step=step == 0, **options
-        )
+        w, buffers, _ = reference.sgd_step(w, grads, buffers, lr=0.1, rule="torch", first_step=step == 0, **options)
         torch.testing.assert_close(w, [p.detach() for p in peers])
 
 

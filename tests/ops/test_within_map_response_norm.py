@@ -41,9 +41,7 @@ STRONG = {"alpha": 2.0, "k": 1.5}
 )
 def test_equals_the_definition(shape, options, dtype, memory_format, device, backend):
     x = random(shape, dtype, memory_format, device)
-    check(
-        within_map_response_norm, reference.within_map_response_norm, {"input": x}, options, backend=backend
-    )
+    check(within_map_response_norm, reference.within_map_response_norm, {"input": x}, options, backend=backend)
 
 
 @every_format

@@ -1,0 +1,402 @@
+"""The command `alexnet-kernels`: train, evaluate, predict, info.
+
+Exit status: 0; 1 for a run that failed; 2 for a mistake in what was asked; 130 where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alexnet_kernels import __version__, _library, backends
+from alexnet_kernels.models import PRESETS, AlexNet
+from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
+from alexnet_kernels.training.settings import PRECISIONS, Settings, defaults
+
+if TYPE_CHECKING:
+    from alexnet_kernels.training.run import Result
+
+__all__ = ["main"]
+
+PROGRAM = "alexnet-kernels"
+_SETTINGS = tuple(Settings.__dataclass_fields__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, or the process's; returns its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except (InputError, MissingPackage) as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except torch.OutOfMemoryError:
+        return _fail("the device is out of memory: try a smaller --batch-size or --image-size", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output has gone; so that Python's exit doesn't find out again:
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description="AlexNet: train it, evaluate it, predict with it.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _train_parser(commands)
+
+    evaluate = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint")
+    evaluate.add_argument("checkpoint", help="a .ckpt file, or a run's folder for its best")
+    evaluate.add_argument("--data", metavar="PATH", help="as for train; val/ is used (default: the package's images)")
+    evaluate.add_argument("--ten-crop", action="store_true", help="average over ten crops, as in the paper")
+    evaluate.add_argument("--batch-size", type=_positive, default=100, metavar="N")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _bad_images(evaluate)
+    _where(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="the likeliest classes of images")
+    predict.add_argument("checkpoint", help="a .ckpt file, or a run's folder for its best")
+    predict.add_argument("images", nargs="+", metavar="image")
+    predict.add_argument("--ten-crop", action="store_true", help="average over ten crops, as in the paper")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+    _where(predict)
+    predict.set_defaults(run=_predict)
+
+    info = commands.add_parser("info", help="versions, device, backends of each op, presets")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _train_parser(commands: Any) -> None:
+    shipped, other = defaults(shipped=True), defaults(shipped=False)
+
+    def default(name: str) -> str:
+        return f"{shipped[name]}; {other[name]} with --data" if shipped[name] != other[name] else f"{shipped[name]}"
+
+    train = commands.add_parser(
+        "train",
+        help="train a network; without arguments, on the images that come with the package",
+        description="Trains an AlexNet, without arguments on 4000 small images that come with the package.",
+    )
+    add = train.add_argument
+    add(
+        "--data",
+        metavar="PATH",
+        help="a folder, or a zip of one, with train/<class>/ and val/<class>/ images",
+    )
+    add(
+        "--bad-images",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="unreadable images (default: refuse)",
+    )
+    add("--preset", choices=tuple(PRESETS), help=f"(default: {default('preset')})")
+    add("--epochs", type=_positive, metavar="N", help=f"(default: {default('epochs')})")
+    add("--batch-size", type=_positive, metavar="N", help=f"(default: {default('batch_size')})")
+    add("--lr", type=float, help="largest learning rate (default: the preset's, 0.01 for most)")
+    add("--momentum", type=float, metavar="M", help=f"(default: {default('momentum')})")
+    add("--weight-decay", type=float, metavar="W", help=f"(default: {default('weight_decay')})")
+    add("--image-size", type=_positive, metavar="PIXELS",
+        help=f"of the input (default: {shipped['image_size']}; the preset's own with --data)")  # fmt: skip
+    add("--width", type=float, metavar="FACTOR", help="on the number of filters and neurons (default: 1)")
+    add("--dropout", type=float, metavar="P", help=f"(default: {default('dropout')})")
+    add("--precision", choices=PRECISIONS, help="(default: bf16 where the device has it, else 32)")
+    add("--seed", type=_count, metavar="N", help=f"(default: {default('seed')})")
+    add("--workers", type=_count, metavar="N",
+        help="processes that decode a set too large for memory (default: one a core, up to 8)")  # fmt: skip
+    add("--out", metavar="FOLDER", help="of the run, a new one (default: the next free runs/<preset>-<n>)")
+    add(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run's folder or checkpoint, in its folder and with its settings",
+    )
+    add(
+        "--max-time",
+        type=_duration,
+        metavar="TIME",
+        help="stop after, say, 90s, 10m or 1h30m; can be resumed",
+    )
+    _where(train)
+    train.set_defaults(run=_train)
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<n> (default: auto)")
+    parser.add_argument("--backend", choices=backends.BACKENDS, help="of the ops (default: auto)")
+
+
+def _bad_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bad-images",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="unreadable images (default: refuse)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 expected")
+    return value
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: not negative expected")
+    return value
+
+
+def _duration(text: str) -> float:
+    """Seconds of 90, 90s, 10m, 1h30m."""
+    total, number, units = 0.0, "", {"h": 3600, "m": 60, "s": 1}
+    try:
+        for letter in text:
+            if letter in units:
+                total += float(number) * units.pop(letter)
+                number = ""
+            else:
+                number += letter
+        total += float(number) if number else 0.0
+    except ValueError:
+        total = 0.0
+    if not 0 < total < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 10m or 1h30m")
+    return total
+
+
+def _use_backend(options: argparse.Namespace) -> None:
+    if options.backend is None:
+        return
+    missing = [(row["op"], row["backends"].get(options.backend, "available")) for row in backends.report()]
+    if options.backend != "auto":
+        for op, state in missing:
+            if state != "available":
+                raise InputError(f"--backend {options.backend} is not available for {op}: {state}")
+    backends.set_backend(options.backend)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    values = defaults(options.data is None, options.preset)
+    values |= {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    return Settings(**values)
+
+
+def _resumed_settings(options: argparse.Namespace) -> Settings:
+    """The checkpoint's, which options may repeat and not change."""
+    from alexnet_kernels.training import checkpoint
+
+    if options.out is not None:
+        raise InputError("--out can't be used with --resume, which goes on in the run's own folder")
+    path = checkpoint.find(options.resume, "last.ckpt")
+    settings = checkpoint.load(path, mmap=True)[0].settings
+    for name in _SETTINGS:
+        given, saved = getattr(options, name), getattr(settings, name)
+        if given is not None and given != saved:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {given} can't be used with --resume: {path} was begun with {saved}")
+    return settings
+
+
+def _train(options: argparse.Namespace) -> int:
+    _use_backend(options)
+    settings = _settings(options) if options.resume is None else None
+    require(f"{PROGRAM} train", "PIL", "rich", "matplotlib", "torchmetrics", "lightning")
+    if settings is None:
+        settings = _resumed_settings(options)
+
+    from rich.console import Console
+
+    from alexnet_kernels.training.run import train
+
+    console = Console()
+    _keep_freed_memory()
+    result = train(
+        settings,
+        options.data,
+        out=options.out,
+        resume=options.resume,
+        device=options.device,
+        workers=min(8, os.cpu_count() or 1) if options.workers is None else options.workers,
+        max_seconds=options.max_time,
+        bad_images=options.bad_images,
+        console=console,
+    )
+    _summary(result, console)
+    return 130 if result.stopped == "interrupted" else 0
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next step, which takes the same hundreds of megabytes again.
+
+    Fresh pages from the system cost a fault each, a third of the time of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+
+
+def _summary(result: Result, console: Any) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    if result.skipped:
+        say(f"left out {len(result.skipped)} unreadable images: {'; '.join(result.skipped[:5])}")
+    if result.best:
+        best = result.best
+        last = result.history[-1]
+        say(
+            f"top-1 {best['val_top1']:.1%}  top-5 {best['val_top5']:.1%}  on the validation images, epoch "
+            f"{best['epoch']} (chance: {1 / result.classes:.1%})"
+        )
+        say(f"{last['images_per_s']:.0f} images/s in training; {_time(result.seconds)} in all")
+        for name, what in (
+            ("best.ckpt", "the network of that epoch"),
+            ("last.ckpt", "the last state"),
+            ("metrics.csv", "every epoch's figures"),
+            ("filters.png", "conv1's filters"),
+            ("curves.png", "loss and error"),
+            ("predictions.png", "some validation images and their five likeliest classes"),
+        ):
+            if (result.folder / name).exists():
+                say(f"  {result.folder / name}  {what}")
+    if result.stopped is not None:
+        say(f"{result.stopped}; go on with: {PROGRAM} train --resume {result.folder}")
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    _use_backend(options)
+    require(f"{PROGRAM} evaluate", "PIL", "torchmetrics")
+    from alexnet_kernels.training import checkpoint, inference
+
+    network = checkpoint.load_network(options.checkpoint, inference.pick_device(options.device))
+    data = options.data or network.header.data or None
+    crops = 10 if options.ten_crop else 1
+    result = inference.evaluate(
+        network, data, crops=crops, batch_size=options.batch_size, bad_images=options.bad_images
+    )
+    if options.json:
+        print(json.dumps({**result, "crops": crops}))
+        return 0
+    skipped = result["skipped"]
+    assert isinstance(skipped, list)
+    if skipped:
+        print(f"left out {len(skipped)} unreadable images: {'; '.join(skipped[:5])}")
+    print(
+        f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  of {result['images']} images, "
+        f"{crops} crop{'s' * (crops > 1)}, preset {network.header.settings.preset}"
+    )
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    _use_backend(options)
+    require(f"{PROGRAM} predict", "PIL", *([] if options.json else ["rich"]))
+    from alexnet_kernels.training import checkpoint, inference
+
+    network = checkpoint.load_network(options.checkpoint, inference.pick_device(options.device))
+    results = inference.predict(network, options.images, crops=10 if options.ten_crop else 1)
+    if options.json:
+        rows = [
+            {"image": path, "classes": [{"class": name, "probability": p} for name, p in result]}
+            for path, result in zip(options.images, results, strict=True)
+        ]
+        print(json.dumps(rows))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("image", "class", "probability")
+    for path, result in zip(options.images, results, strict=True):
+        for i, (name, p) in enumerate(result):
+            last = i + 1 == len(result)
+            table.add_row(Text(path if i == 0 else ""), Text(name), f"{p:6.1%}", end_section=last)
+    Console().print(table)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    library = _library.status()
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    presets = {}
+    for name, preset in PRESETS.items():
+        model = AlexNet(preset=name, device="meta")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        presets[name] = {"source": preset.source, "input_size": preset.input_size, "parameters": parameters}
+    facts: dict[str, Any] = {
+        "versions": {
+            "alexnet_kernels": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "devices": devices,
+        "library": library,
+        "backend": backends.get_backend(),
+        "ops": backends.report(),
+        "presets": presets,
+    }
+    if options.json:
+        print(json.dumps(facts, default=str))
+        return 0
+    print("  ".join(f"{name} {value}" for name, value in facts["versions"].items()))
+    print(f"devices: {', '.join(devices)} ({torch.get_num_threads()} CPU threads)")
+    if library["loaded"]:
+        cuda = "with" if library["cuda_built"] else "without"
+        print(f"library: {library['path']}, {library['isa']} on the CPU, {cuda} CUDA kernels")
+    else:
+        print(f"library: not loaded: {library['reason']}")
+    print(f"backend: {facts['backend']}")
+    _print_ops(facts["ops"])
+    print("\npresets")
+    for name, row in presets.items():
+        print(f"  {name:<12} {row['input_size']} px  {row['parameters']:,} parameters  {row['source']}")
+    return 0
+
+
+def _print_ops(report: list[dict[str, Any]]) -> None:
+    names = list(report[0]["backends"])
+    width = max(len(row["op"]) for row in report)
+    print("\nop".ljust(width + 3) + "  ".join(f"{name:<7}" for name in names))
+    reasons: dict[str, str] = {}
+    for row in report:
+        cells = []
+        for name in names:
+            state = row["backends"][name]
+            if state == "available":
+                cells.append("yes")
+            else:
+                cells.append(f"no [{reasons.setdefault(state, str(len(reasons) + 1))}]")
+        print(row["op"].ljust(width + 2) + "  ".join(f"{cell:<7}" for cell in cells).rstrip())
+    for reason, number in reasons.items():
+        print(f"[{number}] {reason}")

@@ -1,0 +1,201 @@
+"""Checkpoint files: written whole or not at all, read without executing what is in them.
+
+A checkpoint is the Lightning trainer's, of tensors and plain types only, and under the key "alexnet_kernels"
+what evaluation and prediction need besides the weights: a `Header`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels.models import PRESETS, AlexNet
+from alexnet_kernels.training.augmentation import Statistics
+from alexnet_kernels.training.errors import InputError, RunError
+from alexnet_kernels.training.settings import Settings
+
+__all__ = ["Header", "Network", "atomic_file", "load", "load_network", "save"]
+
+KEY = "alexnet_kernels"
+MODEL = "model."
+"""What the model's keys begin with in a checkpoint's state_dict."""
+FORMAT = 1
+
+
+@dataclass
+class Header:
+    """What a checkpoint says about its network."""
+
+    settings: Settings
+    classes: list[str]
+    statistics: Statistics
+    data: str
+    """The path of the images it was trained on; empty for the shipped ones."""
+    train_images: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    """A row of losses, accuracies and rates for each epoch."""
+
+    def to_dict(self) -> dict[str, Any]:
+        from alexnet_kernels import __version__
+
+        return {**asdict(self), "format": FORMAT, "version": __version__, "num_classes": len(self.classes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Header:
+        if values["format"] != FORMAT:
+            raise InputError(
+                f"it is of format {values['format']}, written by version {values['version']}; "
+                f"this version reads format {FORMAT}"
+            )
+        return cls(
+            Settings.from_dict(values["settings"]),
+            [str(name) for name in values["classes"]],
+            Statistics(**values["statistics"]),
+            values["data"],
+            values["train_images"],
+            list(values["history"]),
+        )
+
+    def best(self) -> dict[str, float]:
+        """The first epoch of the highest top-1."""
+        return max(self.history, key=lambda row: row["val_top1"])
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes path's place, on disk, when the block ends; if it fails, path stays."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the new name last; some file systems refuse it.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint in path's place; RunError if that fails, and path is then as it was."""
+    try:
+        with atomic_file(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:
+        kept = "; the previous one is intact" if Path(path).exists() else ""
+        raise RunError(f"checkpoint {path} could not be written: {_first_line(error)}{kept}") from error
+
+
+def link(source: Path, path: Path) -> None:
+    """Give a checkpoint a second name, in place of what has it: a hard link, or a copy where there are
+    none."""
+    temporary = path.with_name(f".{path.name}.link.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with atomic_file(path) as file, source.open("rb") as original:
+            while block := original.read(1 << 20):
+                file.write(block)
+        return
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def find(path: str | Path, name: str) -> Path:
+    """The checkpoint itself, or the one of that name in a run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise InputError(f"there is no checkpoint {name} in {path}")
+        return path / name
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    return path
+
+
+def load(path: str | Path, mmap: bool = False) -> tuple[Header, dict[str, Any]]:
+    """The header and the whole content of a checkpoint, tensors on the CPU; InputError if it isn't one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a readable checkpoint (cut off, damaged or of another kind)") from error
+    if not isinstance(content, dict) or not isinstance(content.get(KEY), dict):
+        raise InputError(f"{path} is not a checkpoint of `alexnet-kernels train`")
+    try:
+        return Header.from_dict(content[KEY]), content
+    except InputError as error:
+        raise InputError(f"checkpoint {path} can't be used: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"checkpoint {path} lacks a part of its description: {_first_line(error)}") from error
+
+
+@dataclass
+class Network:
+    """A trained network and how its input is made."""
+
+    model: AlexNet
+    header: Header
+
+    @property
+    def scale(self) -> Tensor | None:
+        return input_scale(self.header.settings.preset, self.header.statistics)
+
+
+def input_scale(preset: str, statistics: Statistics) -> Tensor | None:
+    """What pixels less their mean are multiplied by: [3] that gives unit variance, or None for 1.
+
+    Presets with the paper's initial values are made for pixels of 0..255, those with torch's for variance 1.
+    """
+    if PRESETS[preset].initialization is not None:
+        return None
+    return 1 / torch.tensor(statistics.std).clamp(min=1.0)
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
+    """The network of a checkpoint, or of a run's best, in evaluation mode; InputError if it can't be read."""
+    path = find(path, "best.ckpt")
+    header, content = load(path, mmap=True)
+    settings = header.settings
+    model = AlexNet(len(header.classes), settings.preset, settings.dropout, settings.width, device=torch.device("meta"))
+    state = content.get("state_dict")
+    if not isinstance(state, dict):
+        raise InputError(f"checkpoint {path} holds no weights")
+    weights = {key.removeprefix(MODEL): value for key, value in state.items() if key.startswith(MODEL)}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        what = f"preset {settings.preset!r} with {len(header.classes)} classes and width {settings.width:g}"
+        detail = " ".join(str(error).split("\n")[1:2]).strip()
+        raise InputError(f"checkpoint {path} does not hold the weights of {what}: {detail}") from error
+    model.requires_grad_(False).eval()
+    return Network(model.to(device).to(memory_format=torch.channels_last), header)

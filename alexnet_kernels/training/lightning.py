@@ -1,0 +1,413 @@
+"""The training run in PyTorch Lightning's terms: module, data module, checkpoint files, callbacks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.optim import SGD
+from alexnet_kernels.training import checkpoint, images
+from alexnet_kernels.training.augmentation import centre_crop, random_crop
+from alexnet_kernels.training.errors import RunError
+
+__all__ = ["AtomicCheckpointIO", "Bar", "Classifier", "Images", "Saver", "Stopped", "accuracies"]
+
+
+def accuracies(num_classes: int) -> tuple[MulticlassAccuracy, MulticlassAccuracy]:
+    """Top-1 and top-5 (of as many classes as there are, below five) over all images alike."""
+
+    def top(k: int) -> MulticlassAccuracy:
+        return MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", validate_args=False)
+
+    return top(1), top(5)
+
+
+class Stopped(Exception):
+    """The run was asked to end before its last epoch; it is saved."""
+
+
+class Metrics(nn.Module):
+    """Mean loss, top-1 and top-5 since the last reset."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.loss = MeanMetric(nan_strategy="disable")
+        self.top1, self.top5 = accuracies(num_classes)
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.loss.update(loss, len(labels))
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+
+    def compute(self, prefix: str) -> dict[str, float]:
+        if not self.loss.update_called:
+            return dict.fromkeys((f"{prefix}_loss", f"{prefix}_top1", f"{prefix}_top5"), math.nan)
+        return {
+            f"{prefix}_loss": float(self.loss.compute()),
+            f"{prefix}_top1": float(self.top1.compute()),
+            f"{prefix}_top5": float(self.top5.compute()),
+        }
+
+    def reset(self) -> None:
+        for _, metric in self._metrics():
+            metric.reset()
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What was counted so far."""
+        return {name: dict(metric.metric_state) for name, metric in self._metrics()}
+
+    def set_state(self, state: dict[str, dict[str, Any]]) -> None:
+        for name, metric in self._metrics():
+            for part, value in state[name].items():
+                setattr(metric, part, value.to(metric.device))
+
+    def _metrics(self) -> list[tuple[str, Metric]]:
+        return [("loss", self.loss), ("top1", self.top1), ("top5", self.top5)]
+
+
+class Classifier(pl.LightningModule):
+    """Trains an AlexNet on batches of an ImageSet, augmenting them on their device.
+
+    Crops and dropout masks are functions of the seed, the epoch and the step, so that a resumed run draws
+    what the whole one would.
+    """
+
+    def __init__(self, model: AlexNet, header: checkpoint.Header, bad_images: str = "refuse") -> None:
+        super().__init__()
+        self.model = model
+        self.header = header
+        self.bad_images = bad_images
+        self.bad: set[str] = set()
+        self.train_metrics = Metrics(len(header.classes))
+        self.val_metrics = Metrics(len(header.classes))
+        self.scale: Tensor | None
+        scale = checkpoint.input_scale(header.settings.preset, header.statistics)
+        self.register_buffer("scale", scale, persistent=False)
+        self.epoch_images = 0
+        self.epoch_seconds = 0.0
+
+    def configure_optimizers(self) -> SGD:
+        settings = self.header.settings
+        return SGD(
+            self.model.parameters(),
+            settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+
+    def transfer_batch_to_device(self, batch: images.Batch, device: torch.device, dataloader_idx: int) -> images.Batch:
+        # Crops are drawn on the CPU: sending indices away and fetching them back would wait for the device.
+        indices = batch["indices"]
+        moved: images.Batch = super().transfer_batch_to_device(
+            {key: value for key, value in batch.items() if key != "indices"}, device, dataloader_idx
+        )
+        moved["indices"] = indices
+        return moved
+
+    def on_after_batch_transfer(self, batch: images.Batch, dataloader_idx: int) -> images.Batch:
+        settings, statistics = self.header.settings, self.header.statistics
+        if self.trainer.training:
+            batch["images"] = random_crop(
+                batch["images"],
+                batch["indices"],
+                settings.image_size,
+                seed=settings.seed,
+                epoch=self.current_epoch,
+                statistics=statistics,
+                scale=self.scale,
+            )
+        else:
+            batch["images"] = centre_crop(batch["images"], settings.image_size, statistics, self.scale)
+        return batch
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_images, self.epoch_seconds = 0, 0.0
+        self.train_metrics.reset()
+
+    def on_train_batch_start(self, batch: images.Batch, batch_idx: int) -> None:
+        settings = self.header.settings
+        torch.manual_seed((settings.seed << 32) + self.global_step)
+        lr = settings.lr_at(self.global_step, settings.epochs * int(self.trainer.num_training_batches))
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = lr
+
+    def training_step(self, batch: images.Batch, batch_idx: int) -> Tensor | None:
+        labels = batch["labels"]
+        self._note_bad(batch["bad"])
+        if not len(labels):
+            return None
+        logits = self.model(batch["images"])
+        loss = F.cross_entropy(logits.float(), labels)
+        self.train_metrics.update(loss.detach(), logits.detach().float(), labels)
+        self.epoch_images += len(labels)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_metrics.reset()
+
+    def validation_step(self, batch: images.Batch, batch_idx: int) -> None:
+        labels = batch["labels"]
+        self._note_bad(batch["bad"])
+        if not len(labels):
+            return
+        logits = self.model(batch["images"]).float()
+        self.val_metrics.update(F.cross_entropy(logits, labels), logits, labels)
+
+    def on_train_epoch_end(self) -> None:
+        row: dict[str, float] = {"epoch": self.current_epoch + 1, "step": self.global_step}
+        row |= {"lr": float(self.trainer.optimizers[0].param_groups[0]["lr"])}
+        row |= self.train_metrics.compute("train") | self.val_metrics.compute("val")
+        row |= {
+            "images_per_s": self.epoch_images / max(self.epoch_seconds, 1e-9),
+            "seconds": self.epoch_seconds,
+        }
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
+            lr = self.header.settings.lr
+            raise RunError(f"the loss is not finite in epoch {row['epoch']}: try a lower --lr than {lr:g}")
+        self.header.history.append(row)
+        self.train_metrics.reset()
+
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
+        content[checkpoint.KEY] = self.header.to_dict()
+        content["train_metrics"] = self.train_metrics.state()
+
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
+        self.header.history = list(content[checkpoint.KEY]["history"])
+        self.train_metrics.set_state(content["train_metrics"])
+
+    def _note_bad(self, bad: list[str]) -> None:
+        if bad and self.bad_images == "refuse":
+            raise images.refuse(bad)
+        self.bad.update(bad)
+
+
+class Shuffled(Sampler[int]):
+    """The places 0 ... length - 1 in an order that is a function of (seed, epoch), from the start-th on."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        start, self.start = self.start, 0
+        return iter(order[start:])
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class Batches(DataLoader):
+    """Batches of an ImageSet, in order or shuffled; resumes between two batches of an epoch."""
+
+    def __init__(self, dataset: images.ImageSet, batch_size: int, workers: int, seed: int | None = None) -> None:
+        shuffled = seed is not None
+        sampler = Shuffled(len(dataset), seed) if seed is not None else SequentialSampler(dataset)
+        whole = shuffled and len(dataset) >= batch_size
+        super().__init__(
+            dataset,
+            batch_sampler=BatchSampler(sampler, batch_size, drop_last=whole),
+            num_workers=0 if dataset.pixels is not None else workers,
+            collate_fn=_as_is,
+        )
+        self.done = 0
+
+    def __iter__(self) -> Iterator[images.Batch]:  # type: ignore[override]
+        sampler = self.batch_sampler.sampler  # type: ignore[union-attr]
+        self.done = getattr(sampler, "start", 0) // self.batch_sampler.batch_size  # type: ignore[union-attr]
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch_sampler.sampler.start = (  # type: ignore[union-attr]
+            state["batches"] % len(self) * self.batch_sampler.batch_size  # type: ignore[union-attr]
+        )
+
+
+class Images(pl.LightningDataModule):
+    """A training and a validation set."""
+
+    def __init__(self, train: images.ImageSet, val: images.ImageSet, batch_size: int, workers: int, seed: int) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.train, self.batch_size, self.workers, self.seed)
+
+    def val_dataloader(self) -> Batches:
+        return Batches(self.val, max(self.batch_size, 100), self.workers)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Files that are written whole or not at all, and read with weights_only."""
+
+    def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoint.save(checkpoint_, path)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return checkpoint.load(path)[1]
+
+
+class Saver(Checkpoint):
+    """Keeps last.ckpt, best.ckpt (by top-1) and metrics.csv in a folder, and ends a run early.
+
+    SIGINT and SIGTERM inside `signals`, and the passing of max_seconds, save last.ckpt after the step and
+    raise `Stopped`; a second signal interrupts at once.
+    """
+
+    def __init__(self, folder: Path, max_seconds: float | None = None) -> None:
+        self.folder = folder
+        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.asked: str | None = None
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Takes SIGINT and SIGTERM inside the block; for the main thread only, in others it does nothing."""
+        # Around the trainer: it puts back the handlers it found after its callbacks have gone.
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = "interrupted"
+
+    def _stop_reason(self) -> str | None:
+        if self.asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.asked = "out of time"
+        return self.asked
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # After the last batch the epoch is first brought to its end.
+        if batch_idx + 1 < trainer.num_training_batches and (reason := self._stop_reason()):
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            raise Stopped(reason)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        header = pl_module.header
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        if header.best() is header.history[-1]:
+            checkpoint.link(self.folder / "last.ckpt", self.folder / "best.ckpt")
+        write_csv(header.history, self.folder / "metrics.csv")
+        if len(header.history) < header.settings.epochs and (reason := self._stop_reason()):
+            raise Stopped(reason)
+
+
+def write_csv(history: list[dict[str, float]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    with checkpoint.atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+class Bar(Callback):
+    """A line for each epoch; on a terminal a bar, too, with images/s, loss, top-1 and top-5."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self._shown = self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(12), TimeRemainingColumn(compact=True)]
+        self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console, transient=True)
+        if self.console.is_terminal:
+            self.progress.start()
+        steps = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
+        self.task = self.progress.add_task("", total=steps, completed=trainer.global_step, status="")
+        self._since = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        assert self.progress is not None
+        now = time.perf_counter()
+        pl_module.epoch_seconds += now - self._since
+        self._since = now
+        # Reading the metrics waits for the device.
+        if not self.console.is_terminal or now - self._shown < 0.25:
+            return
+        self._shown = now
+        self.progress.update(
+            self.task,
+            description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+            completed=trainer.global_step,
+            status=f"{pl_module.epoch_images / max(pl_module.epoch_seconds, 1e-9):.0f} images/s  "
+            + _status(pl_module.train_metrics.compute("train"), "train"),
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Callbacks come before the module's own hook, which makes the epoch's row.
+        assert isinstance(pl_module, Classifier)
+        speed = pl_module.epoch_images / max(pl_module.epoch_seconds, 1e-9)
+        self.console.print(
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  {speed:6.0f} images/s"
+            f"  train {_status(pl_module.train_metrics.compute('train'), 'train')}"
+            f"  val {_status(pl_module.val_metrics.compute('val'), 'val')}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _status(values: dict[str, float], prefix: str) -> str:
+    loss, top1, top5 = (values[f"{prefix}_{name}"] for name in ("loss", "top1", "top5"))
+    return f"loss {loss:.3f} top-1 {top1:6.1%} top-5 {top5:6.1%}"

@@ -1,0 +1,269 @@
+"""One training run, from its settings to its pictures."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.training import checkpoint, images, inference, pictures
+from alexnet_kernels.training.augmentation import Statistics, store_size
+from alexnet_kernels.training.errors import InputError
+from alexnet_kernels.training.lightning import AtomicCheckpointIO, Bar, Classifier, Images, Saver, Stopped
+from alexnet_kernels.training.settings import Settings
+
+__all__ = ["Result", "train"]
+
+_STATISTICS_IMAGES = 10_000
+_PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+@dataclass
+class Result:
+    """Of a run: what was reached, and where it is."""
+
+    folder: Path
+    history: list[dict[str, float]]
+    best: dict[str, float]
+    """The row of the best epoch; empty if none was finished."""
+    classes: int
+    parameters: int
+    seconds: float
+    """Of this call, reading included."""
+    skipped: list[str]
+    """Unreadable images that were left out."""
+    stopped: str | None
+    """Why the run ended before its last epoch, or None."""
+
+
+def train(
+    settings: Settings,
+    data: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    max_seconds: float | None = None,
+    bad_images: str = "refuse",
+    in_memory: int = images.IN_MEMORY,
+    console: Console | None = None,
+) -> Result:
+    """Train an AlexNet, leaving its checkpoints, metrics.csv and pictures in a folder.
+
+    Args:
+        settings: what the result depends on; with resume, the checkpoint's own are taken.
+        data: an ImageFolder tree with train/ and val/, or a zip of one; None for the images of the package.
+        out: the run's folder, which must not exist; None for the next free runs/<preset>-<n>.
+        resume: a checkpoint, or the folder of a run, to go on with in that folder. With the same device and
+            number of threads the weights come out, on a CPU, as those of a run that never stopped.
+        device: auto (CUDA if there is a device), cpu, cuda or cuda:<n>.
+        workers: processes that decode images where a set is too large to be held in memory.
+        max_seconds: ends the run after the step that passes them.
+        bad_images: "refuse" or "skip".
+        in_memory: bytes up to which images are held in memory.
+        console: for progress; None prints nothing.
+
+    Raises:
+        InputError: settings, images or checkpoint that can't be used.
+        RunError: a loss that is not finite, a checkpoint that can't be written.
+    """
+    began = time.monotonic()
+    console = console or Console(quiet=True)
+    resumed: checkpoint.Header | None = None
+    if resume is not None:
+        resume = checkpoint.find(resume, "last.ckpt")
+        resumed = checkpoint.load(resume, mmap=True)[0]
+        settings = resumed.settings
+        if len(resumed.history) >= settings.epochs:
+            raise InputError(f"{resume} has finished its {settings.epochs} epochs: there is nothing to resume")
+        if data is None and resumed.data:
+            data = resumed.data
+    target = inference.pick_device(device)
+    if settings.precision == "16" and target.type != "cuda":
+        raise InputError("--precision 16 needs a CUDA device; --precision bf16 and 32 run everywhere")
+    _check_size(settings)
+    if resume is None and out is not None:
+        _refuse_existing(Path(out))
+
+    sets = _read(data or images.SHIPPED, store_size(settings.image_size), bad_images, in_memory, console)
+    header = _header(settings, data, sets[0], resumed)
+    torch.manual_seed(settings.seed)
+    model = AlexNet(len(header.classes), settings.preset, settings.dropout, settings.width)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    folder = resume.parent if resume is not None else _new_folder(out, settings.preset)
+    introduction = _introduction(settings, sets, parameters, target, folder)
+    console.print(introduction, highlight=False, soft_wrap=True, markup=False)
+
+    module = Classifier(model.to(memory_format=torch.channels_last), header, bad_images)
+    saver = Saver(folder, None if max_seconds is None else max_seconds - (time.monotonic() - began))
+    stopped: str | None = None
+    with _quiet():
+        trainer = pl.Trainer(
+            accelerator="gpu" if target.type == "cuda" else "cpu",
+            devices=[target.index or 0] if target.type == "cuda" else 1,
+            precision=_PRECISIONS[settings.precision],
+            max_epochs=settings.epochs,
+            callbacks=[Bar(console), saver],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        module_data = Images(sets[0], sets[1], settings.batch_size, workers, settings.seed)
+        try:
+            with saver.signals():
+                trainer.fit(module, module_data, ckpt_path=resume)
+        except Stopped as reason:
+            stopped = str(reason)
+    skipped = sorted({*sets[0].bad, *sets[1].bad, *module.bad})
+    if header.history:
+        _draw(module, sets[1], folder, target)
+    best = header.best() if header.history else {}
+    return Result(
+        folder,
+        header.history,
+        best,
+        len(header.classes),
+        parameters,
+        time.monotonic() - began,
+        skipped,
+        stopped,
+    )
+
+
+def _check_size(settings: Settings) -> None:
+    model = AlexNet(2, settings.preset, width=settings.width, device="meta")
+    smallest = max(model.min_size)
+    if settings.image_size < smallest:
+        raise InputError(
+            f"--image-size {settings.image_size} is too small for preset {settings.preset!r}: {smallest} at least"
+        )
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        hint = ""
+        if (folder / "last.ckpt").exists():
+            hint = f", or go on with that run: --resume {folder}"
+        raise InputError(f"--out {folder} exists: name another folder{hint}")
+
+
+def _new_folder(out: str | Path | None, preset: str) -> Path:
+    number = 0
+    while True:
+        number += 1
+        folder = Path(out) if out is not None else Path("runs") / f"{preset}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if out is not None:
+                _refuse_existing(folder)
+                raise InputError(f"--out {folder}: a part of the path is no folder") from None
+        except OSError as error:
+            reason = error.strerror or errno.errorcode.get(error.errno or 0, "")
+            raise InputError(f"the run's folder {folder} can't be made: {reason}") from error
+        else:
+            return folder
+
+
+def _read(path: str | Path, size: int, bad_images: str, in_memory: int, console: Console) -> list[images.ImageSet]:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading images", total=None)
+        sets = images.open_data(
+            path,
+            size,
+            bad_images=bad_images,
+            in_memory=in_memory,
+            progress=lambda count: progress.advance(task, count),
+        )
+    if len(sets[0].classes) < 2:
+        raise InputError(f"--data {path}: two classes at least are needed, there is only {sets[0].classes[0]!r}")
+    return sets
+
+
+def _header(
+    settings: Settings, data: str | Path | None, train_set: images.ImageSet, resumed: checkpoint.Header | None
+) -> checkpoint.Header:
+    if resumed is None:
+        sample = train_set.sample(len(train_set) if train_set.pixels is not None else _STATISTICS_IMAGES)
+        if not len(sample):
+            raise InputError(f"--data {data}: none of the images looked at can be read")
+        path = "" if data is None else str(Path(data).resolve())
+        statistics = Statistics.of(sample)
+        return checkpoint.Header(settings, train_set.classes, statistics, path, len(train_set))
+    if resumed.classes != train_set.classes or resumed.train_images != len(train_set):
+        raise InputError(
+            f"the run was begun on {resumed.train_images} images of {len(resumed.classes)} classes, the data "
+            f"has {len(train_set)} of {len(train_set.classes)}: a resumed run needs the same"
+        )
+    return resumed
+
+
+def _introduction(
+    settings: Settings, sets: list[images.ImageSet], parameters: int, device: torch.device, folder: Path
+) -> str:
+    train_set, val_set = sets
+    return (
+        f"AlexNet, preset {settings.preset}, {parameters:,} parameters, on {device} in {settings.precision}"
+        f"{' bit' if settings.precision.isdigit() else ''}\n"
+        f"{len(train_set):,} training and {len(val_set):,} validation images of "
+        f"{len(train_set.classes)} classes, "
+        f"{settings.image_size} x {settings.image_size}; {settings.epochs} epochs of batches of "
+        f"{settings.batch_size}; in {folder}"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notices, which speak to who writes a training script."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*isinstance.treespec.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _draw(module: Classifier, val_set: images.ImageSet, folder: Path, device: torch.device) -> None:
+    settings = module.header.settings
+    pictures.curves(module.header.history, folder / "curves.png")
+    best = folder / "best.ckpt"
+    # A checkpoint resumed by itself has no best beside it until an epoch does better.
+    network = checkpoint.load_network(best if best.exists() else folder / "last.ckpt", device)
+    conv1 = next(layer for layer in network.model.features.children() if isinstance(layer, torch.nn.Conv2d))
+    towers = 2 if any(getattr(layer, "groups", 1) > 1 for layer in network.model.features.children()) else 1
+    pictures.filters(conv1.weight, folder / "filters.png", towers)
+    # Twelve images, evenly spaced through the classes.
+    places = torch.linspace(0, len(val_set) - 1, min(12, len(val_set))).long().tolist()
+    batch = val_set.__getitems__(places)
+    if len(batch["labels"]):
+        probabilities = inference.probabilities(network, batch["images"])
+        labels = batch["labels"].tolist()
+        pictures.predictions(
+            inference.seen(batch["images"], settings.image_size),
+            labels,
+            probabilities,
+            module.header.classes,
+            folder / "predictions.png",
+        )
