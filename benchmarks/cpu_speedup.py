@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_speedup.py [--only PATTERN] [--out benchmarks/results/cpu_speedup]
 
-Both sides run in one process and in turn, with the same threads and the same allocator settings (without which page
-faults decide), after their results were compared. Writes OUT.json and OUT.md.
+Both sides run in one process and in turn, an untimed run before each timed one, with the same threads and the same
+allocator settings (without which page faults decide), after their results were compared. Writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def measure(case: Case, rounds: int) -> Row:
     for i in range(rounds + 1):
         for side in ("ours", "peer"):
             run = getattr(case, side)
+            run()  # so that the timed run finds its own side's memory, not the other's
             start = time.perf_counter()
             run()
             if i:  # the first round warms up

@@ -3,6 +3,8 @@
 //   input [N, C, H, W] (any float), output [N, block^2 C, OH, OW] channels last; channel (dy block + dx) C + c of pixel
 //   (Y, X) is input[c, Y block + dy - pad_h, X block + dx - pad_w], or zero outside
 // A task is one output row of one image (back: one input row).
+#include <vector>
+
 #include "common/vec.h"
 
 namespace alexnet_kernels {
@@ -18,32 +20,43 @@ struct SpaceToDepthArgs {
 namespace ALEXNET_ISA {
 namespace {
 
-// Where pixel (y, x) of channel c of image n lies, and how far the next pixel of the row is.
+// Where pixel (y, x) of channel c of image n lies.
 inline int64_t at(const SpaceToDepthArgs& a, int64_t n, int64_t c, int64_t y, int64_t x) {
   return a.channels_last ? ((n * a.H + y) * a.W + x) * a.C + c : ((n * a.C + c) * a.H + y) * a.W + x;
 }
 
 template <class From, class To>
 void to_depth(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<To>;
   const From* input = static_cast<const From*>(a.input);
-  To* out = static_cast<To*>(a.output) + begin * a.OW * a.block * a.block * a.C;
+  const int64_t part = a.block * a.C, depth = a.block * part;  // values of one row of a block, of a block
+  // The part of an image's row that blocks hold, with the padding's zeros.
+  const int64_t first = a.pad_w, last = std::min(a.pad_w + a.W, a.OW * a.block);
+  std::vector<To> row(a.OW * part, To(0));
+  const std::vector<To> zeros(a.OW * part, To(0));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / a.OH, Y = task % a.OH;
-    for (int64_t X = 0; X < a.OW; ++X) {
-      for (int64_t dy = 0; dy < a.block; ++dy) {
-        const int64_t y = Y * a.block + dy - a.pad_h, left = X * a.block - a.pad_w;
-        const bool inside = y >= 0 && y < a.H && left >= 0 && left + a.block <= a.W;
-        if (inside && a.channels_last) {
-          const From* from = input + at(a, n, 0, y, left);
-          for (int64_t i = 0; i < a.block * a.C; ++i) *out++ = To(acc_t<To>(from[i]));
-          continue;
+    To* out = static_cast<To*>(a.output) + task * a.OW * depth;
+    for (int64_t dy = 0; dy < a.block; ++dy) {
+      const int64_t y = Y * a.block + dy - a.pad_h;
+      const bool inside = y >= 0 && y < a.H;
+      if (inside && a.channels_last) {
+        const From* from = input + at(a, n, 0, y, 0);
+        To* to = row.data() + first * a.C;
+        if constexpr (std::is_same_v<acc_t<From>, A>) {
+          for_lanes<A>((last - first) * a.C,
+                       [&](int64_t i, auto count) { store_n(to + i, load_n(from + i, count), count); });
+        } else {
+          for (int64_t i = 0; i < (last - first) * a.C; ++i) to[i] = To(A(from[i]));
         }
-        for (int64_t x = left; x < left + a.block; ++x) {
-          for (int64_t c = 0; c < a.C; ++c) {
-            const bool zero = y < 0 || y >= a.H || x < 0 || x >= a.W;
-            *out++ = zero ? To(0) : To(acc_t<To>(input[at(a, n, c, y, x)]));
-          }
+      } else if (inside) {
+        for (int64_t x = first; x < last; ++x) {
+          for (int64_t c = 0; c < a.C; ++c) row[x * a.C + c] = To(A(input[at(a, n, c, y, x - a.pad_w)]));
         }
+      }
+      const To* values = inside ? row.data() : zeros.data();
+      for (int64_t X = 0; X < a.OW; ++X) {
+        std::memcpy((void*)(out + X * depth + dy * part), values + X * part, part * sizeof(To));
       }
     }
   }
