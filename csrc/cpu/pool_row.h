@@ -16,12 +16,16 @@ inline void pool_window(const Pool& pool, int64_t top, int64_t left, int64_t cha
                         J0 j0, J1 j1, T* out, uint8_t* argmax) {
   using A = acc_t<S>;
   for_lanes<A>(channels, [&](int64_t c, auto count) {
-    Vec<A> best = splat<A>(-std::numeric_limits<A>::infinity());
+    Vec<A> best{};
     IntVec<A> where = IntVec<A>{} + lane_int_t<A>(i0 * pool.kernel_w + j0);
     for (int64_t i = i0; i < i1; ++i) {
       const S* p = row(top + i) + left * channels + c;
       for (int64_t j = j0; j < j1; ++j) {
         const Vec<A> v = load_n(p + j * channels, count);
+        if (i == i0 && j == j0) {
+          best = v;
+          continue;
+        }
         const auto wins = (v > best) | (v != v);
         best = wins ? v : best;
         where = wins ? IntVec<A>{} + lane_int_t<A>(i * pool.kernel_w + j) : where;
