@@ -578,6 +578,7 @@ class TestTracing:
         (b,) = torch.autograd.grad(fused(x).square().sum(), fused[0][0].weight)
         torch.testing.assert_close(a, b)
 
+    @torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
     def test_compiled_container_notices_hooks_and_replacements(self) -> None:
         fused = FusedSequential(conv(), nn.ReLU(), pool())
         compiled = torch.compile(fused, fullgraph=True, backend="eager")

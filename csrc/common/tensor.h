@@ -74,6 +74,18 @@ inline void run(Kernel<Args> kernel, const Args& args, int64_t tasks, int64_t by
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// torch 2.11 has the macro under another name.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
+// Calls one of torch's operators, of the default overload; its result takes the place of the first argument.
+template <size_t kCount>
+inline Tensor call_torch(const char* op, std::array<StableIValue, kCount> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 template <class... Args>
 inline std::array<StableIValue, sizeof...(Args)> stack_of(const Args&... args) {
   return {torch::stable::detail::from(args)...};

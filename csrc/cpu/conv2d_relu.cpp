@@ -9,13 +9,10 @@ namespace {
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
                    IntList padding, int64_t groups, bool relu) {
   const MemoryFormat format = memory_format_of(input);
-  auto stack = stack_of(in_format(input, format), weight, bias, stride, padding, IntList{1, 1}, groups);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
-  Tensor output = in_format(torch::stable::detail::to<Tensor>(stack[0]), format);
-  if (!relu) return output;
-  auto relu_stack = stack_of(output);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu_", "", relu_stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(relu_stack[0]);
+  const Tensor x = in_format(input, format);
+  const Tensor result = call_torch("aten::conv2d", stack_of(x, weight, bias, stride, padding, IntList{1, 1}, groups));
+  const Tensor output = in_format(result, format);
+  return relu ? call_torch("aten::relu_", stack_of(output)) : output;
 }
 
 }  // namespace

@@ -66,9 +66,7 @@ namespace {
 Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, bool relu, double p,
                            double scale, const Tensor& seed, int64_t offset, int64_t row, int64_t row_stride,
                            int64_t base) {
-  auto stack = stack_of(input, weight, bias);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  Tensor output = in_format(torch::stable::detail::to<Tensor>(stack[0]), MemoryFormat::Contiguous);
+  Tensor output = in_format(call_torch("aten::linear", stack_of(input, weight, bias)), MemoryFormat::Contiguous);
   if (output.numel() == 0 || (!relu && p == 0 && scale == 1)) return output;
   const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
   ReluDropoutArgs args{dtype_of(output),         make_dropout(p, scale, key, offset), relu, row, row_stride, base,
