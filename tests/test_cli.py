@@ -322,7 +322,7 @@ class TestPredict:
 
 
 class TestInfo:
-    def test_text_is_the_same_as_a_module(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_text_is_the_same_as_a_module(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert main(["info"]) == 0
         out = capsys.readouterr().out
         assert torch.__version__ in out
@@ -333,9 +333,10 @@ class TestInfo:
         for name in PRESETS:
             assert re.search(rf"^  {name} .* parameters", out, re.MULTILINE)
         assert "60,965,224" in out
-        done = subprocess.run(
-            [sys.executable, "-m", "alexnet_kernels", "info"], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-m", "alexnet_kernels", "info"]
+        # From elsewhere: the source tree would shadow the installed package.
+        env = {**os.environ, "PYTHONPATH": str(Path(backends.__file__).parents[1])}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
         threads = r"\d+ CPU threads"
         assert re.sub(threads, "", done.stdout) == re.sub(threads, "", out)
 

@@ -51,7 +51,7 @@ torch.ops.load_library(sys.argv[1])
 op = torch.ops.alexnet_kernels
 calls = torch.load(sys.argv[2], weights_only=True)
 results = {name: getattr(op, name)(*args) for name, args in calls.items()}
-torch.save({"torch": torch.__version__, "results": results}, sys.argv[3])
+torch.save({"torch": str(torch.__version__), "results": results}, sys.argv[3])
 """
 
 
@@ -92,7 +92,7 @@ def test_one_build_loads_in_another_torch(tmp_path: Path) -> None:
     command = [other, "-c", ELSEWHERE, str(_library.PATH), str(tmp_path / "calls.pt"), str(tmp_path / "results.pt")]
     subprocess.run(command, check=True, cwd=tmp_path)
     there = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert there["torch"] != torch.__version__
+    assert there["torch"] != str(torch.__version__)
     for name, args in calls.items():
         here = getattr(torch.ops.alexnet_kernels, name)(*args)
         torch.testing.assert_close(there["results"][name], here, msg=lambda text, name=name: f"{name}: {text}")

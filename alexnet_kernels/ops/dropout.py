@@ -72,7 +72,8 @@ def dropout(
             return F.dropout(input, p, training)
         key = seed_tensor(OP, seed, input.device)
         keep = _keep(list(input.shape), drop, key, offset, list(shard or ()))
-        return torch.where(keep, input * scale, torch.zeros_like(input))
+        output = torch.where(keep, input * scale, torch.zeros_like(input))
+        return output.contiguous(memory_format=_common.memory_format_of(input))
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     return torch.ops.alexnet_kernels.dropout(input, drop, scale, key, offset, *layout)
 
