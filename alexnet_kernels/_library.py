@@ -1,7 +1,9 @@
-"""Loads the native library that holds the operators' schemas and kernels."""
+"""Loads the native library that holds the operators' schemas and kernels, and knows of Triton."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 PATH = Path(__file__).with_name("_C.so")
 NAMESPACE = "alexnet_kernels"
+TRITON_NAMESPACE = "alexnet_kernels_triton"
 OPS = (
     "conv2d_relu",
     "max_pool2d",
@@ -36,6 +39,10 @@ def _load() -> str | None:
 
 REASON = _load()
 LOADED = REASON is None
+
+# Whether Triton's interpreter runs its kernels, on the CPU: Triton reads the variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 # (op, dispatch key) of every kernel: a plain set, which torch.compile reads as a constant.

@@ -1,9 +1,11 @@
 """Which implementation an op runs.
 
-    "auto"    the package's kernel for the tensors' device where there is one, else "native"
+    "auto"    the package's kernel for the tensors' device where there is one, else "triton" for the ops
+              of `AUTO_TRITON`, else "native"
     "cpu"     the C++ kernels for the CPU
     "cuda"    the CUDA C++ kernels
-    "triton"  the Triton kernels
+    "triton"  the Triton kernels, float32, bfloat16 and float16, on a GPU (or, with TRITON_INTERPRET=1 in the
+              environment before the package is imported, slowly on the CPU)
     "native"  PyTorch's own operators (oneDNN, cuDNN)
 
 In order of precedence: an op's `backend=`, `use_backend` or `set_backend`, the environment variable
@@ -25,6 +27,10 @@ from torch.autograd import forward_ad
 from alexnet_kernels import _library
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
+
+# The ops for which "auto" takes Triton on a GPU that has no kernel of the native library: those that PyTorch runs in
+# several passes over memory. Convolutions stay with cuDNN.
+AUTO_TRITON = frozenset(_library.OPS) - {"conv2d_relu"}
 
 
 def _check(name: str, source: str = "backend") -> str:
@@ -59,16 +65,30 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def unavailable(op: str, backend: str) -> str | None:
-    """Why the op has no such backend in this installation; None if it has."""
+    """Why the op has no such backend here; None if it has."""
     if backend in ("auto", "native"):
         return None
     if backend == "triton":
-        return "there are no Triton kernels in this version"
+        if _not_installed() is None and not (
+            _library.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()
+        ):
+            return f"it needs a GPU ({INTERPRETER})"
+        return _not_installed()
     if not _library.LOADED:
         return str(_library.REASON)
     if (op, backend.upper()) not in _library.KERNELS:
         return "the native library holds no CUDA kernels" if backend == "cuda" else "there is no such kernel"
     return None
+
+
+def _not_installed() -> str | None:
+    """Why Triton's kernels can't be had at all."""
+    if not _library.LOADED:
+        return str(_library.REASON)
+    return None if _library.TRITON_INSTALLED else "triton is not installed"
+
+
+INTERPRETER = "TRITON_INTERPRET=1 in the environment runs its kernels on the CPU, slowly"
 
 
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
@@ -78,12 +98,42 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
         return "native"
     device = tensor.device.type
     if name == "auto":
-        return device if (op, device.upper()) in _library.KERNELS else "native"
-    if reason := unavailable(op, name):
+        if (op, device.upper()) in _library.KERNELS:
+            return device
+        name = "triton" if op in AUTO_TRITON and _triton_takes(tensor) else "native"
+    elif reason := _not_installed() if name == "triton" else unavailable(op, name):
         raise RuntimeError(f"{op}: backend {name!r} is not available: {reason}")
-    if name != device and name in ("cpu", "cuda"):
+    elif name != device and name in ("cpu", "cuda"):
         raise ValueError(f"{op}: backend {name!r} needs tensors on {name}, but the input is on {tensor.device}")
+    elif name == "triton" and tensor.dtype == torch.float64:
+        raise TypeError(f"{op}: backend 'triton' takes float32, bfloat16 and float16, not {tensor.dtype}")
+    elif name == "triton" and device not in GPUS and not (_library.INTERPRETED and device == "cpu"):
+        raise ValueError(
+            f"{op}: backend 'triton' needs tensors on a GPU, but the input is on {tensor.device} ({INTERPRETER})"
+        )
+    if name == "triton":
+        _load_triton()
     return name
+
+
+GPUS = ("cuda", "xpu")
+
+
+def _triton_takes(tensor: Tensor) -> bool:
+    return (
+        _not_installed() is None
+        and tensor.device.type in GPUS
+        and tensor.dtype != torch.float64
+        and not _library.INTERPRETED
+    )
+
+
+@torch.compiler.assume_constant_result
+def _load_triton() -> bool:
+    """Registers the Triton kernels, when they are first wanted; torch.compile does not trace it."""
+    import alexnet_kernels.triton  # noqa: F401
+
+    return True
 
 
 def is_transformed() -> bool:

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from alexnet_kernels import backends
+# Without a GPU Triton's interpreter runs its kernels; it has to be asked for before they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from alexnet_kernels import _library, backends
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = {"cpu": ["cpu", "native"], "cuda": ["cuda", "triton", "native"]}
+if _library.INTERPRETED and _library.TRITON_INSTALLED:
+    import interpreter
+
+    interpreter.mend()
+    BACKENDS["cpu"].insert(1, "triton")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,7 +42,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", [on(device) for device in DEVICES])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def needs_float64(item: pytest.Item) -> bool:
+    dtypes = [v for v in item.callspec.params.values() if isinstance(v, torch.dtype)]
+    return item.get_closest_marker("float64") is not None or torch.float64 in dtypes
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def impossible(item: pytest.Item) -> bool:
+        """In float64, which the Triton kernels don't take; by several threads, which the interpreter doesn't have."""
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("backend") != "triton":
+            return False
+        return needs_float64(item) or (params["device"] == "cpu" and "threads" in item.fixturenames)
+
+    deselected = [item for item in items if impossible(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not impossible(item)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,29 +90,60 @@ def empty_like(tensor: Tensor, shape: Sequence[Any] | None = None, dtype: torch.
     )
 
 
+def kernels(backend: str) -> Any:
+    """The operators of a backend that `select` chose: those of the native library, or the Triton ones."""
+    return torch.ops.alexnet_kernels_triton if backend == "triton" else torch.ops.alexnet_kernels
+
+
+class Contract(NamedTuple):
+    """What an operator's implementations share."""
+
+    fake: Callable
+    backward: Callable | None
+    setup_context: Callable | None
+    autocast: bool
+
+
+CONTRACTS: dict[str, Contract] = {}
+
+
 def register(
     op: str,
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    autocast: bool = False,
+    native: bool = True,
 ) -> None:
-    """Registers the fake, and the backward if any, of an operator of the native library."""
-    if not _library.LOADED:
-        return
-    name = f"{_library.NAMESPACE}::{op}"
-    torch.library.register_fake(name, fake)
-    if backward is not None:
-        torch.library.register_autograd(name, backward, setup_context=setup_context)
+    """Registers the fake, and the backward if any, of an operator of the native library and its Triton twin.
+
+    `backward(kernels, ctx, *grads)` is given the namespace of the forward operator's backend. With autocast, the op's
+    floating-point tensors are cast to the autocast dtype, as torch casts those of conv2d. Without `native` the operator
+    exists in Triton alone.
+    """
+    CONTRACTS[op] = Contract(fake, backward, setup_context, autocast)
+    if native and _library.LOADED:
+        implement(_library.NAMESPACE, op)
 
 
-_autocast = torch.library.Library(_library.NAMESPACE, "IMPL")
+def implement(namespace: str, op: str) -> None:
+    """Gives an operator of `namespace` the contract of the op."""
+    contract, name = CONTRACTS[op], f"{namespace}::{op}"
+    torch.library.register_fake(name, contract.fake)
+    if contract.backward is not None:
+        backward = partial(contract.backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(name, backward, setup_context=contract.setup_context)
+    if contract.autocast:
+        _register_autocast(namespace, op)
 
 
-def register_autocast(op: str) -> None:
-    """Under autocast the op's floating-point tensors are cast to the autocast dtype, as torch casts those of conv2d."""
-    if not _library.LOADED:
-        return
-    overload = getattr(torch.ops.alexnet_kernels, op).default
+_autocast: list[torch.library.Library] = []
+
+
+def _register_autocast(namespace: str, op: str) -> None:
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    library = torch.library.Library(namespace, "IMPL")
+    _autocast.append(library)
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def run(*args: Any, device: str = device, key: str = key) -> Any:
@@ -125,7 +157,7 @@ def register_autocast(op: str) -> None:
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return overload(*map(cast, args))
 
-        _autocast.impl(op, run, key)
+        library.impl(op, run, key)
 
 
 def double_backward(

@@ -67,11 +67,12 @@ def augment(
                     f"{OP}: crops[:, {axis}] goes from {low} to {high}, but a crop of {size} lies inside an image of "
                     f"{list(images.shape[1:3])} from 0 to {whole - part} only"
                 )
-    if select(OP, images, backend) == "native":
+    chosen = select(OP, images, backend)
+    if chosen == "native":
         return reference.augment(
             images, crops, size, flips, color_shift, mean, scale, dtype=dtype, memory_format=memory_format
         )
-    return torch.ops.alexnet_kernels.augment(
+    return _common.kernels(chosen).augment(
         images, crops, size, flips, color_shift, mean, scale, dtype, memory_format == torch.channels_last
     )
 

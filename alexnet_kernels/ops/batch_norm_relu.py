@@ -57,11 +57,12 @@ def batch_norm_relu(
     count = input.numel() // max(1, input.shape[1])
     if training and count == 1:
         raise ValueError(f"{OP}: training needs more than one value a channel, input is {list(input.shape)}")
-    if select(OP, input, backend) == "native":
+    chosen = select(OP, input, backend)
+    if chosen == "native":
         if input.numel() == 0:  # torch divides by the count
             return input.clone()
         return F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
-    output, mean, var = torch.ops.alexnet_kernels.batch_norm_relu(
+    output, mean, var = _common.kernels(chosen).batch_norm_relu(
         input, running_mean, running_var, weight, bias, training, eps
     )
     if training and count > 1:
@@ -102,11 +103,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, *output[1:], weight, bias)
 
 
-def _backward(ctx, grad: Tensor, *_):
+def _backward(kernels, ctx, grad: Tensor, *_):
     input, mean, var, weight, bias = ctx.saved_tensors
-    grads = torch.ops.alexnet_kernels.batch_norm_relu_backward(
-        grad, input, mean, var, weight, bias, ctx.training, ctx.eps
-    )
+    grads = kernels.batch_norm_relu_backward(grad, input, mean, var, weight, bias, ctx.training, ctx.eps)
     grad_weight = None if weight is None else grads[1].to(weight.dtype)
     grad_bias = None if bias is None else grads[2].to(bias.dtype)
     return grads[0], None, None, grad_weight, grad_bias, None, None
@@ -122,7 +121,7 @@ def _setup_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, input, mean, var, weight, bias)
 
 
-def _double_backward(ctx, *grad_grads: Tensor | None):
+def _double_backward(kernels, ctx, *grad_grads: Tensor | None):
     grad, input, mean, var, weight, bias = ctx.saved_tensors
     w = torch.ones_like(mean) if weight is None else weight
     b = torch.zeros_like(mean) if bias is None else bias

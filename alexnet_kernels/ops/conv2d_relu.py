@@ -60,10 +60,11 @@ def conv2d_relu(
         output = F.relu(output) if relu else output
     else:
         dtype = _compute_dtype(images)
-        if chosen == "cpu" and _gains_by_space_to_depth(images, weight, dtype, stride, groups):
-            images, weight = _space_to_depth(images, weight, dtype, stride[0], padding)
+        kernels = _common.kernels(chosen)
+        if _gains_by_space_to_depth(chosen, images, weight, dtype, stride, groups):
+            images, weight = _space_to_depth(kernels, images, weight, dtype, stride[0], padding)
             stride, padding = [1, 1], [0, 0]
-        output = torch.ops.alexnet_kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu)
+        output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu)
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -74,14 +75,17 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _gains_by_space_to_depth(input: Tensor, weight: Tensor, dtype: torch.dtype, stride: list[int], groups: int) -> bool:
+def _gains_by_space_to_depth(
+    backend: str, input: Tensor, weight: Tensor, dtype: torch.dtype, stride: list[int], groups: int
+) -> bool:
     """Whether a strided convolution of few channels, AlexNet's first, is faster with its blocks of pixels as channels.
 
     Measured on two AVX512-BF16 cores, 11x11 kernels, stride 4, on [32, 3, 224, 224], channels last, bfloat16: forward
-    42 -> 20 ms, weight gradient 37 -> 26 ms. In float32 the weight gradient loses more than the rest gains.
+    42 -> 20 ms, weight gradient 37 -> 26 ms. In float32 the weight gradient loses more than the rest gains. A GPU's
+    matrix units want runs of 16 channels or more, in any dtype, and the input's gradient with stride 1.
     """
     return (
-        dtype == torch.bfloat16
+        (backend == "triton" or (backend == "cpu" and dtype == torch.bfloat16))
         and groups == 1
         and stride[0] == stride[1] > 1
         and stride[0] < min(weight.shape[2:])
@@ -91,7 +95,7 @@ def _gains_by_space_to_depth(input: Tensor, weight: Tensor, dtype: torch.dtype, 
 
 
 def _space_to_depth(
-    input: Tensor, weight: Tensor, dtype: torch.dtype, block: int, padding: list[int]
+    kernels, input: Tensor, weight: Tensor, dtype: torch.dtype, block: int, padding: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The input and weight of the same convolution with stride 1 and no padding, on block^2 times the channels."""
     taps = [-(-kernel // block) for kernel in weight.shape[2:]]
@@ -103,7 +107,7 @@ def _space_to_depth(
     blocks = F.pad(weight, (0, columns, 0, rows)).unflatten(3, (taps[1], block)).unflatten(2, (taps[0], block))
     # [K, C, taps, block, taps, block] -> [K, block, block, C, taps, taps]
     weight = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
-    return torch.ops.alexnet_kernels.space_to_depth(input, block, padding, size, dtype), weight
+    return kernels.space_to_depth(input, block, padding, size, dtype), weight
 
 
 def _fake_space_to_depth(input: Tensor, block: int, padding, size, dtype: torch.dtype) -> Tensor:
@@ -121,14 +125,14 @@ def _setup_rearrangement(ctx, inputs, output) -> None:
     ctx.size, ctx.dtype = input.shape[2:], input.dtype
 
 
-def _depth_to_space_backward(ctx, grad: Tensor):
+def _depth_to_space_backward(kernels, ctx, grad: Tensor):
     args = (ctx.block, ctx.padding, ctx.size, ctx.dtype)
-    return torch.ops.alexnet_kernels.space_to_depth(grad, *args), None, None, None, None
+    return kernels.space_to_depth(grad, *args), None, None, None, None
 
 
-def _space_to_depth_backward(ctx, grad: Tensor):
+def _space_to_depth_backward(kernels, ctx, grad: Tensor):
     args = (ctx.block, ctx.padding, ctx.size, ctx.dtype)
-    return torch.ops.alexnet_kernels.depth_to_space(grad, *args), None, None, None, None
+    return kernels.depth_to_space(grad, *args), None, None, None, None
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int) -> list:
@@ -171,18 +175,33 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, weight, output if ctx.relu else None)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(kernels, ctx, grad: Tensor):
     input, weight, output = ctx.saved_tensors
-    if ctx.relu:
-        grad = torch.ops.alexnet_kernels.relu_dropout_backward(grad, output, 1.0)
     needed = [*ctx.needs_input_grad[:2], ctx.bias_size is not None and ctx.needs_input_grad[2]]
+    if kernels is torch.ops.alexnet_kernels_triton and not torch.is_grad_enabled():
+        args = (grad, output, input, weight, ctx.stride, ctx.padding, ctx.groups)
+        grad_input = kernels.conv2d_relu_backward_input(*args) if needed[0] else None
+        grad_weight, grad_bias = kernels.conv2d_relu_backward_weight(*args) if any(needed[1:]) else (None, None)
+        grads = [grad_input, grad_weight if needed[1] else None, grad_bias if needed[2] else None]
+        return *grads, None, None, None, None
+    if ctx.relu:
+        grad = kernels.relu_dropout_backward(grad, output, 1.0)
     grads = torch.ops.aten.convolution_backward(
         grad, input, weight, ctx.bias_size, ctx.stride, ctx.padding, [1, 1], False, [0, 0], ctx.groups, needed
     )
     return *grads, None, None, None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context)
+def _fake_backward_input(grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, *args) -> Tensor:
+    return _common.empty_like(input)
+
+
+def _fake_backward_weight(grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, *args):
+    return _common.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+_common.register(OP, _fake, _backward, _setup_context, autocast=True)
+_common.register(f"{OP}_backward_input", _fake_backward_input, native=False)
+_common.register(f"{OP}_backward_weight", _fake_backward_weight, native=False)
 _common.register("space_to_depth", _fake_space_to_depth, _space_to_depth_backward, _setup_rearrangement)
 _common.register("depth_to_space", _fake_depth_to_space, _depth_to_space_backward, _setup_rearrangement)
-_common.register_autocast(OP)

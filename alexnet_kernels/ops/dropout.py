@@ -65,7 +65,8 @@ def dropout(
     layout = layout_of(OP, input.shape, shard)
     if drop == 0 and scale == 1:
         return input
-    if select(OP, input, backend) == "native":
+    chosen = select(OP, input, backend)
+    if chosen == "native":
         if drop == 0:
             return input * scale
         if seed is None and shard is None and scale_at == "training":
@@ -75,7 +76,7 @@ def dropout(
         output = torch.where(keep, input * scale, torch.zeros_like(input))
         return output.contiguous(memory_format=_common.memory_format_of(input))
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
-    return torch.ops.alexnet_kernels.dropout(input, drop, scale, key, offset, *layout)
+    return _common.kernels(chosen).dropout(input, drop, scale, key, offset, *layout)
 
 
 # An op of its own, because compilers inline the generator's arithmetic without end.
@@ -141,9 +142,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(seed)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(kernels, ctx, grad: Tensor):
     (seed,) = ctx.saved_tensors
-    return torch.ops.alexnet_kernels.dropout(grad, ctx.p, ctx.scale, seed, *ctx.layout), *[None] * 7
+    return kernels.dropout(grad, ctx.p, ctx.scale, seed, *ctx.layout), *[None] * 7
 
 
 _common.register(OP, _fake, _backward, _setup_context)

@@ -56,7 +56,8 @@ def linear_relu_dropout(
     """
     shape = _check(input, weight, bias)
     drop, scale = factor_of(OP, p, training, scale_at)
-    if select(OP, input, backend) == "native":
+    chosen = select(OP, input, backend)
+    if chosen == "native":
         output = F.linear(input, weight, bias)
         output = F.relu(output) if relu else output
         return dropout(output, p, training, seed, offset, scale_at=scale_at, shard=shard, backend="native")
@@ -65,7 +66,7 @@ def linear_relu_dropout(
     if shard is None or shard[0] % len(shape) == 0:
         # One run of elements: the kernel takes it a row of the output at a time.
         row = row_stride = shape[-1]
-    output = torch.ops.alexnet_kernels.linear_relu_dropout(
+    output = _common.kernels(chosen).linear_relu_dropout(
         input.reshape(-1, input.shape[-1]), weight, bias, relu, drop, scale, key, offset, row, row_stride, base
     )
     return output.reshape(shape)
@@ -102,12 +103,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, weight, output if ctx.relu else None, seed)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(kernels, ctx, grad: Tensor):
     input, weight, output, seed = ctx.saved_tensors
     if ctx.relu:
-        grad = torch.ops.alexnet_kernels.relu_dropout_backward(grad, output, ctx.scale)
+        grad = kernels.relu_dropout_backward(grad, output, ctx.scale)
     elif ctx.p > 0 or ctx.scale != 1:
-        grad = torch.ops.alexnet_kernels.dropout(grad, ctx.p, ctx.scale, seed, *ctx.layout)
+        grad = kernels.dropout(grad, ctx.p, ctx.scale, seed, *ctx.layout)
     grad_input = grad @ weight if ctx.needs_input_grad[0] else None
     grad_weight = grad.t() @ input if ctx.needs_input_grad[1] else None
     grad_bias = grad.sum(0) if ctx.bias and ctx.needs_input_grad[2] else None
@@ -123,10 +124,9 @@ def _setup_mask_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(values)
 
 
-def _mask_backward(ctx, grad_grad: Tensor):
-    return torch.ops.alexnet_kernels.relu_dropout_backward(grad_grad, *ctx.saved_tensors, ctx.scale), None, None
+def _mask_backward(kernels, ctx, grad_grad: Tensor):
+    return kernels.relu_dropout_backward(grad_grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context)
+_common.register(OP, _fake, _backward, _setup_context, autocast=True)
 _common.register("relu_dropout_backward", _fake_mask, _mask_backward, _setup_mask_context)
-_common.register_autocast(OP)

@@ -7,7 +7,6 @@ Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,10 +49,11 @@ def local_response_norm(
     Source: Krizhevsky et al. 2012, section 3.3.
     """
     check_lrn(OP, input, size, groups)
-    if select(OP, input, backend) == "native":
+    chosen = select(OP, input, backend)
+    if chosen == "native":
         return _native(input, size, alpha, beta, k, groups)
     images = input if input.dim() == 4 else input.flatten(2).unsqueeze(-1)
-    output = torch.ops.alexnet_kernels.local_response_norm(images, size, alpha, beta, k, groups)
+    output = _common.kernels(chosen).local_response_norm(images, size, alpha, beta, k, groups)
     return output if input.dim() == 4 else output.reshape(input.shape)
 
 
@@ -89,9 +89,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(kernels, ctx, grad: Tensor):
     (input,) = ctx.saved_tensors
-    grad_input = torch.ops.alexnet_kernels.local_response_norm_backward(grad, input, *ctx.args)
+    grad_input = kernels.local_response_norm_backward(grad, input, *ctx.args)
     return grad_input, None, None, None, None, None
 
 
@@ -104,7 +104,7 @@ def _setup_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, input)
 
 
-def _double_backward(ctx, grad_grad: Tensor):
+def _double_backward(kernels, ctx, grad_grad: Tensor):
     grad, input = ctx.saved_tensors
     grads = _common.double_backward(lambda x: reference.local_response_norm(x, *ctx.args), [input], grad, [grad_grad])
     return *grads, None, None, None, None, None

@@ -46,12 +46,13 @@ def lrn_max_pool2d(
     """
     window = window_of(OP, kernel_size, stride, padding)
     _check(input, size, groups, window, ceil_mode)
-    if select(OP, input, backend) == "native":
+    chosen = select(OP, input, backend)
+    if chosen == "native":
         x = torch.relu(input) if relu else input
         x = local_response_norm(x, size, alpha, beta, k, groups, backend="native")
         output = max_pool2d(x, *window, ceil_mode, backend="native")
         return output.contiguous(memory_format=_common.memory_format_of(input))
-    return torch.ops.alexnet_kernels.lrn_max_pool2d(input, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
+    return _common.kernels(chosen).lrn_max_pool2d(input, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
 
 
 def _check(input: Tensor, size: int, groups: int, window: Window, ceil_mode: bool) -> list:
@@ -72,8 +73,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.args = (*lrn, kernel_size, stride, padding, relu)
 
 
-def _backward(ctx, grad: Tensor, _):
-    grad_input = torch.ops.alexnet_kernels.lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.args)
+def _backward(kernels, ctx, grad: Tensor, _):
+    grad_input = kernels.lrn_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.args)
     return grad_input, *[None] * 10
 
 
@@ -87,7 +88,7 @@ def _setup_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, input, argmax)
 
 
-def _double_backward(ctx, grad_grad: Tensor):
+def _double_backward(kernels, ctx, grad_grad: Tensor):
     grad, input, argmax = ctx.saved_tensors
 
     def function(x: Tensor) -> Tensor:

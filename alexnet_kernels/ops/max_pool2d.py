@@ -63,10 +63,11 @@ def max_pool2d(
     window = window_of(OP, kernel_size, stride, padding)
     images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     check_pool(OP, images, window, ceil_mode)
-    if select(OP, images, backend) == "native":
+    chosen = select(OP, images, backend)
+    if chosen == "native":
         output = F.max_pool2d(F.relu(images) if relu else images, *window, ceil_mode=ceil_mode)
     else:
-        output = torch.ops.alexnet_kernels.max_pool2d(images, *window, ceil_mode, relu)[0]
+        output = _common.kernels(chosen).max_pool2d(images, *window, ceil_mode, relu)[0]
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -123,9 +124,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.args = (list(input.shape), kernel_size, stride, padding, relu)
 
 
-def _backward(ctx, grad: Tensor, _):
+def _backward(kernels, ctx, grad: Tensor, _):
     output, argmax = ctx.saved_tensors
-    grad_input = torch.ops.alexnet_kernels.max_pool2d_backward(grad, output, argmax, *ctx.args)
+    grad_input = kernels.max_pool2d_backward(grad, output, argmax, *ctx.args)
     return grad_input, None, None, None, None, None
 
 
@@ -139,7 +140,7 @@ def _setup_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(values, argmax)
 
 
-def _double_backward(ctx, grad_grad: Tensor):
+def _double_backward(kernels, ctx, grad_grad: Tensor):
     values, argmax = ctx.saved_tensors
     grad = gather(grad_grad, argmax, ctx.window)
     if ctx.relu:

@@ -65,10 +65,11 @@ def sgd_step(
         return
     settings = (lr, momentum, weight_decay, dampening, nesterov, rule == "paper", first_step)
     dense = all(map(_alike_and_dense, zip(params, grads, momentum_buffers, masters or params, strict=True)))
-    if select(OP, params[0], backend) == "native" or not dense:
+    chosen = select(OP, next((p for p in params if p.dtype == torch.float64), params[0]), backend)
+    if chosen == "native" or not dense:
         _native(params, grads, momentum_buffers, masters, *settings)
     else:
-        torch.ops.alexnet_kernels.sgd_step(params, grads, momentum_buffers, masters, *settings)
+        _common.kernels(chosen).sgd_step(params, grads, momentum_buffers, masters, *settings)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version([*params, *momentum_buffers, *masters])
 

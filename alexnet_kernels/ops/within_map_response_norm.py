@@ -7,7 +7,6 @@ Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from alexnet_kernels import reference
@@ -44,11 +43,12 @@ def within_map_response_norm(
     channels; the paper leaves it out.
     """
     _check(input, size)
-    if select(OP, input, backend) == "native":
+    chosen = select(OP, input, backend)
+    if chosen == "native":
         if input.dtype in _common.LOW_PRECISION:
             return reference.within_map_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
         return reference.within_map_response_norm(input, size, alpha, beta, k)
-    return torch.ops.alexnet_kernels.within_map_response_norm(input, size, alpha, beta, k)
+    return _common.kernels(chosen).within_map_response_norm(input, size, alpha, beta, k)
 
 
 def _check(input: Tensor, size: int) -> None:
@@ -67,8 +67,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input)
 
 
-def _backward(ctx, grad: Tensor):
-    grad_input = torch.ops.alexnet_kernels.within_map_response_norm_backward(grad, *ctx.saved_tensors, *ctx.args)
+def _backward(kernels, ctx, grad: Tensor):
+    grad_input = kernels.within_map_response_norm_backward(grad, *ctx.saved_tensors, *ctx.args)
     return grad_input, None, None, None, None
 
 
@@ -81,7 +81,7 @@ def _setup_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, input)
 
 
-def _double_backward(ctx, grad_grad: Tensor):
+def _double_backward(kernels, ctx, grad_grad: Tensor):
     grad, input = ctx.saved_tensors
     grads = _common.double_backward(
         lambda x: reference.within_map_response_norm(x, *ctx.args), [input], grad, [grad_grad]

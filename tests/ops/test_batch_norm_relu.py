@@ -180,6 +180,7 @@ def test_expanded_output_gradient(dtype, memory_format, training, device, backen
         assert_close(leaves[name].grad, copies[name].grad.double(), slack="operand", what=name)
 
 
+@pytest.mark.float64
 @every_mode
 @every_format
 def test_first_and_second_derivatives(training, memory_format, device, backend):
@@ -233,7 +234,8 @@ def test_compiles(memory_format, training, device, backend, fresh_dynamo):
     inputs = list(values.values())
     expected = forward_backward(run, *inputs)
     assert_same(forward_backward(torch.compile(fresh, fullgraph=True, backend="aot_eager"), *inputs), expected)
-    assert_same((compiled_mean, compiled_var), (mean, var), "running statistics")
+    # torch 2.11 rounds the update once more where it is compiled.
+    torch.testing.assert_close((compiled_mean, compiled_var), (mean, var))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -155,6 +155,7 @@ def test_expanded_output_gradient(dtype, memory_format, device, backend):
         assert_close(leaves[name].grad, exact[name].grad, slack=slack, what=name)
 
 
+@pytest.mark.float64
 @every_format
 @pytest.mark.parametrize("groups", [1, 2])
 def test_first_and_second_derivatives(groups, memory_format, device, backend):

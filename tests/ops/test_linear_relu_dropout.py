@@ -134,6 +134,7 @@ def test_expanded_output_gradient(dtype, device, backend):
     assert_same(*found)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "plain"])
 def test_first_and_second_derivatives(relu, device, backend):
     values = tensors((3, 4), 5, torch.float64, device)

@@ -116,6 +116,7 @@ def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, ba
     check(local_response_norm, reference.local_response_norm, {"input": x}, STRONG, backend=backend, grad=grad)
 
 
+@pytest.mark.float64
 @every_format
 @pytest.mark.parametrize(("size", "groups", "beta"), [(5, 1, 0.75), (4, 2, 0.6), (3, 3, 1.0)])
 def test_first_and_second_derivatives(size, groups, beta, memory_format, device, backend):

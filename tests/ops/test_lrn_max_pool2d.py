@@ -147,6 +147,7 @@ def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, ba
     assert_close(torch.where(keep, actual, 0), torch.where(keep, expected, 0))
 
 
+@pytest.mark.float64
 @every_format
 @pytest.mark.parametrize(("size", "groups", "relu"), [(5, 1, False), (3, 2, True)])
 def test_first_and_second_derivatives(size, groups, relu, memory_format, device, backend):

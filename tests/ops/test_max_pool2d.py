@@ -126,6 +126,7 @@ def test_overlapping_gradients_add_in_float32(dtype, memory_format, device, back
     )
 
 
+@pytest.mark.float64
 @every_format
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 def test_first_and_second_derivatives(relu, memory_format, device, backend):

@@ -22,7 +22,10 @@ MIXTURES = {
     "bf16_master_fp32_gradient": (torch.bfloat16, torch.float32, torch.float32, torch.float32),
     "bf16_master_bf16_momentum": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
 }
-every_mixture = pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES.keys())
+every_mixture = pytest.mark.parametrize(
+    "mixture",
+    [pytest.param(v, id=k, marks=[pytest.mark.float64] if k == "fp64" else []) for k, v in MIXTURES.items()],
+)
 
 SETTINGS = {
     "paper": {"rule": "paper"},

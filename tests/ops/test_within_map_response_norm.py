@@ -90,6 +90,7 @@ def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, ba
     check(within_map_response_norm, definition, {"input": x}, STRONG, backend=backend, grad=grad)
 
 
+@pytest.mark.float64
 @every_format
 @pytest.mark.parametrize("size", [2, 3])
 def test_first_and_second_derivatives(size, memory_format, device, backend):

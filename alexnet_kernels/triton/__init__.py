@@ -1,0 +1,24 @@
+"""The Triton kernels: one file an op, operators of the namespace `alexnet_kernels_triton`.
+
+Each operator has the name, arguments, fake, autograd and autocast policy of the native one (`alexnet_kernels/ops`). The
+kernels take float32, bfloat16 and float16, compute in float32, and repeat their results bit for bit. Launch heuristics
+are frozen dataclasses at the top of each file; nothing is tuned at run time.
+"""
+
+from alexnet_kernels import _library
+from alexnet_kernels.ops._common import CONTRACTS, implement
+from alexnet_kernels.triton import (  # noqa: F401
+    augment,
+    batch_norm_relu,
+    conv2d_relu,
+    dropout,
+    linear_relu_dropout,
+    local_response_norm,
+    lrn_max_pool2d,
+    max_pool2d,
+    sgd_step,
+    within_map_response_norm,
+)
+
+for _op in CONTRACTS:
+    implement(_library.TRITON_NAMESPACE, _op)

@@ -1,0 +1,59 @@
+"""What the Triton kernels' functions share: registration, and layouts of images."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels import _library
+from alexnet_kernels.ops import _common
+
+
+def triton_op(function: Callable) -> Callable:
+    """Registers a function that launches kernels as the operator of its name, which torch.compile sees through.
+
+    Fake, autograd and autocast are those of the native operator of that name. Interpreted kernels can't be traced: the
+    operator is opaque to torch.compile then.
+    """
+    name = f"{_library.TRITON_NAMESPACE}::{function.__name__}"
+    if _library.INTERPRETED:
+        return torch.library.custom_op(name, function, mutates_args=())
+    return torch.library.triton_op(name, function, mutates_args=())
+
+
+def wrap_triton(kernel):
+    """torch.library.wrap_triton, which in torch 2.11 refuses interpreted kernels."""
+    return kernel if _library.INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+class Layout(NamedTuple):
+    """Strides, in elements, of images [N, C, H, W] without gaps."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    return Layout(*tensor.stride())
+
+
+def contiguous_as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor in a memory format, and with its canonical strides, which dimensions of size 1 leave open."""
+    tensor = tensor.contiguous(memory_format=memory_format)
+    if tensor.dim() != 4:
+        return tensor
+    _, c, h, w = tensor.shape
+    channels_last = memory_format == torch.channels_last
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
+def in_own_format(tensor: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """The tensor in the memory format that results take, and that format."""
+    if tensor.dim() == 4 and tensor.shape[1] * tensor.shape[2] * tensor.shape[3] >= 2**31:
+        raise ValueError(f"Triton kernels take images of fewer than 2^31 elements, not of shape {list(tensor.shape)}")
+    memory_format = _common.memory_format_of(tensor)
+    return contiguous_as(tensor, memory_format), memory_format

@@ -1,0 +1,137 @@
+"""Dropout whose mask is a function of a seed and each element's place.
+
+See: alexnet_kernels/ops/dropout.py.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alexnet_kernels.ops import _common as contract
+from alexnet_kernels.triton._channels import Launch, is_channels_last
+from alexnet_kernels.triton._common import in_own_format, triton_op, wrap_triton
+
+QUADS = Launch(block=256, num_warps=4)  # of four elements, which share a draw
+ELEMENTS = Launch(block=512, num_warps=4)
+SHORT_ROW = 256  # elements: a quarter of a program of quads; shorter rows would leave most threads idle
+
+
+@triton.jit
+def words_of(seed, offset, quad):
+    """The four random words of each quad (int64), as in csrc/common/philox.h."""
+    offset = offset.to(tl.int64)
+    low = (quad & 0xFFFFFFFF).to(tl.uint32)
+    high = ((quad >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    offset_low = (offset & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(low)
+    offset_high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(low)
+    return tl.philox(seed, low, high, offset_low, offset_high)
+
+
+@triton.jit
+def draw_quads(seed, offset, quad):
+    """The random words [Q, 4], as int64, of quads [Q]."""
+    a, b, c, d = words_of(seed, offset, quad)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(words, [words.shape[0], 4]).to(tl.int64)
+
+
+@triton.jit
+def drop(x, word, threshold, scale):
+    return tl.where(word < threshold, 0.0, x * scale)
+
+
+# A program: BLOCK quads of one row of `row` elements, whose first has index base + r * row_stride. Quads are those of
+# the index: where a row does not begin with one, the first is partly another's. x, out: rows without gaps.
+@triton.jit
+def dropout_rows_kernel(
+    x_ptr, out_ptr, seed_ptr, offset, threshold, scale, row, row_stride, base, blocks,
+    DROP: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    r = program // blocks
+    start = base + r * row_stride
+    quad = (start >> 2) + (program - r * blocks) * BLOCK + tl.arange(0, BLOCK)
+    place = ((quad << 2) - start)[:, None] + tl.arange(0, 4)[None, :]
+    mask = (place >= 0) & (place < row)
+    at = r * row + place
+    x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
+    if RELU:
+        x = tl.where(x < 0, 0.0, x)
+    if DROP:
+        out = drop(x, draw_quads(tl.load(seed_ptr), offset, quad), threshold, scale)
+    else:
+        out = x * scale
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# A program: BLOCK elements, each with a draw of its own: short rows, and images in channels_last, [N, PIXELS, C] in
+# memory, whose index counts row-major order.
+@triton.jit
+def dropout_elements_kernel(
+    x_ptr, out_ptr, seed_ptr, offset, threshold, scale, row, row_stride, base, count, C, PIXELS,
+    CHANNELS_LAST: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    logical = at
+    if CHANNELS_LAST:
+        pixel = at // C
+        n = pixel // PIXELS
+        logical = (n * C + (at - pixel * C)) * PIXELS + (pixel - n * PIXELS)
+    r = logical // row
+    index = base + r * row_stride + (logical - r * row)
+    a, b, c, d = words_of(tl.load(seed_ptr), offset, index >> 2)
+    which = index & 3
+    word = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d)).to(tl.int64)
+    x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
+    if RELU:
+        x = tl.where(x < 0, 0.0, x)
+    tl.store(out_ptr + at, drop(x, word, threshold, scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def threshold_of(p: float) -> int:
+    """Words below it drop their element."""
+    return min(round(p * 2**32), 2**32)
+
+
+def run(
+    x: Tensor,
+    out: Tensor,
+    p: float,
+    scale: float,
+    seed: Tensor,
+    offset: int,
+    row: int,
+    row_stride: int,
+    base: int,
+    channels_last: bool = False,
+    relu: bool = False,
+) -> None:
+    """out = dropout(x), or of max(0, x); both without gaps, of one layout."""
+    if channels_last or (row < SHORT_ROW and row_stride != row):
+        channels, pixels = (x.shape[1], x.shape[2] * x.shape[3]) if channels_last else (1, 1)
+        wrap_triton(dropout_elements_kernel)[(triton.cdiv(x.numel(), ELEMENTS.block),)](
+            x, out, seed, offset, threshold_of(p), scale, row, row_stride, base, x.numel(), channels, pixels,
+            CHANNELS_LAST=channels_last, RELU=relu, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+        )  # fmt: skip
+        return
+    if row == row_stride:  # rows that follow one another are one
+        row = row_stride = x.numel()
+    # A row that begins inside a quad may take a part of one quad more.
+    blocks = triton.cdiv(triton.cdiv(row + 3, 4), QUADS.block)
+    wrap_triton(dropout_rows_kernel)[(x.numel() // row * blocks,)](
+        x, out, seed, offset, threshold_of(p), scale, row, row_stride, base, blocks,
+        DROP=p > 0, RELU=relu, BLOCK=QUADS.block, num_warps=QUADS.num_warps,
+    )  # fmt: skip
+
+
+@triton_op
+def dropout(
+    input: Tensor, p: float, scale: float, seed: Tensor, offset: int, row: int, row_stride: int, base: int
+) -> Tensor:
+    x, memory_format = in_own_format(input)
+    out = contract.empty_like(x)
+    if x.numel() == 0:
+        return out
+    run(x, out, p, scale, seed, offset, row, row_stride, base, channels_last=is_channels_last(memory_format))
+    return out

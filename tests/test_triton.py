@@ -1,0 +1,204 @@
+"""The Triton backend as a whole: registration, choice, and what torch.compile sees of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import alexnet_kernels
+from alexnet_kernels import AlexNet, _library, backends, ops, use_backend
+from alexnet_kernels.ops import _common
+
+PACKAGE = Path(alexnet_kernels.__file__).parent
+
+pytestmark = pytest.mark.skipif(not _library.TRITON_INSTALLED, reason="triton is not installed")
+interpreted = pytest.mark.skipif(not _library.INTERPRETED, reason="TRITON_INTERPRET is not set")
+
+# Traces each operator on fake CUDA tensors as torch.compile does, and prints what is left of it in the graph. Triton
+# finds out which arguments a kernel writes for the GPU of its driver: here one that only has a name.
+TRACE = """
+import json, torch
+from torch._functorch.aot_autograd import aot_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+
+driver.set_active(Driver())
+import alexnet_kernels, alexnet_kernels.triton
+from alexnet_kernels import backends, ops
+
+kernels, found = torch.ops.alexnet_kernels_triton, {}
+
+def trace(name, function, *args):
+    def compiler(graph, _):
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        found[name] = sorted({t for t in targets if "triton" in t})
+        found[name + " written"] = [
+            list(node.kwargs["tensors_to_clone"]) for node in graph.graph.nodes
+            if "triton_kernel_wrapper" in str(node.target)
+        ]
+        return graph
+    with torch.no_grad():
+        aot_function(function, fw_compiler=compiler)(*args)
+
+with FakeTensorMode():
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="cuda:0")
+    x, small, arg = empty(2, 16, 9, 9), empty(2, 16, 4, 4), empty(2, 16, 4, 4, dtype=torch.uint8)
+    w, b, v = empty(32, 8, 3, 3), empty(32), empty(16, dtype=torch.float32)
+    y, key = empty(2, 32, 9, 9), empty(1, dtype=torch.int64)
+    pool, window = ([3, 3], [2, 2], [0, 0]), (5, 1e-4, 0.75, 1.0, 2)
+    trace("max_pool2d", lambda x: ops.max_pool2d(x), x)
+    trace("max_pool2d_backward",
+          lambda g, a: kernels.max_pool2d_backward(g, None, a, x.shape, *pool, False), small, arg)
+    trace("local_response_norm", lambda x: ops.local_response_norm(x), x)
+    trace("local_response_norm_backward", lambda g, x: kernels.local_response_norm_backward(g, x, *window), x, x)
+    trace("lrn_max_pool2d", lambda x: ops.lrn_max_pool2d(x, relu=True), x)
+    trace("lrn_max_pool2d_backward",
+          lambda g, x, a: kernels.lrn_max_pool2d_backward(g, x, a, *window, *pool, True), small, x, arg)
+    trace("within_map_response_norm", lambda x: ops.within_map_response_norm(x), x)
+    trace("within_map_response_norm_backward",
+          lambda g, x: kernels.within_map_response_norm_backward(g, x, 5, 1e-3, 0.75, 1.0), x, x)
+    trace("batch_norm_relu", lambda x, v: ops.batch_norm_relu(x, None, None, v, v, True), x, v)
+    trace("batch_norm_relu_backward",
+          lambda g, x, v: kernels.batch_norm_relu_backward(g, x, v, v, v, v, True, 1e-5), x, x, v)
+    trace("dropout", lambda x: ops.dropout(x, 0.5, seed=1), x)
+    trace("linear_relu_dropout", lambda x, w: ops.linear_relu_dropout(x, w, seed=1), empty(4, 16), empty(32, 16))
+    trace("relu_dropout_backward", lambda g, y: kernels.relu_dropout_backward(g, y, 2.0), x, x)
+    trace("conv2d_relu", lambda x, w, b: ops.conv2d_relu(x, w, b, 1, 1, 2, backend="triton"), x, w, b)
+    trace("conv2d_relu_backward_input",
+          lambda g, y, x, w: kernels.conv2d_relu_backward_input(g, y, x, w, [1, 1], [1, 1], 2), y, y, x, w)
+    trace("conv2d_relu_backward_weight",
+          lambda g, y, x, w: kernels.conv2d_relu_backward_weight(g, y, x, w, [1, 1], [1, 1], 2), y, y, x, w)
+    trace("space_to_depth", lambda x: kernels.space_to_depth(x, 3, [0, 0], [3, 3], torch.bfloat16), x)
+    trace("depth_to_space", lambda x: kernels.depth_to_space(x, 4, [0, 0], [16, 16], torch.bfloat16), small)
+    images, crops = empty(2, 9, 9, 3, dtype=torch.uint8), empty(2, 2, dtype=torch.int64)
+    trace("augment", lambda i, c: kernels.augment(i, c, [7, 7], None, None, None, None, torch.bfloat16, True),
+          images, crops)
+    choices = {op: backends.select(op, x, None) for op in ops.__all__}
+    choices["float64"] = backends.select("max_pool2d", x.double(), None)
+print(json.dumps([found, choices]))
+"""
+
+
+def run(code: str, cwd: Path, **variables: str) -> str:
+    """The standard output of a Python process in which Triton compiles its kernels."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **variables}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def arguments(operator: torch._ops.OpOverload) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
+@interpreted
+def test_every_contract_has_a_triton_operator_with_its_arguments() -> None:
+    import alexnet_kernels.triton  # noqa: F401
+
+    assert set(ops.__all__) <= set(_common.CONTRACTS)
+    for op in _common.CONTRACTS:
+        operator = getattr(torch.ops.alexnet_kernels_triton, op).default
+        native = getattr(torch.ops.alexnet_kernels, op, None)
+        if native is not None:
+            assert arguments(operator) == arguments(native.default), op
+            assert len(operator._schema.returns) == len(native.default._schema.returns), op
+
+
+def test_compile_sees_through_every_operator(tmp_path: Path) -> None:
+    found, choices = json.loads(run(TRACE, tmp_path))
+    traced = {name for name in found if not name.endswith(" written")}
+    # sgd_step launches one kernel with tuples of tensors, which torch.compile can't hold.
+    assert traced == set(_common.CONTRACTS) - {"sgd_step"}
+    for name in traced:
+        assert found[name] == ["triton_kernel_wrapper_functional"], name
+    assert found["lrn_max_pool2d written"] == [["out_ptr", "arg_ptr"]]
+    assert found["lrn_max_pool2d_backward written"] == [["dx_ptr"]]
+    # Without CUDA C++ kernels.
+    if not any(key == "CUDA" for _, key in _library.KERNELS):
+        expected = {op: "native" if op == "conv2d_relu" else "triton" for op in ops.__all__}
+        assert choices == {**expected, "float64": "native"}
+
+
+class TestChoice:
+    def test_on_the_cpu_without_the_interpreter(self, tmp_path: Path) -> None:
+        code = """
+import torch
+from alexnet_kernels import ops
+try:
+    ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+        expected = "max_pool2d: backend 'triton' needs tensors on a GPU, but the input is on cpu (TRITON_INTERPRET=1 "
+        assert run(code, tmp_path).startswith(expected)
+
+    @interpreted
+    def test_float64_is_refused(self) -> None:
+        with pytest.raises(TypeError, match="backend 'triton' takes float32, bfloat16 and float16, not"):
+            ops.max_pool2d(torch.zeros(1, 1, 5, 5, dtype=torch.float64), backend="triton")
+        params = [torch.zeros(3), torch.zeros(3, dtype=torch.float64)]
+        with pytest.raises(TypeError, match="backend 'triton' takes float32"):
+            ops.sgd_step(params, params, params, lr=0.1, backend="triton")
+
+    def test_other_devices_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="needs tensors on a GPU, but the input is on meta"):
+            ops.max_pool2d(torch.zeros(1, 1, 5, 5, device="meta"), backend="triton")
+
+    def test_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_library, "TRITON_INSTALLED", False)
+        with pytest.raises(RuntimeError, match="'triton' is not available: triton is not installed"):
+            ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend="triton")
+        assert backends.unavailable("max_pool2d", "triton") == "triton is not installed"
+
+    def test_the_package_does_not_import_triton_unasked(self, tmp_path: Path) -> None:
+        code = "import alexnet_kernels, sys; print('alexnet_kernels.triton' in sys.modules)"
+        assert run(code, tmp_path).strip() == "False"
+
+    def test_environment_and_context(self, tmp_path: Path) -> None:
+        code = "from alexnet_kernels import backends; print(backends.get_backend())"
+        assert run(code, tmp_path, ALEXNET_KERNELS_BACKEND="triton").strip() == "triton"
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 1000), (2, 19, 5, 7)], ids=str)
+@pytest.mark.parametrize("shard", [None, (1, 3, 5000)], ids=["whole", "shard"])
+def test_dropout_draws_the_bits_of_the_cpu_kernel(shard, shape) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.ones(shape)
+        x = x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+        for seed, offset in ((0, 0), (-1, 2**33 + 1), (2**63 - 1, 7)):
+            options = {"seed": seed, "offset": offset, "shard": shard}
+            theirs = ops.dropout(x, 0.3, **options, backend="cpu")
+            assert torch.equal(ops.dropout(x, 0.3, **options, backend="triton"), theirs)
+
+
+@interpreted
+@pytest.mark.parametrize("preset", ["paper", "as_run", "batchnorm"])
+def test_the_network_equals_pytorchs_own_operators(preset: str) -> None:
+    torch.manual_seed(0)
+    model = AlexNet(num_classes=5, preset=preset, width=0.17)
+    images = torch.randn(2, 3, 71, 71).contiguous(memory_format=torch.channels_last)
+    results = {}
+    for backend in ("triton", "native"):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with use_backend(backend):
+            model.eval()
+            logits = model(images)
+            logits.square().sum().backward()
+        results[backend] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+    for actual, expected in zip(results["triton"], results["native"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)
