@@ -97,8 +97,17 @@ def write_ninja(build: Path, output: Path) -> None:
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
     include += [f"-isystem {path}" for path in torch_build.include_paths()]
-    common = ["-O3", "-std=c++20", "-fvisibility=hidden", *TARGET, *include]
-    cxx = [*common, "-fPIC", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    common = ["-O3", "-std=c++20", *TARGET, *include]
+    cxx = [
+        *common,
+        "-fvisibility=hidden",
+        "-fPIC",
+        "-g0",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
     cxx += ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
     cxx += os.environ.get("CXXFLAGS", "").split()
     link = [f"-L{path}" for path in torch_build.library_paths()]
@@ -125,7 +134,7 @@ def write_ninja(build: Path, output: Path) -> None:
     compile_("cxx", ROOT / "csrc" / "library.cpp", "library.o", cxx)
     for isa, flags in ISAS.items():
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            once = ["-DALEXNET_REGISTER", "-DALEXNET_ISA_GENERIC"] if isa == "generic" else []
+            once = ["-DALEXNET_REGISTER"] if isa == "generic" else []
             compile_("cxx", source, f"{source.stem}.{isa}.o", [*cxx, f"-DALEXNET_ISA={isa}", *once, *flags])
     if cuda_sources:
         toolkit = toolkit_root(nvcc)
@@ -134,8 +143,7 @@ def write_ninja(build: Path, output: Path) -> None:
         lines += ["  depfile = $out.d", "  deps = gcc"]
         host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
         for source in cuda_sources:
-            flags = [f for f in common if f != "-fvisibility=hidden"]
-            compile_("nvcc", source, f"{source.stem}.cu.o", [*flags, *host, *archs])
+            compile_("nvcc", source, f"{source.stem}.cu.o", [*common, *host, *archs])
         lib = next(p for p in (toolkit / "lib64", toolkit / "lib", toolkit / "targets/x86_64-linux/lib") if p.exists())
         link += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {' '.join(link)}", f"default {output}", ""]

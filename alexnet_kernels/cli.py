@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alexnet_kernels import __version__, _library, backends
-from alexnet_kernels.models import PRESETS, AlexNet
+from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
 from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
 from alexnet_kernels.training.settings import PRECISIONS, Settings, defaults
 
@@ -101,12 +101,7 @@ def _train_parser(commands: Any) -> None:
         metavar="PATH",
         help="a folder, or a zip of one, with train/<class>/ and val/<class>/ images",
     )
-    add(
-        "--bad-images",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="unreadable images (default: refuse)",
-    )
+    _bad_images(train)
     add("--preset", choices=tuple(PRESETS), help=f"(default: {default('preset')})")
     add("--epochs", type=_positive, metavar="N", help=f"(default: {default('epochs')})")
     add("--batch-size", type=_positive, metavar="N", help=f"(default: {default('batch_size')})")
@@ -352,8 +347,11 @@ def _info(options: argparse.Namespace) -> int:
     presets = {}
     for name, preset in PRESETS.items():
         model = AlexNet(preset=name, device="meta")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        presets[name] = {"source": preset.source, "input_size": preset.input_size, "parameters": parameters}
+        presets[name] = {
+            "source": preset.source,
+            "input_size": preset.input_size,
+            "parameters": count_parameters(model),
+        }
     facts: dict[str, Any] = {
         "versions": {
             "alexnet_kernels": __version__,

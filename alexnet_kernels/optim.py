@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import ops
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+from alexnet_kernels.ops._common import LOW_PRECISION
 
 
 class SGD(torch.optim.Optimizer):
@@ -98,7 +97,7 @@ class SGD(torch.optim.Optimizer):
         state = self.state[param]
         if state:
             return False
-        if param.dtype in _LOW_PRECISION and group["master_weights"] is not False:
+        if param.dtype in LOW_PRECISION and group["master_weights"] is not False:
             state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
         state["momentum_buffer"] = torch.zeros_like(state.get("master", param), memory_format=torch.preserve_format)
         return True

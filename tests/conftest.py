@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 
 from alexnet_kernels import _library, backends
 
+torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
+
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = {"cpu": ["cpu", "native"], "cuda": ["cuda", "triton", "native"]}
 if _library.INTERPRETED and _library.TRITON_INSTALLED:

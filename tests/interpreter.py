@@ -2,7 +2,8 @@
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw bits, multiplies those in `tl.dot`, and truncates where a GPU
 rounds to the nearest. It also patches `triton.language` anew for every call of a function from a kernel, milliseconds
-each time, though the launch has done so.
+each time, though the launch has done so. That of 3.6 can't count loops with numpy 2.4, which no longer turns an array
+of one element into a number.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def mend() -> None:
             return original(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    @wraps(patch_tensor)
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     # A program takes as long whatever its size: few large ones, two or more in the larger tests.
     _channels.VECTORS = replace(_channels.VECTORS, block=1024)
     _channels.SCALARS = replace(_channels.SCALARS, block=4096)

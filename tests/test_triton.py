@@ -132,6 +132,61 @@ def test_compile_sees_through_every_operator(tmp_path: Path) -> None:
         assert choices == {**expected, "float64": "native"}
 
 
+POOL, LRN = ([3, 3], [2, 2], [0, 0]), (5, 1e-4, 0.75, 1.0, 2)
+
+
+def operands(memory_format: torch.memory_format) -> dict[str, tuple]:
+    """Arguments for every operator."""
+
+    def images(channels: int, size: int, requires_grad: bool = False) -> torch.Tensor:
+        x = torch.randn(2, channels, size, size).contiguous(memory_format=memory_format)
+        return x.requires_grad_(requires_grad)
+
+    x, g, y = images(8, 9, True), images(8, 4), images(8, 9)
+    arg = torch.randint(0, 9, (2, 8, 4, 4), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    w, b = torch.randn(16, 4, 3, 3, requires_grad=True), torch.randn(16, requires_grad=True)
+    v, key, out = torch.rand(8), torch.tensor(5), images(16, 9)
+    conv = (out, out, x.detach(), w.detach(), [1, 1], [1, 1], 2)
+    tensors = [[torch.randn(5, 3)] for _ in range(3)]
+    pixels = torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
+    return {
+        "max_pool2d": (x, *POOL, False, True),
+        "max_pool2d_backward": (g, g, arg, [2, 8, 9, 9], *POOL, True),
+        "local_response_norm": (x, *LRN),
+        "local_response_norm_backward": (y, y, *LRN),
+        "lrn_max_pool2d": (x, *LRN, *POOL, False, True),
+        "lrn_max_pool2d_backward": (g, y, arg, *LRN, *POOL, True),
+        "within_map_response_norm": (x, *LRN[:-1]),
+        "within_map_response_norm_backward": (y, y, *LRN[:-1]),
+        "batch_norm_relu": (x, None, None, v, None, True, 1e-5),
+        "batch_norm_relu_backward": (y, y, v, v, v, None, True, 1e-5),
+        "dropout": (x, 0.5, 2.0, key, 1, 1296, 1296, 0),
+        "linear_relu_dropout": (torch.randn(3, 8), torch.randn(6, 8), None, True, 0.5, 2.0, key, 1, 6, 6, 0),
+        "relu_dropout_backward": (y, y, 2.0),
+        "conv2d_relu": (x, w, b, [1, 1], [1, 1], 2, True),
+        "conv2d_relu_backward_input": conv,
+        "conv2d_relu_backward_weight": conv,
+        "space_to_depth": (x, 3, [1, 0], [3, 3], torch.bfloat16),
+        "depth_to_space": (y, 2, [0, 1], [18, 17], torch.float32),
+        "sgd_step": (*tensors, [], 0.1, 0.9, 5e-4, 0.0, False, True, False),
+        "augment": (pixels, torch.zeros(2, 2, dtype=torch.int64), [7, 7], None, None, v[:3], None, torch.float16, True),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("op", operands(torch.contiguous_format))
+def test_registration(op: str, memory_format: torch.memory_format) -> None:
+    import alexnet_kernels.triton  # noqa: F401
+
+    torch.library.opcheck(getattr(torch.ops.alexnet_kernels_triton, op).default, operands(memory_format)[op])
+
+
+@interpreted
+def test_every_operator_is_checked() -> None:
+    assert set(operands(torch.contiguous_format)) == set(_common.CONTRACTS)
+
+
 class TestChoice:
     def test_on_the_cpu_without_the_interpreter(self, tmp_path: Path) -> None:
         code = """
@@ -170,6 +225,27 @@ except ValueError as error:
     def test_environment_and_context(self, tmp_path: Path) -> None:
         code = "from alexnet_kernels import backends; print(backends.get_backend())"
         assert run(code, tmp_path, ALEXNET_KERNELS_BACKEND="triton").strip() == "triton"
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("op", ["max_pool2d", "local_response_norm", "lrn_max_pool2d", "within_map_response_norm"])
+def test_the_size_of_programs_changes_no_bit(op, memory_format, monkeypatch) -> None:
+    from alexnet_kernels.triton import _channels
+
+    function = getattr(ops, op)
+    x = torch.randn(2, 24, 5, 7).contiguous(memory_format=memory_format)
+
+    def run(block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for name in ("VECTORS", "SCALARS"):
+            monkeypatch.setattr(_channels, name, _channels.Launch(block=block, num_warps=4))
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, backend="triton")
+        out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape))
+        return out.detach(), leaf.grad
+
+    for small, large in zip(run(16), run(1024), strict=True):
+        assert torch.equal(small, large)
 
 
 @interpreted

@@ -71,7 +71,8 @@ def test_the_script_finds_no_problem(run: Run) -> None:
 
 
 def test_no_kernel_spills(run: Run) -> None:
-    spilling = [key for key, row in rows_of(run.report).items() if row["spill_stores"] or row["spill_loads"]]
+    # 16 bytes a thread are what ptxas may trade for occupancy.
+    spilling = [k for k, row in rows_of(run.report).items() if max(row["spill_stores"], row["spill_loads"]) > 16]
     assert spilling == []
 
 

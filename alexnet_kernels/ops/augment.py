@@ -1,6 +1,7 @@
 """Crop, mirror, colour shift, mean subtraction, scaling, cast and layout of a batch of images in one pass.
 
-See: schema in csrc/library.cpp, csrc/cpu/augment.cpp, reference.augment, tests/ops/test_augment.py.
+See: schema in csrc/library.cpp, csrc/cpu/augment.cpp, alexnet_kernels/triton/augment.py, reference.augment,
+tests/ops/test_augment.py.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def augment(
     _check(images, crops, size, flips, color_shift, mean, scale, dtype)
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"{OP}: memory_format must be channels_last or contiguous_format, not {memory_format}")
-    if images.device.type == "cpu" and crops.numel() and not torch.compiler.is_compiling():
+    if crops.numel() and images.device.type != "cpu":
+        # Asynchronous: a look at the values would wait for the device.
+        last = [whole - part for whole, part in zip(images.shape[1:3], size, strict=True)]
+        inside = (crops.amin() >= 0) & (crops[:, 0].amax() <= last[0]) & (crops[:, 1].amax() <= last[1])
+        torch._assert_async(inside, f"{OP}: a crop of {size} leaves its image of {list(images.shape[1:3])}")
+    elif crops.numel() and not torch.compiler.is_compiling():
         for axis, (whole, part) in enumerate(zip(images.shape[1:3], size, strict=True)):
             low, high = (int(v) for v in crops[:, axis].aminmax())
             if low < 0 or high > whole - part:

@@ -1,6 +1,7 @@
 """Convolution, bias and ReLU.
 
-See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, reference.conv2d_relu, tests/ops/test_conv2d_relu.py.
+See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, alexnet_kernels/triton/conv2d_relu.py,
+reference.conv2d_relu, tests/ops/test_conv2d_relu.py.
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's conv2d.
 """
 

@@ -7,6 +7,7 @@
 | `checkpoint` | atomic files, and networks read from them |
 | `lightning` | the LightningModule, the LightningDataModule and the callbacks |
 | `run` | one training run from its settings to its pictures |
+| `metrics` | top-1 and top-5 |
 | `inference` | accuracy and predictions from a checkpoint |
 | `pictures` | conv1's filters, curves, predictions |
 

@@ -75,7 +75,7 @@ def evaluate(
     Returns {top1, top5, images, seconds, skipped}, accuracies from 0 to 1. Raises InputError where images
     can't be read or are of other classes than the network's.
     """
-    from torchmetrics.classification import MulticlassAccuracy
+    from alexnet_kernels.training.metrics import accuracies
 
     classes, settings = network.header.classes, network.header.settings
     path = data or images.SHIPPED
@@ -88,10 +88,7 @@ def evaluate(
             f"the checkpoint's {len(classes)} classes are not the {len(val_set.classes)} of --data {path}: "
             f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''} in one only"
         )
-    top = [
-        MulticlassAccuracy(len(classes), top_k=min(k, len(classes)), average="micro", validate_args=False)
-        for k in (1, 5)
-    ]
+    top = accuracies(len(classes))
     bad, began, count = list(val_set.bad), time.monotonic(), 0
     for start in range(0, len(val_set), batch_size):
         places = list(range(start, min(start + batch_size, len(val_set))))

@@ -23,24 +23,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import checkpoint, images
 from alexnet_kernels.training.augmentation import centre_crop, random_crop
 from alexnet_kernels.training.errors import RunError
+from alexnet_kernels.training.metrics import accuracies
 
-__all__ = ["AtomicCheckpointIO", "Bar", "Classifier", "Images", "Saver", "Stopped", "accuracies"]
-
-
-def accuracies(num_classes: int) -> tuple[MulticlassAccuracy, MulticlassAccuracy]:
-    """Top-1 and top-5 (of as many classes as there are, below five) over all images alike."""
-
-    def top(k: int) -> MulticlassAccuracy:
-        return MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro", validate_args=False)
-
-    return top(1), top(5)
+__all__ = ["AtomicCheckpointIO", "Bar", "Classifier", "Images", "Saver", "Stopped"]
 
 
 class Stopped(Exception):

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from alexnet_kernels.models import AlexNet
+from alexnet_kernels.models import AlexNet, count_parameters
 from alexnet_kernels.training import checkpoint, images, inference, pictures
 from alexnet_kernels.training.augmentation import Statistics, store_size
 from alexnet_kernels.training.errors import InputError
@@ -102,7 +102,7 @@ def train(
     header = _header(settings, data, sets[0], resumed)
     torch.manual_seed(settings.seed)
     model = AlexNet(len(header.classes), settings.preset, settings.dropout, settings.width)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     folder = resume.parent if resume is not None else _new_folder(out, settings.preset)
     introduction = _introduction(settings, sets, parameters, target, folder)
     console.print(introduction, highlight=False, soft_wrap=True, markup=False)

@@ -76,13 +76,14 @@ def unzip(x, VEC: tl.constexpr):
     """[B, VEC] -> VEC values [B], all in the thread that holds the vector."""
     if VEC == 1:
         return (tl.reshape(x, [x.shape[0]]),)
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], VEC // 2, 2]))
-    evens = unzip(even, VEC // 2)
-    odds = unzip(odd, VEC // 2)
-    values = ()
-    for i in tl.static_range(VEC // 2):
-        values = values + (evens[i], odds[i])
-    return values
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], VEC // 2, 2]))
+        evens = unzip(even, VEC // 2)
+        odds = unzip(odd, VEC // 2)
+        values = ()
+        for i in tl.static_range(VEC // 2):
+            values = values + (evens[i], odds[i])
+        return values
 
 
 @triton.jit
@@ -90,13 +91,14 @@ def zip_vector(values, VEC: tl.constexpr):
     """The reverse of unzip."""
     if VEC == 1:
         return tl.expand_dims(values[0], 1)
-    evens = ()
-    odds = ()
-    for i in tl.static_range(VEC // 2):
-        evens = evens + (values[2 * i],)
-        odds = odds + (values[2 * i + 1],)
-    pairs = tl.join(zip_vector(evens, VEC // 2), zip_vector(odds, VEC // 2))
-    return tl.reshape(pairs, [pairs.shape[0], VEC])
+    else:
+        evens = ()
+        odds = ()
+        for i in tl.static_range(VEC // 2):
+            evens = evens + (values[2 * i],)
+            odds = odds + (values[2 * i + 1],)
+        pairs = tl.join(zip_vector(evens, VEC // 2), zip_vector(odds, VEC // 2))
+        return tl.reshape(pairs, [pairs.shape[0], VEC])
 
 
 @triton.jit

@@ -33,6 +33,8 @@ class Tile:
 # and extra columns, take up to 160 kB of shared memory, which data center GPUs have. Unmeasured.
 HALF = Tile(rows=128, columns=128, terms=64, num_warps=8, num_stages=3)
 HALF_SHARED = 160 << 10
+# The weight's gradient keeps a step of the output's gradient in registers too, masked and added up for the bias.
+HALF_WEIGHT = Tile(rows=128, columns=128, terms=32, num_warps=8, num_stages=3)
 # Fits the 64 kB of every other.
 HALF_SMALL = Tile(rows=64, columns=64, terms=32, num_warps=4, num_stages=2)
 # Without tensor cores the sum runs on FMAs, whose operands live in registers: larger tiles spill.
@@ -42,12 +44,13 @@ FLOAT = Tile(rows=64, columns=64, terms=16, num_warps=4, num_stages=2)
 WGRAD_PROGRAMS = 528
 WGRAD_PIXELS = 1024
 ELEMENTS = Launch(block=1024, num_warps=4)
+SPLITS = Launch(block=512, num_warps=4)
 
 
-def tile_of(tensor: Tensor) -> Tile:
+def tile_of(tensor: Tensor, half: Tile = HALF) -> Tile:
     if tensor.dtype == torch.float32:
         return FLOAT
-    return HALF if _shared_memory(tensor.device) >= HALF_SHARED else HALF_SMALL
+    return half if _shared_memory(tensor.device) >= HALF_SHARED else HALF_SMALL
 
 
 @functools.cache
@@ -68,7 +71,8 @@ def columns_of(count: int, most: int) -> dict[str, int]:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """float32 products are those that torch allows its own convolutions."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
@@ -443,7 +447,7 @@ def conv2d_relu_backward_weight(
     x, memory_format = in_own_format(input)
     g = contiguous_as(grad, memory_format)
     out = g if output is None else contiguous_as(output, memory_format)
-    tile, geometry = tile_of(g), _geometry(weight, stride, padding, groups)
+    tile, geometry = tile_of(g, HALF_WEIGHT), _geometry(weight, stride, padding, groups)
     blocks = columns_of(geometry["K"], tile.columns)
     column_tiles = triton.cdiv(geometry["K"], blocks["BLOCK_N"] + blocks["EXTRA"])
     terms = geometry["C"] * geometry["R"] * geometry["S"]
@@ -465,9 +469,9 @@ def conv2d_relu_backward_weight(
         (partial, dw, dw.stride(), sizes),
         (partial_bias, db, (1, 0, 0, 0), {"C": 1, "K": weight.shape[0], "R": 1, "S": 1}),
     ):
-        wrap_triton(conv_add_splits_kernel)[(triton.cdiv(sum_of.numel(), ELEMENTS.block),)](
+        wrap_triton(conv_add_splits_kernel)[(triton.cdiv(sum_of.numel(), SPLITS.block),)](
             parts, sum_of, sum_of.numel(), splits, *strides,
-            **constants, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+            **constants, BLOCK=SPLITS.block, num_warps=SPLITS.num_warps,
         )  # fmt: skip
     return dw, db
 

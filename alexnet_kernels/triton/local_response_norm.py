@@ -25,7 +25,8 @@ def power(s, beta, BETA_IS_3_4: tl.constexpr):
     if BETA_IS_3_4:
         r = tl.rsqrt(s)
         return r * tl.sqrt(r)
-    return tl.exp2(-beta * tl.log2(s))
+    else:
+        return tl.exp2(-beta * tl.log2(s))
 
 
 @triton.jit

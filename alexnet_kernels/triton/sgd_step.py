@@ -12,7 +12,6 @@ from torch import Tensor
 
 from alexnet_kernels import _library
 from alexnet_kernels.triton._channels import Launch
-from alexnet_kernels.triton._common import wrap_triton
 
 ELEMENTS = Launch(block=1024, num_warps=4)  # eight a thread: 16 bytes of half precision
 # Of a launch: the kernel holds a copy of the step for each, and takes up to four pointers for each. AlexNet has 16.
@@ -55,7 +54,7 @@ def step(
 # tensors, all of counts[i] elements without gaps.
 @triton.jit
 def sgd_step_kernel(
-    params, grads, buffers, masters, counts, lr, momentum, keep, weight_decay, decay_lr,
+    param_ptrs, grad_ptrs, buffer_ptrs, master_ptrs, counts, lr, momentum, keep, weight_decay, decay_lr,
     MASTER: tl.constexpr, PAPER: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +65,7 @@ def sgd_step_kernel(
         if (program >= first) & (program < first + programs):
             at = (program - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             step(
-                params[i], grads[i], buffers[i], masters[i], at, at < counts[i],
+                param_ptrs[i], grad_ptrs[i], buffer_ptrs[i], master_ptrs[i], at, at < counts[i],
                 lr, momentum, keep, weight_decay, decay_lr, MASTER, PAPER, MOMENTUM, NESTEROV, FIRST,
             )  # fmt: skip
         first += programs
@@ -95,7 +94,7 @@ def sgd_step(
         lists = [tuple(tensors[i] for i in chosen) for tensors in (params, grads, momentum_buffers, masters or params)]
         counts = tuple(params[i].numel() for i in chosen)
         programs = sum(triton.cdiv(count, ELEMENTS.block) for count in counts)
-        wrap_triton(sgd_step_kernel)[(programs,)](
+        sgd_step_kernel[(programs,)](
             *lists, counts, lr, momentum, 1 - dampening, weight_decay, weight_decay * lr,
             MASTER=bool(masters), PAPER=paper_rule, MOMENTUM=momentum != 0, NESTEROV=nesterov, FIRST=first_step,
             BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,

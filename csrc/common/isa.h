@@ -10,7 +10,6 @@
 
 #ifndef ALEXNET_ISA
 #define ALEXNET_ISA generic
-#define ALEXNET_ISA_GENERIC
 #endif
 
 namespace alexnet_kernels {

@@ -54,8 +54,8 @@ class LrnRows {
         padded_(channels + lrn.size + 2 * kLanes<A>),
         batch_(std::max<int64_t>(1, kBatchValues / channels)),
         squares_(batch_ * padded_),
-        ratios_(batch_ * padded_),
-        direct_(batch_ * padded_) {}
+        ratios_(padded_),
+        direct_(padded_) {}
 
   // y and a may be of different types: y is T, or the computing type A.
   template <bool kRelu, class Y>
@@ -77,27 +77,21 @@ class LrnRows {
   template <bool kRelu, class G>
   void backward(const T* a, const G* g, T* dx, int64_t rows) {
     const A factor = A(-2 * lrn_.beta * lrn_.alpha_over_n);
-    for_batches(1, rows, [&](int64_t first, int64_t count, auto size) {
-      square<kRelu>(a + first, count);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = first + r * channels_;
-        for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
-          const auto p = powers(scale(window_sum(&squares_[r * padded_ + c], size)), lrn_.beta);
-          const Vec<A> direct = load_n(g + row + c, lanes) * p.minus_beta;
-          store_n(&direct_[r * padded_ + c], direct, lanes);
-          store_n(&ratios_[r * padded_ + after_ + c], direct * input<kRelu>(a + row + c, lanes) * p.inverse, lanes);
-        });
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = first + r * channels_;
-        for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
-          const Vec<A> raw = load_n(a + row + c, lanes);
-          const Vec<A> v = kRelu ? vrelu(raw) : raw;
-          Vec<A> d = load(&direct_[r * padded_ + c]) + factor * v * window_sum(&ratios_[r * padded_ + c], size);
-          if (kRelu) d = raw <= Vec<A>{} ? Vec<A>{} : d;
-          store_n(dx + row + c, d, lanes);
-        });
-      }
+    for_batches(1, rows, [&](int64_t row, int64_t, auto size) {
+      square<kRelu>(a + row, 1);
+      for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
+        const auto p = powers(scale(window_sum(&squares_[c], size)), lrn_.beta);
+        const Vec<A> direct = load_n(g + row + c, lanes) * p.minus_beta;
+        store_n(&direct_[c], direct, lanes);
+        store_n(&ratios_[after_ + c], direct * input<kRelu>(a + row + c, lanes) * p.inverse, lanes);
+      });
+      for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
+        const Vec<A> raw = load_n(a + row + c, lanes);
+        const Vec<A> v = kRelu ? vrelu(raw) : raw;
+        Vec<A> d = load(&direct_[c]) + factor * v * window_sum(&ratios_[c], size);
+        if (kRelu) d = raw <= Vec<A>{} ? Vec<A>{} : d;
+        store_n(dx + row + c, d, lanes);
+      });
     });
   }
 
@@ -140,7 +134,7 @@ class LrnRows {
     }
   }
 
-  static constexpr int64_t kBatchValues = 512;  // of each of six arrays: they stay in the first cache
+  static constexpr int64_t kBatchValues = 512;  // they stay in the first cache
   const Lrn lrn_;
   const int64_t before_, after_, channels_;
   const int64_t padded_;  // windows read up to size - 1 zeros beyond the row, and whole vectors
