@@ -73,24 +73,38 @@ def bn_moments_kernel(
     tl.store(to + parts * C, tl.sum(squares, 0) - rest_mean * rest_mean * count, mask=c < C)
 
 
-# A program: BLOCK_C channels. Combines the moments of parts in their order (Chan, Golub, LeVeque 1983).
+# A program: BLOCK_C channels, whose parts it takes BLOCK_P at a time. mean = sum n m / rows over parts of n pixels and
+# mean m, corrected by the mean deviation from it; var = (sum of squares inside the parts + sum n (m - mean)^2) / rows.
 @triton.jit
 def bn_combine_moments_kernel(
-    partial_ptr, mean_ptr, var_ptr, rows, parts, C, PART: tl.constexpr, BLOCK_C: tl.constexpr
+    partial_ptr, mean_ptr, var_ptr, rows, parts, C, PART: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
-    for part in range(parts):
-        before = part * PART + 0.0
-        count = tl.minimum(rows - part * PART, PART).to(tl.float32)
-        at = partial_ptr + part * C + c
-        delta = tl.load(at, mask=c < C, other=0) - mean
-        share = count / (before + count)
-        mean += delta * share
-        squares += tl.load(at + parts * C, mask=c < C, other=0) + delta * delta * before * share
-    tl.store(mean_ptr + c, mean, mask=c < C)
-    tl.store(var_ptr + c, squares / rows, mask=c < C)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        mean, count, _ = load_part(partial_ptr, start, rows, parts, c, C, PART, BLOCK_P)
+        total += mean * count
+    centre = tl.sum(total, 0) / rows
+    rest = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        mean, count, inside = load_part(partial_ptr, start, rows, parts, c, C, PART, BLOCK_P)
+        delta = mean - centre[None, :]
+        rest += count * delta
+        squares += inside + count * delta * delta
+    shift = tl.sum(rest, 0) / rows
+    tl.store(mean_ptr + c, centre + shift, mask=c < C)
+    tl.store(var_ptr + c, tl.maximum(tl.sum(squares, 0) / rows - shift * shift, 0.0), mask=c < C)
+
+
+@triton.jit
+def load_part(partial_ptr, start, rows, parts, c, C, PART: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(mean, pixels, sum of squared deviations) of BLOCK_P parts; no pixels beyond the last."""
+    part = start + tl.arange(0, BLOCK_P)
+    mask = (part < parts)[:, None] & (c < C)[None, :]
+    at = partial_ptr + part[:, None] * C + c[None, :]
+    count = tl.where(part < parts, tl.minimum(rows - part * PART, PART), 0).to(tl.float32)
+    return tl.load(at, mask=mask, other=0), count[:, None], tl.load(at + parts * C, mask=mask, other=0)
 
 
 @triton.jit
@@ -160,18 +174,22 @@ def bn_backward_sums_kernel(
     tl.store(to + parts * C, tl.sum(products, 0), mask=c < C)
 
 
-# A program: BLOCK_C channels. Adds the parts in their order.
+# A program: BLOCK_C channels, whose parts it adds BLOCK_P at a time.
 @triton.jit
-def bn_combine_sums_kernel(partial_ptr, grad_weight_ptr, grad_bias_ptr, parts, C, BLOCK_C: tl.constexpr):
+def bn_combine_sums_kernel(
+    partial_ptr, grad_weight_ptr, grad_bias_ptr, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = tl.zeros([BLOCK_C], tl.float32)
-    products = tl.zeros([BLOCK_C], tl.float32)
-    for part in range(parts):
-        at = partial_ptr + part * C + c
-        sums += tl.load(at, mask=c < C, other=0)
-        products += tl.load(at + parts * C, mask=c < C, other=0)
-    tl.store(grad_bias_ptr + c, sums, mask=c < C)
-    tl.store(grad_weight_ptr + c, products, mask=c < C)
+    sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        mask = (part < parts)[:, None] & (c < C)[None, :]
+        at = partial_ptr + part[:, None] * C + c[None, :]
+        sums += tl.load(at, mask=mask, other=0)
+        products += tl.load(at + parts * C, mask=mask, other=0)
+    tl.store(grad_bias_ptr + c, tl.sum(sums, 0), mask=c < C)
+    tl.store(grad_weight_ptr + c, tl.sum(products, 0), mask=c < C)
 
 
 # A program: BLOCK_R pixels by BLOCK_C channels. dx = (g - mean(g) - n mean(g n)) scale weight, n the normalised input;
@@ -220,7 +238,19 @@ class _Matrix:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-COMBINE_CHANNELS = 32  # of a program that combines parts: many programs, as each walks all parts
+@dataclass(frozen=True)
+class Combine:
+    """How parts are combined: few channels a program, for many programs, and many parts at once, to wait together."""
+
+    block_parts: int = 64
+    block_channels: int = 16
+    num_warps: int = 4
+
+    def arguments(self) -> dict[str, int]:
+        return {"BLOCK_P": self.block_parts, "BLOCK_C": self.block_channels, "num_warps": self.num_warps}
+
+
+COMBINE = Combine()
 
 
 @triton_op
@@ -246,9 +276,9 @@ def batch_norm_relu(
         wrap_triton(bn_moments_kernel)[(matrix.parts, matrix.columns)](
             x, partial, matrix.rows, matrix.parts, *matrix.layout, PART=PART_ROWS, **matrix.block
         )
-        wrap_triton(bn_combine_moments_kernel)[(triton.cdiv(matrix.channels, COMBINE_CHANNELS),)](
+        wrap_triton(bn_combine_moments_kernel)[(triton.cdiv(matrix.channels, COMBINE.block_channels),)](
             partial, mean, var, matrix.rows, matrix.parts, matrix.channels,
-            PART=PART_ROWS, BLOCK_C=COMBINE_CHANNELS, num_warps=1,
+            PART=PART_ROWS, **COMBINE.arguments(),
         )  # fmt: skip
     else:
         assert running_mean is not None
@@ -287,8 +317,8 @@ def batch_norm_relu_backward(
         g, x, mean, var, w, b, partial, matrix.rows, matrix.parts, *matrix.layout, eps,
         **flags, PART=PART_ROWS, **matrix.block,
     )  # fmt: skip
-    wrap_triton(bn_combine_sums_kernel)[(triton.cdiv(matrix.channels, COMBINE_CHANNELS),)](
-        partial, grad_weight, grad_bias, matrix.parts, matrix.channels, BLOCK_C=COMBINE_CHANNELS, num_warps=1
+    wrap_triton(bn_combine_sums_kernel)[(triton.cdiv(matrix.channels, COMBINE.block_channels),)](
+        partial, grad_weight, grad_bias, matrix.parts, matrix.channels, **COMBINE.arguments()
     )
     wrap_triton(bn_backward_kernel)[matrix.tiles](
         g, x, dx, mean, var, w, b, grad_weight, grad_bias, matrix.rows, *matrix.layout, eps,

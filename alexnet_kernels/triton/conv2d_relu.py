@@ -29,10 +29,10 @@ class Tile:
     num_stages: int
 
 
-# 128 x 128 with 64 terms is what wgmma and mma.sync run near their peak on; three stages of it, with a mask's operand
-# and extra columns, take up to 160 kB of shared memory, which data center GPUs have. Unmeasured.
+# 128 x 128 with 64 terms is what wgmma and mma.sync run near their peak on; three stages of it, with a mask's operand,
+# take 112 kB of shared memory, which data center GPUs have. Unmeasured.
 HALF = Tile(rows=128, columns=128, terms=64, num_warps=8, num_stages=3)
-HALF_SHARED = 160 << 10
+HALF_SHARED = 128 << 10
 # The weight's gradient keeps a step of the output's gradient in registers too, masked and added up for the bias.
 HALF_WEIGHT = Tile(rows=128, columns=128, terms=32, num_warps=8, num_stages=3)
 # Fits the 64 kB of every other.
@@ -43,8 +43,9 @@ FLOAT = Tile(rows=64, columns=64, terms=16, num_warps=4, num_stages=2)
 # 1024 pixels at least, so that writing and adding the parts stays cheap. Fixed, so that results repeat anywhere.
 WGRAD_PROGRAMS = 528
 WGRAD_PIXELS = 1024
-ELEMENTS = Launch(block=1024, num_warps=4)
-SPLITS = Launch(block=512, num_warps=4)
+ELEMENTS = Launch(block=1024, num_warps=4)  # of a rearrangement: eight a thread, 16 bytes of half precision
+SPLITS = Launch(block=128, num_warps=4)  # few elements, for many programs, and many parts at a time, whose loads wait
+SPLITS_AT_ONCE = 16  # together
 
 
 def tile_of(tensor: Tensor, half: Tile = HALF) -> Tile:
@@ -72,7 +73,8 @@ def columns_of(count: int, most: int) -> dict[str, int]:
 
 def precision_of(dtype: torch.dtype) -> str:
     """float32 products are those that torch allows its own convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    cudnn: Any = torch.backends.cudnn
+    return "tf32" if dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
@@ -306,16 +308,20 @@ def conv_backward_weight_kernel(
         tl.store(bias_to + n_extra, tl.sum(bias_extra, 0), mask=(n_extra < K) & (tile == 0))
 
 
-# A program: BLOCK elements of the weight [G K, C, R, S], by strides, or of the bias. Adds the splits in their order.
+# A program: BLOCK elements of the weight [G K, C, R, S], by strides, or of the bias. Adds the splits, BLOCK_S at
+# a time.
 @triton.jit
 def conv_add_splits_kernel(
     partial_ptr, out_ptr, count, splits, OK, OC, OR, OS,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * count + at, mask=at < count, other=0)
+    sums = tl.zeros([BLOCK_S, BLOCK], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        mask = (split < splits)[:, None] & (at < count)[None, :]
+        sums += tl.load(partial_ptr + split.to(tl.int64)[:, None] * count + at[None, :], mask=mask, other=0)
+    total = tl.sum(sums, 0)
     term = at // K
     r, s, c = split_term(term % (R * S * C), C, S)
     k = term // (R * S * C) * K + at % K
@@ -471,7 +477,7 @@ def conv2d_relu_backward_weight(
     ):
         wrap_triton(conv_add_splits_kernel)[(triton.cdiv(sum_of.numel(), SPLITS.block),)](
             parts, sum_of, sum_of.numel(), splits, *strides,
-            **constants, BLOCK=SPLITS.block, num_warps=SPLITS.num_warps,
+            **constants, BLOCK_S=SPLITS_AT_ONCE, BLOCK=SPLITS.block, num_warps=SPLITS.num_warps,
         )  # fmt: skip
     return dw, db
 
