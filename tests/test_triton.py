@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,79 @@ with FakeTensorMode():
     choices = {op: backends.select(op, x, None) for op in ops.__all__}
     choices["float64"] = backends.select("max_pool2d", x.double(), None)
 print(json.dumps([found, choices]))
+"""
+
+# Compiles every operator's kernels for tensors and arguments of one, in NCHW: Triton makes a constant of an argument
+# that is 1, which the interpreter doesn't. Prints what failed, and the kernels that were launched.
+ONES = """
+import json, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 80, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+launch, done = JITFunction.run, set()
+
+def compile_only(self, *args, grid, warmup, **options):
+    done.add(self.__name__)
+    return launch(self, *args, grid=grid, warmup=True, **options)
+
+JITFunction.run = compile_only
+import alexnet_kernels.triton
+kernels = torch.ops.alexnet_kernels_triton
+failed = {}
+
+def call(op, *args):
+    try:
+        with torch.no_grad():
+            getattr(kernels, op)(*args)
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        failed.setdefault(op, []).append(f"{type(error).__name__}: {error}")
+
+for shape in ((1, 1, 1, 1), (3, 5, 2, 3)):
+    n, c, h, w = shape
+    x = torch.empty(shape)
+    v, key = torch.empty(c), torch.empty(1, dtype=torch.int64)
+    arg = torch.empty(shape, dtype=torch.uint8)
+    pool, lrn = ([1, 1], [1, 1], [0, 0]), (1 if c == 1 else 4, 1.0, 0.5, 1.0, 1)
+    call("max_pool2d", x, *pool, False, True)
+    call("max_pool2d_backward", x, x, arg, shape, *pool, True)
+    call("max_pool2d", x, [1, 3], [1, 1], [0, 1], False, False)
+    call("local_response_norm", x, *lrn)
+    call("local_response_norm_backward", x, x, *lrn)
+    call("lrn_max_pool2d", x, *lrn, *pool, False, True)
+    call("lrn_max_pool2d_backward", x, x, arg, *lrn, *pool, True)
+    call("within_map_response_norm", x, *lrn[:-1])
+    call("within_map_response_norm_backward", x, x, *lrn[:-1])
+    call("batch_norm_relu", x, v, v, None, None, False, 1.0)
+    if c > 1:
+        call("batch_norm_relu", x, None, None, None, v, True, 1.0)
+    call("batch_norm_relu_backward", x, x, v, v, None, None, True, 1.0)
+    for row in ((x.numel(), x.numel(), 0), (1, 1, 1), (1, 2, 1)):
+        call("dropout", x, 0.5, 1.0, key, 1, *row)
+    call("dropout", x.contiguous(memory_format=torch.channels_last), 1.0, 1.0, key, 2**40, 1, 1, 1)
+    call("linear_relu_dropout", torch.empty(1, c), torch.empty(1, c), None, True, 0.5, 1.0, key, 1, 1, 1, 0)
+    call("relu_dropout_backward", x, x, 1.0)
+    weight = torch.empty(c, 1, 1, 1)
+    conv = (x, x, x, weight, [1, 1], [0, 0], c)
+    call("conv2d_relu", x, weight, None, [1, 1], [0, 0], c, True)
+    call("conv2d_relu_backward_input", *conv)
+    call("conv2d_relu_backward_weight", *conv)
+    call("space_to_depth", x, 1, [0, 0], [h, w], torch.float32)
+    call("depth_to_space", x, 1, [0, 0], [h, w], torch.bfloat16)
+    call("augment", torch.empty(1, h, w, 3, dtype=torch.uint8), torch.empty(1, 2, dtype=torch.int64), [1, 1],
+         torch.empty(1, dtype=torch.bool), torch.empty(1, 3), torch.empty(3), None, torch.float32, False)
+    one = [torch.empty(1)]
+    call("sgd_step", one, one, one, [], 1.0, 1.0, 1.0, 1.0, True, False, False)
+    call("sgd_step", [*one, x], [*one, x], [*one, x], [], 1.0, 1.0, 1.0, 0.0, False, True, True)
+print(json.dumps([failed, sorted(done)]))
 """
 
 
@@ -185,6 +259,13 @@ def test_registration(op: str, memory_format: torch.memory_format) -> None:
 @interpreted
 def test_every_operator_is_checked() -> None:
     assert set(operands(torch.contiguous_format)) == set(_common.CONTRACTS)
+
+
+def test_every_kernel_compiles_for_sizes_and_arguments_of_one(tmp_path: Path) -> None:
+    failed, compiled = json.loads(run(ONES, tmp_path, TRITON_CACHE_DIR=str(tmp_path)))
+    assert failed == {}
+    sources = "".join(path.read_text() for path in (PACKAGE / "triton").glob("*.py"))
+    assert compiled == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
 class TestChoice:

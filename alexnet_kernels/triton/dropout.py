@@ -19,12 +19,12 @@ SHORT_ROW = 256  # elements: a quarter of a program; shorter rows would leave mo
 @triton.jit
 def words_of(seed, offset, quad):
     """The four random words of each quad (int64), as in csrc/common/philox.h."""
-    offset = offset.to(tl.int64)
+    stream = tl.zeros_like(quad) + offset
     low = (quad & 0xFFFFFFFF).to(tl.uint32)
     high = ((quad >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    offset_low = (offset & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(low)
-    offset_high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(low)
-    return tl.philox(seed, low, high, offset_low, offset_high)
+    stream_low = (stream & 0xFFFFFFFF).to(tl.uint32)
+    stream_high = ((stream >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(seed, low, high, stream_low, stream_high)
 
 
 @triton.jit
