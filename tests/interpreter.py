@@ -1,4 +1,5 @@
-"""Mends Triton's interpreter where it computes something else than a GPU, bfloat16, and where it is slow.
+"""Mends Triton's interpreter where it computes something else than a GPU (bfloat16), where it is slow, and where it
+looks away: a kernel that reads or writes outside its tensors is an error.
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw bits, multiplies those in `tl.dot`, and truncates where a GPU
 rounds to the nearest. It also patches `triton.language` anew for every call of a function from a kernel, milliseconds
@@ -12,6 +13,8 @@ from dataclasses import replace
 from functools import wraps
 
 import numpy as np
+import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -29,7 +32,54 @@ def float32_values(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+# The memory of the current launch's tensors: first address, and the one after the last.
+allowed: list[tuple[int, int]] = []
+
+
+def memory_of(argument: object) -> list[tuple[int, int]]:
+    if isinstance(argument, tuple):
+        return [memory for element in argument for memory in memory_of(element)]
+    if not isinstance(argument, torch.Tensor):
+        return []
+    storage = argument.untyped_storage()
+    return [(storage.data_ptr(), storage.data_ptr() + storage.nbytes())]
+
+
+def check_inside(pointers, mask, size: int) -> None:
+    """All elements of one access, of `size` bytes each, lie in one tensor."""
+    addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+    if addresses.size:
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        if not any(first <= low and high <= end for first, end in allowed):
+            raise IndexError(f"addresses {low} to {high} are in no tensor of the launch: {allowed}")
+
+
+def check_memory() -> None:
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, begin = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+
+    @wraps(begin)
+    def checked_begin(self, args, kwargs):
+        arguments = begin(self, args, kwargs)
+        allowed[:] = [memory for some in (arguments[0], arguments[1].values()) for a in some for memory in memory_of(a)]
+        return arguments
+
+    @wraps(load)
+    def checked_load(self, pointers, mask, *rest):
+        check_inside(pointers, mask, max(8, pointers.get_element_ty().primitive_bitwidth) // 8)
+        return load(self, pointers, mask, *rest)
+
+    @wraps(store)
+    def checked_store(self, pointers, value, mask, *rest):
+        check_inside(pointers, mask, value.data.itemsize)
+        return store(self, pointers, value, mask, *rest)
+
+    executor._init_args_hst = checked_begin
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+
+
 def mend() -> None:
+    check_memory()
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
     original = interpreter.InterpretedFunction.__call__
@@ -72,3 +122,9 @@ def mend() -> None:
     conv2d_relu.FLOAT = replace(conv2d_relu.HALF, terms=128)
     builder.cast_impl, builder.create_dot = mended_cast, mended_dot
     interpreter.InterpretedFunction.__call__ = call
+
+
+@triton.jit
+def copy_kernel(from_ptr, to_ptr, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(to_ptr + at, tl.load(from_ptr + at), mask=at < count)

@@ -268,6 +268,18 @@ def test_every_kernel_compiles_for_sizes_and_arguments_of_one(tmp_path: Path) ->
     assert compiled == sorted(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
+@interpreted
+def test_the_interpreter_refuses_accesses_outside_of_tensors() -> None:
+    from interpreter import copy_kernel
+
+    few, many = torch.arange(5.0), torch.zeros(8)
+    copy_kernel[(1,)](many, few, 5, BLOCK=8)
+    assert few.eq(0).all()
+    for source, target, count in ((few, many, 5), (many, few, 8)):  # a read too far, a write too far
+        with pytest.raises(Exception, match="are in no tensor of the launch"):
+            copy_kernel[(1,)](source, target, count, BLOCK=8)
+
+
 class TestChoice:
     def test_on_the_cpu_without_the_interpreter(self, tmp_path: Path) -> None:
         code = """
