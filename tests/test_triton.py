@@ -280,6 +280,16 @@ def test_the_interpreter_refuses_accesses_outside_of_tensors() -> None:
             copy_kernel[(1,)](source, target, count, BLOCK=8)
 
 
+def test_what_32_bits_cannot_count_is_refused() -> None:
+    from alexnet_kernels.triton._common import check_size, in_own_format
+
+    for shape in ((2**20, 1, 64, 64), (1, 2**20, 64, 64)):
+        with pytest.raises(ValueError, match=r"take fewer than 2147418112 pixels, not tensors of shape \["):
+            check_size(torch.empty(shape, device="meta"))
+    with pytest.raises(ValueError, match=r"images of fewer than 2\^31 elements"):
+        in_own_format(torch.empty(1, 2**20, 64, 64, device="meta"))
+
+
 class TestChoice:
     def test_on_the_cpu_without_the_interpreter(self, tmp_path: Path) -> None:
         code = """

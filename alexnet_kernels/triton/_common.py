@@ -51,6 +51,18 @@ def contiguous_as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
+# A tile past the last pixel still has to fit 32 bits.
+LARGEST = 2**31 - 2**16
+
+
+def check_size(*images: Tensor) -> None:
+    """Programs that take the batch as rows of pixels count those, and an image's elements, in 32 bits."""
+    for tensor in images:
+        n, c, h, w = tensor.shape
+        if n * h * w >= LARGEST or c * h * w >= LARGEST:
+            raise ValueError(f"Triton kernels take fewer than {LARGEST} pixels, not tensors of shape {[n, c, h, w]}")
+
+
 def in_own_format(tensor: Tensor) -> tuple[Tensor, torch.memory_format]:
     """The tensor in the memory format that results take, and that format."""
     if tensor.dim() == 4 and tensor.shape[1] * tensor.shape[2] * tensor.shape[3] >= 2**31:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alexnet_kernels.ops import _common as contract
 from alexnet_kernels.triton._channels import is_channels_last
-from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
+from alexnet_kernels.triton._common import check_size, contiguous_as, in_own_format, triton_op, wrap_triton
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,7 @@ class _Matrix:
     """The images as a matrix of pixels by channels: how it lies in memory, and its tiles."""
 
     def __init__(self, x: Tensor, memory_format: torch.memory_format) -> None:
+        check_size(x)
         n, c, h, w = x.shape
         channels_last = is_channels_last(memory_format)
         self.launch = PIXELS_BY_CHANNELS if channels_last else PIXELS_OF_CHANNELS

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alexnet_kernels.ops import _common as contract
 from alexnet_kernels.triton._channels import Launch
-from alexnet_kernels.triton._common import contiguous_as, in_own_format, layout_of, triton_op, wrap_triton
+from alexnet_kernels.triton._common import check_size, contiguous_as, in_own_format, layout_of, triton_op, wrap_triton
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def split_pixel(m, HEIGHT, WIDTH):
 
 
 @triton.jit
-def split_term(t, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+def split_term(t, CHANNELS: tl.constexpr, columns):
     """Term t of (row, column, channel), channels fastest."""
     tap = t // CHANNELS
-    row = tap // COLUMNS
-    return row, tap - row * COLUMNS, t - tap * CHANNELS
+    row = tap // columns
+    return row, tap - row * columns, t - tap * CHANNELS
 
 
 @triton.jit
@@ -199,8 +199,12 @@ def conv_backward_input_kernel(
     s0 = (phase_x + PAD_W) % STRIDE_W
     p = (y + PAD_H - r0) // STRIDE_H
     q = (x + PAD_W - s0) // STRIDE_W
-    TAPS_W: tl.constexpr = (S + STRIDE_W - 1) // STRIDE_W
-    TERMS: tl.constexpr = (R + STRIDE_H - 1) // STRIDE_H * TAPS_W * K
+    if STRIDE_H * STRIDE_W == 1:
+        taps_w: tl.constexpr = S
+        terms: tl.constexpr = R * S * K
+    else:  # r0 + i STRIDE_H < R, s0 + j STRIDE_W < S: none in some phases
+        taps_w = (S - s0 + STRIDE_W - 1) // STRIDE_W
+        terms = (R - r0 + STRIDE_H - 1) // STRIDE_H * taps_w * K
     base = image * GN + group * K * GC + p * GH + q * GW
     w_base = w_ptr + group * (K * R * S * C)
     n = column * (BLOCK_N + EXTRA) + tl.arange(0, BLOCK_N)
@@ -208,21 +212,22 @@ def conv_backward_input_kernel(
     if EXTRA > 0:
         n_extra = n_extra_of(column, BLOCK_N, EXTRA)
         extra = tl.zeros([BLOCK_M, EXTRA], tl.float32)
-    for start in range(0, TERMS, BLOCK_T):
+    for start in range(0, terms, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        down, right, k = split_term(t, K, TAPS_W)
-        r = r0 + down * STRIDE_H
-        s = s0 + right * STRIDE_W
-        t_mask = (t < TERMS) & (r < R) & (s < S)
+        t_mask = t < terms
         if K % BLOCK_T == 0:  # one tap
-            down0, right0, _ = split_term(start, K, TAPS_W)
-            inside = (m_mask & (p >= down0) & (p - down0 < OH) & (q >= right0) & (q - right0 < OW))[:, None]
-            inside = inside & t_mask[None, :]
+            down, right, k0 = split_term(start, K, taps_w)
+            k = k0 + tl.arange(0, BLOCK_T)
+            inside = (m_mask & (p >= down) & (p - down < OH) & (q >= right) & (q - right < OW))[:, None]
+            at = base[:, None] + (k * GC - down * GH - right * GW)[None, :]
         else:
+            down, right, k = split_term(t, K, taps_w)
             row = p[:, None] - down[None, :]
             col = q[:, None] - right[None, :]
             inside = m_mask[:, None] & t_mask[None, :] & (row >= 0) & (row < OH) & (col >= 0) & (col < OW)
-        at = base[:, None] + (k * GC - down * GH - right * GW)[None, :]
+            at = base[:, None] + (k * GC - down * GH - right * GW)[None, :]
+        r = r0 + down * STRIDE_H
+        s = s0 + right * STRIDE_W
         a = tl.load(g_ptr + at, mask=inside, other=0)
         if RELU:
             a = tl.where(tl.load(out_ptr + at, mask=inside, other=0).to(tl.float32) <= 0, 0.0, a.to(tl.float32))
@@ -329,30 +334,48 @@ def conv_add_splits_kernel(
     tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), mask=at < count)
 
 
-# A program: BLOCK elements of the depth side [N, B B C, DH, DW], channels last; channel (i B + j) C + c of block (u, v)
-# is pixel (u B + i - PAD_H, v B + j - PAD_W) of the space side [N, C, H, W], by strides. TO_DEPTH reads that, and 0
-# outside; otherwise it is written.
 @triton.jit
-def space_depth_kernel(
-    space_ptr, depth_ptr, count, H, W, DH, DW, SN, SC, SH, SW,
-    C: tl.constexpr, B: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, TO_DEPTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+def image_part(tiles, BLOCK: tl.constexpr):
+    """The program's image, and its elements' places in it: 32 bits divide several times as fast as 64."""
+    program = tl.program_id(0)
+    image = program // tiles
+    return image.to(tl.int64), (program - image * tiles) * BLOCK + tl.arange(0, BLOCK)
+
+
+# Space [N, C, H, W], by strides; depth [N, B B C, DH, DW], channels last: channel (i B + j) C + c of block (u, v) is
+# pixel (u B + i - PAD_H, v B + j - PAD_W), or 0 where the image has no such pixel.
+# A program: BLOCK elements of one image's blocks.
+@triton.jit
+def space_to_depth_kernel(
+    space_ptr, depth_ptr, tiles, H, W, DH, DW, SN, SC, SH, SW,
+    C: tl.constexpr, B: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+    image, at = image_part(tiles, BLOCK)
+    size = DH * DW * (B * B * C)
     block = at // (B * B * C)
-    i, j, c = split_term((at - block * (B * B * C)).to(tl.int32), C, B)
-    image, u, v = split_pixel(block, DH, DW)
+    i, j, c = split_term(at - block * (B * B * C), C, B)
+    u = block // DW
     y = u * B + i - PAD_H
-    x = v * B + j - PAD_W
-    inside = mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    place = space_ptr + image * SN + c * SC + y * SH + x * SW
-    if TO_DEPTH:
-        value = tl.load(place, mask=inside, other=0).to(tl.float32)
-        tl.store(depth_ptr + at, value.to(depth_ptr.dtype.element_ty), mask=mask)
-    else:
-        value = tl.load(depth_ptr + at, mask=inside, other=0).to(tl.float32)
-        tl.store(place, value.to(space_ptr.dtype.element_ty), mask=inside)
+    x = (block - u * DW) * B + j - PAD_W
+    inside = (at < size) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    value = tl.load(space_ptr + image * SN + (c * SC + y * SH + x * SW), mask=inside, other=0).to(tl.float32)
+    tl.store(depth_ptr + image * size + at, value.to(depth_ptr.dtype.element_ty), mask=at < size)
+
+
+# The reverse; pixels that no block holds are 0. A program: BLOCK elements of one image, channels last.
+@triton.jit
+def depth_to_space_kernel(
+    depth_ptr, space_ptr, tiles, H, W, DH, DW,
+    C: tl.constexpr, B: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image, at = image_part(tiles, BLOCK)
+    y, x, c = split_term(at, C, W)
+    u = (y + PAD_H) // B
+    v = (x + PAD_W) // B
+    place = (u * DW + v) * (B * B * C) + ((y + PAD_H - u * B) * B + (x + PAD_W - v * B)) * C + c
+    inside = (at < H * W * C) & (u < DH) & (v < DW)
+    value = tl.load(depth_ptr + image * (DH * DW * (B * B * C)) + place, mask=inside, other=0).to(tl.float32)
+    tl.store(space_ptr + image * (H * W * C) + at, value.to(space_ptr.dtype.element_ty), mask=at < H * W * C)
 
 
 def _geometry(weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int) -> dict:
@@ -393,6 +416,7 @@ def conv2d_relu(
     y = contiguous_as(contract.empty_like(x, [x.shape[0], w.shape[0], out_height, out_width]), memory_format)
     if y.numel() == 0:
         return y
+    check_size(x, y)
     tile, geometry = tile_of(x), _geometry(w, stride, padding, groups)
     blocks = columns_of(geometry["K"], tile.columns)
     column_tiles = triton.cdiv(geometry["K"], blocks["BLOCK_N"] + blocks["EXTRA"])
@@ -423,6 +447,7 @@ def conv2d_relu_backward_input(
     w = contiguous_as(weight, torch.channels_last)
     g = contiguous_as(grad, memory_format)
     out = g if output is None else contiguous_as(output, memory_format)
+    check_size(g, dx)
     tile, geometry = tile_of(g), _geometry(w, stride, padding, groups)
     blocks = columns_of(geometry["C"], tile.columns)
     column_tiles = triton.cdiv(geometry["C"], blocks["BLOCK_N"] + blocks["EXTRA"])
@@ -453,6 +478,7 @@ def conv2d_relu_backward_weight(
     x, memory_format = in_own_format(input)
     g = contiguous_as(grad, memory_format)
     out = g if output is None else contiguous_as(output, memory_format)
+    check_size(x, g)
     tile, geometry = tile_of(g, HALF_WEIGHT), _geometry(weight, stride, padding, groups)
     blocks = columns_of(geometry["K"], tile.columns)
     column_tiles = triton.cdiv(geometry["K"], blocks["BLOCK_N"] + blocks["EXTRA"])
@@ -482,23 +508,23 @@ def conv2d_relu_backward_weight(
     return dw, db
 
 
-def _rearrange(space: Tensor, depth: Tensor, block: int, padding: Sequence[int], to_depth: bool) -> None:
-    if depth.numel() == 0 or space.numel() == 0:
-        return
-    wrap_triton(space_depth_kernel)[(triton.cdiv(depth.numel(), ELEMENTS.block),)](
-        space, depth, depth.numel(), *space.shape[2:], *depth.shape[2:], *layout_of(space),
-        C=space.shape[1], B=block, PAD_H=padding[0], PAD_W=padding[1], TO_DEPTH=to_depth,
-        BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
-    )  # fmt: skip
-
-
 @triton_op
 def space_to_depth(
     input: Tensor, block: int, padding: Sequence[int], size: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    shape = [input.shape[0], block * block * input.shape[1], *size]
-    depth = torch.empty(shape, dtype=dtype, device=input.device, memory_format=torch.channels_last)
-    _rearrange(input, depth, block, padding, True)
+    space, _ = in_own_format(input)
+    n, channels = space.shape[:2]
+    shape = [n, block * block * channels, *size]
+    depth = torch.empty(shape, dtype=dtype, device=space.device, memory_format=torch.channels_last)
+    if depth.numel() == 0:
+        return depth
+    check_size(depth)
+    tiles = triton.cdiv(shape[1] * shape[2] * shape[3], ELEMENTS.block)
+    wrap_triton(space_to_depth_kernel)[(n * tiles,)](
+        space, depth, tiles, *space.shape[2:], *size, *layout_of(space),
+        C=channels, B=block, PAD_H=padding[0], PAD_W=padding[1],
+        BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+    )  # fmt: skip
     return depth
 
 
@@ -506,8 +532,17 @@ def space_to_depth(
 def depth_to_space(
     input: Tensor, block: int, padding: Sequence[int], size: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    shape = [input.shape[0], input.shape[1] // (block * block), *size]
-    # Pixels that no block holds keep 0.
-    space = torch.zeros(shape, dtype=dtype, device=input.device).contiguous(memory_format=torch.channels_last)
-    _rearrange(space, contiguous_as(input, torch.channels_last), block, padding, False)
+    depth = contiguous_as(input, torch.channels_last)
+    n, channels = depth.shape[0], depth.shape[1] // (block * block)
+    shape = [n, channels, *size]
+    space = torch.empty(shape, dtype=dtype, device=depth.device, memory_format=torch.channels_last)
+    if space.numel() == 0:
+        return space
+    check_size(depth, space)
+    tiles = triton.cdiv(channels * size[0] * size[1], ELEMENTS.block)
+    wrap_triton(depth_to_space_kernel)[(n * tiles,)](
+        depth, space, tiles, *size, *depth.shape[2:],
+        C=channels, B=block, PAD_H=padding[0], PAD_W=padding[1],
+        BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+    )  # fmt: skip
     return space
