@@ -140,8 +140,9 @@ def write_ninja(build: Path, output: Path) -> None:
         toolkit = toolkit_root(nvcc)
         archs = gencode(os.environ.get("ALEXNET_KERNELS_ARCHS", "8.0;9.0;10.0+PTX"))
         lines += [f"nvcc = {nvcc}", "rule nvcc", "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out"]
-        lines += ["  depfile = $out.d", "  deps = gcc"]
+        lines += ["  depfile = $out.d", "  deps = gcc", "  description = compiling $out"]
         host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+        host += ["-Xfatbin=-compress-all"]
         for source in cuda_sources:
             compile_("nvcc", source, f"{source.stem}.cu.o", [*common, *host, *archs])
         lib = next(p for p in (toolkit / "lib64", toolkit / "lib", toolkit / "targets/x86_64-linux/lib") if p.exists())

@@ -12,6 +12,8 @@ import torch
 PATH = Path(__file__).with_name("_C.so")
 NAMESPACE = "alexnet_kernels"
 TRITON_NAMESPACE = "alexnet_kernels_triton"
+# The namespace of each backend's operators.
+NAMESPACES = {"cpu": NAMESPACE, "cuda": NAMESPACE, "triton": TRITON_NAMESPACE}
 OPS = (
     "conv2d_relu",
     "max_pool2d",

@@ -3,7 +3,7 @@
     "auto"    the package's kernel for the tensors' device where there is one, else "triton" for the ops
               of `AUTO_TRITON`, else "native"
     "cpu"     the C++ kernels for the CPU
-    "cuda"    the CUDA C++ kernels
+    "cuda"    the CUDA C++ kernels, float32, bfloat16 and float16
     "triton"  the Triton kernels, float32, bfloat16 and float16, on a GPU (or, with TRITON_INTERPRET=1 in the
               environment before the package is imported, slowly on the CPU)
     "native"  PyTorch's own operators (oneDNN, cuDNN)
@@ -66,26 +66,27 @@ def use_backend(name: str) -> Iterator[None]:
 
 def unavailable(op: str, backend: str) -> str | None:
     """Why the op has no such backend here; None if it has."""
-    if backend in ("auto", "native"):
-        return None
-    if backend == "triton":
-        if _not_installed() is None and not (
-            _library.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()
-        ):
-            return f"it needs a GPU ({INTERPRETER})"
-        return _not_installed()
-    if not _library.LOADED:
-        return str(_library.REASON)
-    if (op, backend.upper()) not in _library.KERNELS:
-        return "the native library holds no CUDA kernels" if backend == "cuda" else "there is no such kernel"
+    if reason := _missing(op, backend):
+        return reason
+    devices = DEVICES.get(backend, ())
+    if backend == "triton" and "cpu" not in devices and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return f"it needs a GPU ({INTERPRETER})"
+    if backend == "cuda" and "cpu" not in devices and not torch.cuda.is_available():
+        return "it needs a CUDA device"
     return None
 
 
-def _not_installed() -> str | None:
-    """Why Triton's kernels can't be had at all."""
+def _missing(op: str, backend: str) -> str | None:
+    """Why the installation has no such kernels, whatever the device."""
+    if backend in ("auto", "native"):
+        return None
     if not _library.LOADED:
         return str(_library.REASON)
-    return None if _library.TRITON_INSTALLED else "triton is not installed"
+    if backend == "triton":
+        return None if _library.TRITON_INSTALLED else "triton is not installed"
+    if (op, backend.upper()) not in _library.KERNELS:
+        return "the native library holds no CUDA kernels" if backend == "cuda" else "there is no such kernel"
+    return None
 
 
 INTERPRETER = "TRITON_INTERPRET=1 in the environment runs its kernels on the CPU, slowly"
@@ -98,30 +99,29 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
         return "native"
     device = tensor.device.type
     if name == "auto":
-        if (op, device.upper()) in _library.KERNELS:
+        if (op, device.upper()) in _library.KERNELS and not (device == "cuda" and tensor.dtype == torch.float64):
             return device
-        name = "triton" if op in AUTO_TRITON and _triton_takes(tensor) else "native"
-    elif reason := _not_installed() if name == "triton" else unavailable(op, name):
+        name = "triton" if op in AUTO_TRITON and _triton_takes(op, tensor) else "native"
+    elif reason := _missing(op, name):
         raise RuntimeError(f"{op}: backend {name!r} is not available: {reason}")
-    elif name != device and name in ("cpu", "cuda"):
-        raise ValueError(f"{op}: backend {name!r} needs tensors on {name}, but the input is on {tensor.device}")
-    elif name == "triton" and tensor.dtype == torch.float64:
-        raise TypeError(f"{op}: backend 'triton' takes float32, bfloat16 and float16, not {tensor.dtype}")
-    elif name == "triton" and device not in GPUS and not (_library.INTERPRETED and device == "cpu"):
-        raise ValueError(
-            f"{op}: backend 'triton' needs tensors on a GPU, but the input is on {tensor.device} ({INTERPRETER})"
-        )
+    elif device not in DEVICES[name]:
+        where, hint = ("a GPU", f" ({INTERPRETER})") if name == "triton" else (name, "")
+        raise ValueError(f"{op}: backend {name!r} needs tensors on {where}, but the input is on {tensor.device}{hint}")
+    elif name != "cpu" and tensor.dtype == torch.float64:
+        raise TypeError(f"{op}: backend {name!r} takes float32, bfloat16 and float16, not {tensor.dtype}")
     if name == "triton":
         _load_triton()
     return name
 
 
 GPUS = ("cuda", "xpu")
+# The devices whose tensors a backend takes.
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": (*GPUS, "cpu") if _library.INTERPRETED else GPUS}
 
 
-def _triton_takes(tensor: Tensor) -> bool:
+def _triton_takes(op: str, tensor: Tensor) -> bool:
     return (
-        _not_installed() is None
+        _missing(op, "triton") is None
         and tensor.device.type in GPUS
         and tensor.dtype != torch.float64
         and not _library.INTERPRETED

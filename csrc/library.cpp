@@ -46,7 +46,14 @@ Isa current_isa() {
 
 }  // namespace alexnet_kernels
 
-STABLE_TORCH_LIBRARY(alexnet_kernels, m) {
+// The emulation of the CUDA kernels, for tests, has the same operators in a namespace of its own.
+#ifndef ALEXNET_NAMESPACE
+#define ALEXNET_NAMESPACE alexnet_kernels
+#endif
+#define ALEXNET_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define ALEXNET_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
+ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
   m.def("isa() -> str");
 
   m.def(
@@ -103,6 +110,6 @@ STABLE_TORCH_LIBRARY(alexnet_kernels, m) {
       "Tensor? scale, ScalarType dtype, bool channels_last) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CompositeExplicitAutograd, m) {
+ALEXNET_LIBRARY_IMPL(ALEXNET_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&alexnet_kernels::isa));
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,11 @@ if not torch.cuda.is_available():
 
 from alexnet_kernels import _library, backends
 
+try:
+    import emulation  # of CUDA, where there is a compiler and pybind11
+except ImportError:
+    emulation = None
+
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -21,6 +27,8 @@ if _library.INTERPRETED and _library.TRITON_INSTALLED:
 
     interpreter.mend()
     BACKENDS["cpu"].insert(1, "triton")
+if emulation is not None and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")):
+    BACKENDS["cpu"].insert(1, "cuda")  # emulated
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,11 +59,12 @@ def needs_float64(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def impossible(item: pytest.Item) -> bool:
-        """In float64, which the Triton kernels don't take; by several threads, which the interpreter doesn't have."""
+        """In float64, which GPU kernels don't take; by several threads, which Triton's interpreter doesn't have."""
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("backend") != "triton":
+        if params.get("backend") not in ("cuda", "triton"):
             return False
-        return needs_float64(item) or (params["device"] == "cpu" and "threads" in item.fixturenames)
+        interpreted = params["backend"] == "triton" and params["device"] == "cpu"
+        return needs_float64(item) or (interpreted and "threads" in item.fixturenames)
 
     deselected = [item for item in items if impossible(item)]
     if deselected:
@@ -65,6 +74,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def emulated_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Backend "cuda" on the CPU is the emulation, which the first test of it builds."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("backend") == "cuda" and params.get("device") == "cpu":
+        with emulation.emulated():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

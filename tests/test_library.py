@@ -107,11 +107,30 @@ class TestBackends:
             alexnet_kernels.set_backend("fast")
 
     @pytest.mark.parametrize("name", ["cuda", "triton"])
-    def test_backend_that_is_not_there(self, name: str) -> None:
-        if backends.unavailable("max_pool2d", name) is None:
-            pytest.skip(f"{name} is available")
+    def test_backend_that_is_not_there(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_library, "KERNELS", frozenset())
+        monkeypatch.setattr(_library, "TRITON_INSTALLED", False)
         with pytest.raises(RuntimeError, match=f"max_pool2d: backend '{name}' is not available: "):
             ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend=name)
+
+    def test_cuda_needs_a_device(self, tmp_path: Path) -> None:
+        code = """
+import torch
+from alexnet_kernels import _library, backends, ops
+_library.KERNELS |= {("max_pool2d", "CUDA")}
+print(backends.unavailable("max_pool2d", "cuda"))
+try:
+    ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend="cuda")
+except ValueError as error:
+    print(error)
+"""
+        reason, refusal = run(code, tmp_path).splitlines()
+        assert reason == ("None" if torch.cuda.is_available() else "it needs a CUDA device")
+        assert refusal == "max_pool2d: backend 'cuda' needs tensors on cuda, but the input is on cpu"
+
+    @pytest.mark.skipif(("max_pool2d", "CUDA") not in _library.KERNELS, reason="built without CUDA")
+    def test_every_op_has_cuda_kernels(self) -> None:
+        assert {op for op, key in _library.KERNELS if key == "CUDA"} == set(ops.__all__)
 
     def test_report(self) -> None:
         rows = {row["op"]: row["backends"] for row in backends.report()}

@@ -92,7 +92,7 @@ def empty_like(tensor: Tensor, shape: Sequence[Any] | None = None, dtype: torch.
 
 def kernels(backend: str) -> Any:
     """The operators of a backend that `select` chose: those of the native library, or the Triton ones."""
-    return torch.ops.alexnet_kernels_triton if backend == "triton" else torch.ops.alexnet_kernels
+    return getattr(torch.ops, _library.NAMESPACES[backend])
 
 
 class Contract(NamedTuple):

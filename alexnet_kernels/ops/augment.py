@@ -1,7 +1,7 @@
 """Crop, mirror, colour shift, mean subtraction, scaling, cast and layout of a batch of images in one pass.
 
-See: schema in csrc/library.cpp, csrc/cpu/augment.cpp, alexnet_kernels/triton/augment.py, reference.augment,
-tests/ops/test_augment.py.
+See: schema in csrc/library.cpp, csrc/cpu/augment.cpp, csrc/cuda/augment.cu, alexnet_kernels/triton/augment.py,
+reference.augment, tests/ops/test_augment.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Batch normalisation and ReLU in one pass.
 
-See: schema in csrc/library.cpp, csrc/cpu/batch_norm_relu.cpp, alexnet_kernels/triton/batch_norm_relu.py,
-reference.batch_norm_relu, tests/ops/test_batch_norm_relu.py.
+See: schema in csrc/library.cpp, csrc/cpu/batch_norm_relu.cpp, csrc/cuda/batch_norm_relu.cu,
+alexnet_kernels/triton/batch_norm_relu.py, reference.batch_norm_relu, tests/ops/test_batch_norm_relu.py.
 Autocast: the input's dtype is kept; statistics and parameters are float32 (float64 for float64).
 """
 

@@ -1,7 +1,7 @@
 """Convolution, bias and ReLU.
 
-See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, alexnet_kernels/triton/conv2d_relu.py,
-reference.conv2d_relu, tests/ops/test_conv2d_relu.py.
+See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu.cu,
+alexnet_kernels/triton/conv2d_relu.py, reference.conv2d_relu, tests/ops/test_conv2d_relu.py.
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's conv2d.
 """
 
@@ -86,7 +86,7 @@ def _gains_by_space_to_depth(
     matrix units want runs of 16 channels or more, in any dtype, and the input's gradient with stride 1.
     """
     return (
-        (backend == "triton" or (backend == "cpu" and dtype == torch.bfloat16))
+        (backend in ("cuda", "triton") or (backend == "cpu" and dtype == torch.bfloat16))
         and groups == 1
         and stride[0] == stride[1] > 1
         and stride[0] < min(weight.shape[2:])

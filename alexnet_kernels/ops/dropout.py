@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of a seed and each element's place.
 
-See: schema in csrc/library.cpp, csrc/cpu/dropout.cpp, alexnet_kernels/triton/dropout.py, reference.dropout,
-tests/ops/test_dropout.py.
+See: schema in csrc/library.cpp, csrc/cpu/dropout.cpp, csrc/cuda/dropout.cu, alexnet_kernels/triton/dropout.py,
+reference.dropout, tests/ops/test_dropout.py.
 Autocast: the input's dtype is kept.
 """
 

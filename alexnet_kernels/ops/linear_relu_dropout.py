@@ -1,7 +1,7 @@
 """A fully-connected layer with its ReLU and dropout: the library's GEMM and one pass over its output.
 
-See: schema in csrc/library.cpp, csrc/cpu/linear_relu_dropout.cpp, alexnet_kernels/triton/linear_relu_dropout.py,
-reference.linear_relu_dropout, tests/ops/test_linear_relu_dropout.py.
+See: schema in csrc/library.cpp, csrc/cpu/linear_relu_dropout.cpp, csrc/cuda/linear_relu_dropout.cu,
+alexnet_kernels/triton/linear_relu_dropout.py, reference.linear_relu_dropout, tests/ops/test_linear_relu_dropout.py.
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's linear.
 """
 

@@ -1,7 +1,7 @@
 """Local response normalisation across channels.
 
-See: schema in csrc/library.cpp, csrc/cpu/local_response_norm.cpp, alexnet_kernels/triton/local_response_norm.py,
-reference.local_response_norm, tests/ops/test_local_response_norm.py.
+See: schema in csrc/library.cpp, csrc/cpu/local_response_norm.cpp, csrc/cuda/local_response_norm.cu,
+alexnet_kernels/triton/local_response_norm.py, reference.local_response_norm, tests/ops/test_local_response_norm.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 

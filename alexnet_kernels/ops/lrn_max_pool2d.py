@@ -1,7 +1,7 @@
 """Local response normalisation and the max-pooling after it, fused; optionally with the ReLU before them.
 
-See: schema in csrc/library.cpp, csrc/cpu/lrn_max_pool2d.cpp, alexnet_kernels/triton/lrn_max_pool2d.py,
-reference.lrn_max_pool2d, tests/ops/test_lrn_max_pool2d.py.
+See: schema in csrc/library.cpp, csrc/cpu/lrn_max_pool2d.cpp, csrc/cuda/lrn_max_pool2d.cu,
+alexnet_kernels/triton/lrn_max_pool2d.py, reference.lrn_max_pool2d, tests/ops/test_lrn_max_pool2d.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 

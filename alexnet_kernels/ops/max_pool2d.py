@@ -1,7 +1,7 @@
 """Overlapping max-pooling with a one-byte argmax, optionally of the ReLU of its input.
 
-See: schema in csrc/library.cpp, csrc/cpu/max_pool2d.cpp, alexnet_kernels/triton/max_pool2d.py, reference.max_pool2d,
-tests/ops/test_max_pool2d.py.
+See: schema in csrc/library.cpp, csrc/cpu/max_pool2d.cpp, csrc/cuda/max_pool2d.cu,
+alexnet_kernels/triton/max_pool2d.py, reference.max_pool2d, tests/ops/test_max_pool2d.py.
 Autocast: the input's dtype is kept.
 """
 

@@ -1,7 +1,7 @@
 """One step of stochastic gradient descent with momentum over a list of tensors, in one pass.
 
-See: schema in csrc/library.cpp, csrc/cpu/sgd_step.cpp, alexnet_kernels/triton/sgd_step.py, reference.sgd_step,
-tests/ops/test_sgd_step.py; the optimizer is alexnet_kernels.optim.SGD.
+See: schema in csrc/library.cpp, csrc/cpu/sgd_step.cpp, csrc/cuda/sgd_step.cu, alexnet_kernels/triton/sgd_step.py,
+reference.sgd_step, tests/ops/test_sgd_step.py; the optimizer is alexnet_kernels.optim.SGD.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Response normalisation inside each map, the second normalisation of the network that was run in 2012.
 
-See: schema in csrc/library.cpp, csrc/cpu/within_map_response_norm.cpp,
+See: schema in csrc/library.cpp, csrc/cpu/within_map_response_norm.cpp, csrc/cuda/within_map_response_norm.cu,
 alexnet_kernels/triton/within_map_response_norm.py, reference.within_map_response_norm,
 tests/ops/test_within_map_response_norm.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).

@@ -1,5 +1,6 @@
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the generator of dropout.
-// Key: the seed's 64 bits. Counter: (index / 4, offset), 64 bits each; element `index` takes output word index % 4.
+// constexpr, so that CUDA kernels may call it. Key: the seed's 64 bits. Counter: (index / 4, offset), 64 bits each;
+// element `index` takes output word index % 4.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ struct Words4 {
   uint32_t word[4];
 };
 
-inline Words4 philox(uint64_t seed, uint64_t offset, uint64_t quad) {
+constexpr Words4 philox(uint64_t seed, uint64_t offset, uint64_t quad) {
   uint32_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32), c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < Philox::kRounds; ++round) {

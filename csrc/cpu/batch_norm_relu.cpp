@@ -308,7 +308,7 @@ void for_parts(const BatchNormArgs& a, int64_t c, const Body& body) {
   const int64_t parts = a.channels_last ? parts_of(a) : a.N;
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t count = a.channels_last ? std::min(a.part, a.N * a.pixels - p * a.part) : a.pixels;
-    body(a.partial + 2 * (p * a.C + c), double(count));
+    if (count > 0) body(a.partial + 2 * (p * a.C + c), double(count));
   }
 }
 

@@ -134,7 +134,7 @@ Tensor normalise(Kernel<WithinMapArgs> kernel, const Tensor* grad, const Tensor&
   const Tensor g = grad ? in_format(*grad, format) : x;
   Tensor out = empty(sizes_of(x), x.scalar_type(), x, format);
   WithinMapArgs args{dtype_of(x),
-                     {size, alpha / double(size * size), beta, k},
+                     {size, alpha / (double(size) * double(size)), beta, k},
                      format == MemoryFormat::ChannelsLast,
                      x.size(1),
                      x.size(2),

@@ -1,0 +1,113 @@
+// Local response normalisation across channels, forward and backward; lrn.cuh has the formula and the thread map.
+//   input, grad, output, grad_input [N, C, H, W] in one memory format; float, bfloat16 or float16; computed in float
+#include "lrn.cuh"
+
+namespace alexnet_kernels {
+namespace {
+
+// A lane: kVec channels of one pixel, of `vectors` in all; `tower`: vectors of a tower at one pixel.
+template <class T>
+__global__ void __launch_bounds__(kThreads) lrn_forward(Lrn lrn, int64_t vectors, Divisor tower, const T* x, T* y) {
+  constexpr int kVec = kVector<T>;
+  const Lane lane;
+  const int64_t at = lane.vector() * kVec;
+  float a[kVec + 2 * kReach] = {}, own[kVec] = {};
+  if (lane.exists(vectors)) load<kVec>(x + at, own);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) a[kReach + i] = own[i];
+  const int in_tower = lane.in_tower(tower);
+  exchange<kVec>(a, in_tower == 0, in_tower == tower.value() - 1);
+  float s[kVec];
+  bases<kVec>(lrn, a, s);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) own[i] *= fast_powers(s[i]).minus_beta;
+  if (lane.stores(vectors)) store<kVec>(y + at, own);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    lrn_backward_fast(Lrn lrn, int64_t vectors, Divisor tower, const T* g, const T* x, T* dx) {
+  constexpr int kVec = kVector<T>;
+  const Lane lane;
+  const int64_t at = lane.vector() * kVec;
+  float a[kVec + 2 * kReach] = {}, own[kVec] = {}, grad[kVec] = {};
+  if (lane.exists(vectors)) {
+    load<kVec>(x + at, own);
+    load<kVec>(g + at, grad);
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) a[kReach + i] = own[i];
+  const int in_tower = lane.in_tower(tower);
+  const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
+  exchange<kVec>(a, first, last);
+  lrn_backward<kVec>(lrn, a, grad, first, last, own);
+  if (lane.stores(vectors)) store<kVec>(dx + at, own);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) lrn_forward_any(Images images, Lrn lrn, const T* x, T* y) {
+  const int64_t first = int64_t(blockIdx.x) * kThreads, i = first + threadIdx.x;
+  if (i >= images.vectors()) return;
+  const Place at = images.locate(first, threadIdx.x);
+  const float s = base_at<false>(lrn, x + i, at.c, images.channels_last ? 1 : images.pixels.value());
+  y[i] = T(float(x[i]) * powers(s, lrn.beta).minus_beta);
+}
+
+Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k, int64_t groups) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format);
+  Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);
+  if (x.numel() == 0) return output;
+  const OnDevice device(x);
+  const Lrn lrn(size, alpha, beta, k, groups, x.size(1));
+  for_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    const int vector = vector_of<T>(format, lrn.group.value(), data<T>(x));
+    if (lrn.fast && vector > 1) {
+      const int64_t vectors = x.numel() / vector;
+      device.launch(lrn_forward<T>, blocks_of_lanes(vectors), kThreads, lrn, vectors,
+                    Divisor(lrn.group.value() / vector), data<T>(x), mutable_data<T>(output));
+    } else {
+      const Images images(sizes_of(x), format, 1);
+      device.launch(lrn_forward_any<T>, divide_up(x.numel(), kThreads), kThreads, images, lrn, data<T>(x),
+                    mutable_data<T>(output));
+    }
+  });
+  return output;
+}
+
+Tensor local_response_norm_backward(const Tensor& grad, const Tensor& input, int64_t size, double alpha, double beta,
+                                    double k, int64_t groups) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format), g = in_format(grad, format);
+  Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
+  if (x.numel() == 0) return grad_input;
+  const OnDevice device(x);
+  const Lrn lrn(size, alpha, beta, k, groups, x.size(1));
+  for_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    const int vector = vector_of<T>(format, lrn.group.value(), data<T>(x), data<T>(g));
+    if (lrn.fast && vector > 1) {
+      const int64_t vectors = x.numel() / vector;
+      device.launch(lrn_backward_fast<T>, blocks_of_lanes(vectors), kThreads, lrn, vectors,
+                    Divisor(lrn.group.value() / vector), data<T>(g), data<T>(x), mutable_data<T>(grad_input));
+    } else {
+      const Images images(sizes_of(x), format, 1);
+      const int64_t blocks = divide_up(x.numel(), kThreads);
+      Tensor s = empty(sizes_of(x), ScalarType::Float, x, format);
+      device.launch(lrn_bases<false, T>, blocks, kThreads, images, lrn, data<T>(x), mutable_data<float>(s));
+      device.launch(lrn_backward_any<false, T, T>, blocks, kThreads, images, lrn, data<T>(g), data<T>(x),
+                    data<float>(s), mutable_data<T>(grad_input));
+    }
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+ALEXNET_CUDA_OPERATORS(m) {
+  m.impl("local_response_norm", TORCH_BOX(&local_response_norm));
+  m.impl("local_response_norm_backward", TORCH_BOX(&local_response_norm_backward));
+}
+
+}  // namespace alexnet_kernels

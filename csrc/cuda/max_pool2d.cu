@@ -1,0 +1,112 @@
+// Max-pooling, forward and backward; optionally with the ReLU before it.
+//   input, grad_input [N, C, H, W]; output, grad [N, C, OH, OW]; argmax, the winner's place i * kernel_w + j in its
+//   window, uint8 [N, C, OH, OW]; all in one memory format; float, bfloat16 or float16
+// A thread holds a vector of channels of one pixel: of the output forward, of the input in backward, where it gathers
+// the windows over the pixel. Ties go to the first place in row-major order; NaN wins, the last one over the others.
+#include "pool.cuh"
+
+namespace alexnet_kernels {
+namespace {
+
+// kThree: 3 x 3 windows.
+template <class T, int kVec, bool kThree>
+__global__ void __launch_bounds__(kThreads)
+    pool_forward(Images in, Images out, PoolShape pool, bool with_relu, const T* x, T* y, uint8_t* argmax) {
+  const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
+  if (vector >= out.vectors()) return;
+  const Place at = out.locate(first, threadIdx.x);
+  const int top = at.y * pool.stride_h - pool.pad_h, left = at.x * pool.stride_w - pool.pad_w;
+  const int kernel_h = kThree ? 3 : pool.kernel_h, kernel_w = kThree ? 3 : pool.kernel_w;
+  Best<kVec> best;
+  const int64_t corner = in.offset(at.n, at.c, top, left);
+  const int64_t row = in.offset(0, 0, 1, 0), step = in.offset(0, 0, 0, 1);
+#pragma unroll
+  for (int i = 0; i < kernel_h; ++i) {
+    if (unsigned(top + i) >= unsigned(in.H)) continue;
+    if constexpr (kThree) {
+      // The loads of a row are under way together.
+      float value[3][kVec] = {};
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        if (unsigned(left + j) < unsigned(in.W)) load<kVec>(x + corner + i * row + j * step, value[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        if (unsigned(left + j) < unsigned(in.W)) best.offer(value[j], i * 3 + j);
+      }
+    } else {
+      for (int j = 0; j < kernel_w; ++j) {
+        if (unsigned(left + j) >= unsigned(in.W)) continue;
+        float value[kVec];
+        load<kVec>(x + corner + i * row + j * step, value);
+        best.offer(value, i * kernel_w + j);
+      }
+    }
+  }
+  if (with_relu) best.relu();
+  store<kVec>(y + vector * kVec, best.value);
+  store_bytes<kVec>(argmax + vector * kVec, best.place);
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads)
+    pool_backward(Images in, Images out, PoolShape pool, const T* grad, const T* y, const uint8_t* argmax, T* dx) {
+  const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
+  if (vector >= in.vectors()) return;
+  float sum[kVec];
+  gather<kVec>(in.locate(first, threadIdx.x), out, pool, grad, y, argmax, sum);
+  store<kVec>(dx + vector * kVec, sum);
+}
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding,
+                                      bool ceil_mode, bool relu) {
+  const MemoryFormat format = memory_format_of(input);
+  const Tensor x = in_format(input, format);
+  const IntList size = pooled_sizes(sizes_of(x), kernel, stride, padding, ceil_mode);
+  Tensor output = empty(size, x.scalar_type(), x, format), argmax = empty(size, ScalarType::Byte, x, format);
+  if (output.numel() == 0) return {output, argmax};
+  const OnDevice device(x);
+  const PoolShape pool(kernel, stride, padding);
+  for_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    for_vector<T>(vector_of<T>(format, x.size(1), data<T>(x)), [&](auto vector) {
+      for_bool(pool.kernel_h == 3 && pool.kernel_w == 3, [&](auto three) {
+        const Images in(sizes_of(x), format, vector), out(size, format, vector);
+        device.launch(pool_forward<T, vector, three>, divide_up(out.vectors(), kThreads), kThreads, in, out, pool, relu,
+                      data<T>(x), mutable_data<T>(output), mutable_data<uint8_t>(argmax));
+      });
+    });
+  });
+  return {output, argmax};
+}
+
+Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
+                           IntList kernel, IntList stride, IntList padding, bool relu) {
+  const MemoryFormat format = memory_format_of(argmax);
+  const Tensor g = in_format(grad, format), places = in_format(argmax, format);
+  const std::optional<Tensor> y = relu ? std::optional<Tensor>(in_format(*output, format)) : std::nullopt;
+  Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
+  if (grad_input.numel() == 0) return grad_input;
+  const OnDevice device(g);
+  for_dtype(g, [&](auto t) {
+    using T = decltype(t);
+    const T* values = y ? data<T>(*y) : nullptr;
+    const int most = vector_of<T>(format, input_size[1], data<T>(g), values, data<uint8_t>(places));
+    for_vector<T>(most, [&](auto vector) {
+      const Images in(input_size, format, vector), out(sizes_of(g), format, vector);
+      device.launch(pool_backward<T, vector>, divide_up(in.vectors(), kThreads), kThreads, in, out,
+                    PoolShape(kernel, stride, padding), data<T>(g), values, data<uint8_t>(places),
+                    mutable_data<T>(grad_input));
+    });
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+ALEXNET_CUDA_OPERATORS(m) {
+  m.impl("max_pool2d", TORCH_BOX(&max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
+}
+
+}  // namespace alexnet_kernels

@@ -1,0 +1,145 @@
+// One step of stochastic gradient descent with momentum over a list of tensors, in place and in one launch for up to
+// kTensors of them.
+//   paper (Krizhevsky et al. 2012, section 5):  v <- m v - wd lr w - lr g;  w <- w + v
+//   torch (torch.optim.SGD):  g <- g + wd w;  v <- m v + (1 - dampening) g, or v <- g at the first step;
+//                             w <- w - lr (g + m v if nesterov, else v); momentum 0 leaves v alone
+//   params, grads: float, bfloat16 or float16 each; momentum in float or the param's type; masters in float. With a
+//   master, it is stepped, and the param is its rounding. Tensors of one position share strides, and are dense.
+// A thread holds kStep consecutive elements of one tensor; the blocks of a tensor follow those of the one before.
+#include "images.cuh"
+
+namespace alexnet_kernels {
+namespace {
+
+constexpr int kStep = 8;
+constexpr int kTensors = 64;  // of a launch, whose arguments fit 4 kB
+
+struct SgdTensor {
+  void *param, *momentum;
+  float* master;  // may be null
+  const void* grad;
+  int64_t count;
+  int first_block;
+  bool vectors;  // every array is aligned to 16 bytes
+};
+
+struct SgdTensors {
+  SgdTensor tensor[kTensors];
+  int count;
+};
+
+struct SgdRule {
+  float lr, momentum, weight_decay, keep, decay_lr;  // keep = 1 - dampening, decay_lr = weight_decay lr
+  bool nesterov, paper, first_step;
+};
+
+__device__ __forceinline__ void step(const SgdRule& rule, float& w, float g, float& v) {
+  if (rule.paper) {
+    v = rule.momentum * v - rule.decay_lr * w - rule.lr * g;
+    w += v;
+    return;
+  }
+  g += rule.weight_decay * w;
+  if (rule.momentum == 0.f) {
+    w -= rule.lr * g;
+  } else {
+    v = rule.first_step ? g : rule.momentum * v + rule.keep * g;
+    w -= rule.lr * (rule.nesterov ? g + rule.momentum * v : v);
+  }
+}
+
+// The elements [at, at + kCount).
+template <int kCount, class P, class G, class M>
+__device__ __forceinline__ void step_at(const SgdRule& rule, const SgdTensor& t, int64_t at) {
+  float w[kCount], g[kCount], v[kCount];
+  if (t.master != nullptr) {
+    load<kCount>(t.master + at, w);
+  } else {
+    load<kCount>(static_cast<const P*>(t.param) + at, w);
+  }
+  load<kCount>(static_cast<const G*>(t.grad) + at, g);
+  load<kCount>(static_cast<const M*>(t.momentum) + at, v);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) step(rule, w[i], g[i], v[i]);
+  store<kCount>(static_cast<M*>(t.momentum) + at, v);
+  if (t.master != nullptr) store<kCount>(t.master + at, w);
+  store<kCount>(static_cast<P*>(t.param) + at, w);
+}
+
+template <class P, class G, class M>
+__global__ void __launch_bounds__(kThreads) sgd(SgdTensors tensors, SgdRule rule) {
+  int i = 0;
+  while (i + 1 < tensors.count && tensors.tensor[i + 1].first_block <= int(blockIdx.x)) ++i;
+  const SgdTensor& t = tensors.tensor[i];
+  const int64_t at = (int64_t(int(blockIdx.x) - t.first_block) * kThreads + threadIdx.x) * kStep;
+  if (t.vectors && at + kStep <= t.count) {
+    step_at<kStep, P, G, M>(rule, t, at);
+  } else {
+    for (int64_t j = at; j < min(at + kStep, t.count); ++j) step_at<1, P, G, M>(rule, t, j);
+  }
+}
+
+// Steps the tensors of these dtypes.
+template <class P, class G, class M>
+void step_all(const OnDevice& device, const SgdRule& rule, const std::vector<SgdTensor>& all) {
+  for (size_t first = 0; first < all.size(); first += kTensors) {
+    SgdTensors tensors{};
+    int64_t blocks = 0;
+    for (size_t i = first; i < std::min(first + kTensors, all.size()); ++i) {
+      SgdTensor& t = tensors.tensor[tensors.count++];
+      t = all[i];
+      t.first_block = int(blocks);
+      blocks += divide_up(t.count, kThreads * kStep);
+      STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "sgd_step: tensors too large for one launch");
+    }
+    device.launch(sgd<P, G, M>, blocks, kThreads, tensors, rule);
+  }
+}
+
+void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
+              std::vector<Tensor> masters, double lr, double momentum, double weight_decay, double dampening,
+              bool nesterov, bool paper_rule, bool first_step) {
+  if (params.empty()) return;
+  const OnDevice device(params[0]);
+  const SgdRule rule{float(lr), float(momentum), float(weight_decay), float(1 - dampening), float(weight_decay * lr),
+                     nesterov,  paper_rule,      first_step};
+  std::vector<bool> done(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (done[i]) continue;
+    std::vector<SgdTensor> alike;
+    for (size_t j = i; j < params.size(); ++j) {
+      const bool same = params[j].scalar_type() == params[i].scalar_type() &&
+                        grads[j].scalar_type() == grads[i].scalar_type() &&
+                        momentum_buffers[j].scalar_type() == momentum_buffers[i].scalar_type();
+      if (!same || done[j]) continue;
+      done[j] = true;
+      if (params[j].numel() == 0) continue;
+      SgdTensor t{params[j].mutable_data_ptr(), momentum_buffers[j].mutable_data_ptr(),
+                  masters.empty() ? nullptr : mutable_data<float>(masters[j]), grads[j].const_data_ptr(),
+                  params[j].numel()};
+      t.vectors = aligned(static_cast<char*>(t.param), static_cast<char*>(t.momentum), t.master,
+                          static_cast<const char*>(t.grad));
+      alike.push_back(t);
+    }
+    if (alike.empty()) continue;
+    for_dtype(params[i], [&](auto p) {
+      using P = decltype(p);
+      for_dtype(grads[i], [&](auto g) {
+        using G = decltype(g);
+        for_dtype(momentum_buffers[i], [&](auto m) {
+          using M = decltype(m);
+          // The op lets no other momentum through.
+          if constexpr (std::is_same_v<M, float> || std::is_same_v<M, P>) step_all<P, G, M>(device, rule, alike);
+        });
+      });
+    });
+  }
+}
+
+}  // namespace
+
+ALEXNET_CUDA_OPERATORS(m) {
+  m.impl("sgd_step", TORCH_BOX(&sgd_step));
+}
+
+}  // namespace alexnet_kernels

@@ -1,0 +1,106 @@
+// Vectors of consecutive elements, moved 16 bytes at a time, and computed in float.
+#pragma once
+
+#include "runtime.cuh"
+
+namespace alexnet_kernels {
+
+using bf16 = c10::BFloat16;
+using f16 = c10::Half;
+
+// kCount consecutive elements; as aligned as one access of at most 16 bytes.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+  T value[kCount];
+};
+
+// The elements of 16 bytes.
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));
+
+template <int kCount, class T>
+__device__ __forceinline__ void load(const T* p, float (&out)[kCount]) {
+  const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(p);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = float(pack.value[i]);
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store(T* p, const float (&in)[kCount]) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#if defined(__CUDA_ARCH__)
+    // One instruction rounds two values.
+    if constexpr (kCount % 2 == 0 && std::is_same_v<T, bf16>) {
+      if (i % 2 == 0) reinterpret_cast<__nv_bfloat162*>(pack.value)[i / 2] = __floats2bfloat162_rn(in[i], in[i + 1]);
+      continue;
+    }
+    if constexpr (kCount % 2 == 0 && std::is_same_v<T, f16>) {
+      if (i % 2 == 0) reinterpret_cast<__half2*>(pack.value)[i / 2] = __floats2half2_rn(in[i], in[i + 1]);
+      continue;
+    }
+#endif
+    pack.value[i] = T(in[i]);
+  }
+  *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_bytes(const uint8_t* p, int (&out)[kCount]) {
+  const auto pack = *reinterpret_cast<const Pack<uint8_t, kCount>*>(p);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = pack.value[i];
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_bytes(uint8_t* p, const int (&in)[kCount]) {
+  Pack<uint8_t, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pack.value[i] = uint8_t(in[i]);
+  *reinterpret_cast<Pack<uint8_t, kCount>*>(p) = pack;
+}
+
+// relu as torch defines it: NaN stays.
+__device__ __forceinline__ float relu(float v) {
+#if defined(__CUDA_ARCH__)
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
+  return v;
+#else
+  return v <= 0.f ? 0.f : v;
+#endif
+}
+
+// Whether every pointer can be read in vectors of 16 bytes; a null pointer can.
+template <class... Pointers>
+bool aligned(const Pointers*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
+
+// Calls body with a value of the storage type.
+template <class Body>
+void for_dtype(const Tensor& t, const Body& body) {
+  switch (dtype_of(t)) {
+    case DType::f32: return body(float{});
+    case DType::bf16: return body(bf16{});
+    case DType::f16: return body(f16{});
+    default: STD_TORCH_CHECK(false, "alexnet_kernels: the CUDA kernels take float32, bfloat16 and float16");
+  }
+}
+
+// Calls body with the constant `true` or `false`.
+template <class Body>
+void for_bool(bool value, const Body& body) {
+  value ? body(std::true_type{}) : body(std::false_type{});
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace alexnet_kernels

@@ -1,0 +1,564 @@
+// CUDA C++ on the CPU, for tests: compiles a .cu file with the host's compiler and runs its kernels.
+//
+// Each CUDA thread is a fiber, a stack of its own that hands the processor on where the thread has to wait: at
+// __syncthreads() and at the collectives of a warp (shuffles, votes, __syncwarp). A fiber that never waits is used
+// again for the next thread. Blocks run one after the other. An error that hardware answers with a hang or with wrong
+// values (a barrier or a collective that not every thread reaches, lanes that meet in different collectives) ends the
+// launch with a std::runtime_error that tells where each thread stood. Dynamic shared memory starts as NaN.
+//
+// Built with -fsanitize=address, reads and writes outside tensors and dynamic shared memory are found; with
+// -fsanitize=thread, races between the threads of a block, for which each CUDA thread keeps a fiber.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
+extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
+extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define __constant__ static const
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  size_t count() const { return size_t(x) * y * z; }
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+typedef struct CUstream_st* cudaStream_t;
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    default: return "invalid configuration argument";
+  }
+}
+
+namespace emulation {
+
+constexpr size_t kStack = 256 * 1024, kGuard = 4096;
+constexpr size_t kMostShared = 227 * 1024;  // bytes of dynamic shared memory a block of sm_90 and sm_100 may have
+constexpr unsigned kMostThreads = 1024, kMostBlocksYZ = 65535, kMostBlocksX = 2147483647;
+constexpr unsigned kWarp = 32;
+
+enum class State { unstarted, running, at_barrier, at_collective, finished };
+
+struct Fiber {
+  char* stack = nullptr;  // null for the one that launches
+  void* stack_pointer = nullptr;
+  void* sanitizer = nullptr;  // what a sanitizer keeps of a fiber
+#if !defined(__x86_64__)
+  ucontext_t context;
+#endif
+};
+
+struct Thread {
+  dim3 index;
+  unsigned number;
+  State state;
+  Fiber* fiber;
+  // The collective it waits in: which one, for which lanes, its operands, and where its result goes.
+  const void* collective;
+  unsigned mask;
+  const void* in;
+  void* out;
+};
+
+// What a launch may be asked to do, and what is known of the last one.
+struct Settings {
+  unsigned order = 0;  // 0: threads and blocks start in their order; else the seed of another order
+  int64_t launches = 0;
+  size_t blocks = 0, threads = 0, shared = 0;
+};
+inline Settings& settings() {
+  static Settings s;
+  return s;
+}
+
+// The block that this thread of the CPU is running.
+class Block {
+ public:
+  static Block& current() {
+    static thread_local Block block;
+    return block;
+  }
+  ~Block() {
+    for (Fiber* fiber : fibers_) discard(fiber);
+    std::free(shared_);
+  }
+
+  dim3 index, size, grid;
+  Thread* thread = nullptr;
+
+  char* shared() const { return shared_; }
+
+  void run(const std::function<void()>& kernel, size_t shared_bytes, unsigned order) {
+    kernel_ = &kernel;
+    prepare_shared(shared_bytes);
+    threads_.assign(size.count(), Thread{});
+    order_.resize(threads_.size());
+    for (unsigned i = 0; i < threads_.size(); ++i) {
+      Thread& t = threads_[i];
+      t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+      t.number = order_[i] = i;
+    }
+    for (unsigned i = unsigned(order_.size()); order && i > 1; --i) {
+      order = order * 1664525u + 1013904223u;
+      std::swap(order_[i - 1], order_[(order >> 8) % i]);
+    }
+    started_ = finished_ = waiting_ = 0;
+    ready_.clear();
+    next_ = 0;
+    error_.clear();
+#if defined(__SANITIZE_THREAD__)
+    while (idle_.size() < threads_.size()) idle_.push_back(make());
+#endif
+    release(&start_);
+    ignore(true);
+    while (error_.empty() && (started_ < threads_.size() || next_ < ready_.size())) hand_on();
+    ignore(false);
+    acquire(&end_);
+    idle_.insert(idle_.end(), spent_.begin(), spent_.end());
+    spent_.clear();
+    if (error_.empty() && finished_ != threads_.size()) {
+      error_ = "a barrier or a warp collective that not every thread reaches";
+    }
+    if (!error_.empty()) {
+      // The fibers of threads that stand still can't be used again.
+      idle_.clear();
+      for (Fiber* fiber : fibers_) discard(fiber);
+      fibers_.clear();
+      throw std::runtime_error("CUDA emulation: " + error_ + where());
+    }
+  }
+
+  // Waits until every thread of the block is here; the sum of their values.
+  int barrier(int value) {
+    ignore(true);
+    char* edge = &barriers_[generation_ % 2];
+    release(edge);
+    total_ += value;
+    if (++waiting_ == threads_.size()) {
+      result_ = total_;
+      total_ = 0;
+      waiting_ = 0;
+      ++generation_;
+      for (unsigned i : order_) {
+        if (&threads_[i] != thread) wake(threads_[i]);
+      }
+    } else {
+      wait(State::at_barrier);
+    }
+    acquire(edge);
+    const int result = result_;
+    ignore(false);
+    return result;
+  }
+
+  // A collective of the lanes of `mask`: the last to arrive calls combine(lane, operands) for each.
+  template <class Out, class In, class Combine>
+  Out collective(unsigned mask, const void* which, const In& in, const Combine& combine) {
+    ignore(true);
+    const unsigned lane = thread->number % kWarp, first = thread->number - lane;
+    const unsigned lanes = std::min<unsigned>(kWarp, unsigned(threads_.size()) - first);
+    if (lanes < kWarp) mask &= (1u << lanes) - 1;
+    Out out{};
+    if (!(mask >> lane & 1)) fail("a lane calls a collective whose mask leaves it out");
+    thread->collective = which, thread->mask = mask, thread->in = &in, thread->out = &out;
+    thread->state = State::at_collective;
+    release(&threads_[first]);
+    unsigned here = 0;
+    for (unsigned l = 0; l < lanes; ++l) {
+      const Thread& t = threads_[first + l];
+      if (t.state != State::at_collective || !(mask >> l & 1)) continue;
+      if (t.collective != which || t.mask != mask) fail("lanes of a warp meet in different collectives");
+      here |= 1u << l;
+    }
+    if (here == mask) {
+      const In* operands[kWarp] = {};
+      for (unsigned l = 0; l < lanes; ++l) {
+        if (mask >> l & 1) operands[l] = static_cast<const In*>(threads_[first + l].in);
+      }
+      for (unsigned l = 0; l < lanes; ++l) {
+        if (mask >> l & 1) *static_cast<Out*>(threads_[first + l].out) = combine(l, operands);
+      }
+      thread->state = State::running;
+      for (unsigned l = 0; l < lanes; ++l) {
+        if ((mask >> l & 1) && l != lane) wake(threads_[first + l]);
+      }
+    } else {
+      wait(State::at_collective);
+    }
+    acquire(&threads_[first]);
+    ignore(false);
+    return out;
+  }
+
+ private:
+  static void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+    Block& b = current();
+    __sanitizer_finish_switch_fiber(nullptr, b.main_bottom_ ? nullptr : &b.main_bottom_,
+                                    b.main_bottom_ ? nullptr : &b.main_bytes_);
+#endif
+    current().work();
+  }
+
+  // What a fiber does: one thread after the other, for as long as none has to wait.
+  [[noreturn]] void work() {
+    ignore(true);
+    for (;;) {
+      while (started_ < threads_.size()) {
+        thread = &threads_[order_[started_++]];
+        thread->state = State::running;
+        acquire(&start_);
+        ignore(false);
+        (*kernel_)();
+        ignore(true);
+        release(&end_);
+        thread->state = State::finished;
+        ++finished_;
+#if defined(__SANITIZE_THREAD__)
+        break;
+#endif
+      }
+#if defined(__SANITIZE_THREAD__)
+      spent_.push_back(running_);
+#else
+      idle_.push_back(running_);
+#endif
+      hand_on();
+    }
+  }
+
+  // Goes on with a thread that is ready, else one that hasn't started, else with the launch itself.
+  void hand_on() {
+    Fiber* to = &main_;
+    if (!error_.empty()) {
+      // The launch reports it.
+    } else if (started_ < threads_.size()) {
+      if (idle_.empty()) idle_.push_back(make());
+      to = idle_.back();
+      idle_.pop_back();
+    } else if (next_ < ready_.size()) {
+      thread = ready_[next_++];
+      to = thread->fiber;
+      if (next_ == ready_.size()) {
+        ready_.clear();
+        next_ = 0;
+      }
+    }
+    if (to != running_) switch_to(to);
+  }
+
+  void wait(State why) {
+    thread->state = why;
+    thread->fiber = running_;
+    hand_on();
+  }
+  void wake(Thread& t) {
+    t.state = State::running;
+    ready_.push_back(&t);
+  }
+  void fail(const char* what) {
+    error_ = what;
+    wait(thread->state);
+  }
+
+  std::string where() const {
+    static const char* const names[] = {"not started", "running", "at a barrier", "at a warp collective", "finished"};
+    std::ostringstream text;
+    text << "; block (" << index.x << ", " << index.y << ", " << index.z << ")";
+    for (size_t i = 0, shown = 0; i < threads_.size() && shown < 8; ++i) {
+      if (i == 0 || threads_[i].state != threads_[i - 1].state) {
+        text << (shown++ ? ", from thread " : ", from thread ") << i << " on " << names[int(threads_[i].state)];
+      }
+    }
+    return text.str();
+  }
+
+  void prepare_shared(size_t bytes) {
+    if (shared_ == nullptr) shared_ = static_cast<char*>(std::aligned_alloc(1024, kMostShared / 1024 * 1024));
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(shared_, kMostShared);
+    __asan_poison_memory_region(shared_ + bytes, kMostShared - bytes);
+#endif
+    std::memset(shared_, 0xff, bytes);
+  }
+
+  Fiber* make() {
+    auto* fiber = new Fiber;
+    void* memory = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, kGuard, PROT_NONE);
+    fiber->stack = static_cast<char*>(memory) + kGuard;
+#if defined(__SANITIZE_THREAD__)
+    fiber->sanitizer = __tsan_create_fiber(0);
+#endif
+#if defined(__x86_64__)
+    // As if `entry` had been called and six registers pushed.
+    auto** top = reinterpret_cast<void**>(fiber->stack + kStack);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(&entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    fiber->stack_pointer = top;
+#else
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack;
+    fiber->context.uc_stack.ss_size = kStack;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, &entry, 0);
+#endif
+    fibers_.push_back(fiber);
+    return fiber;
+  }
+  static void discard(Fiber* fiber) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_destroy_fiber(fiber->sanitizer);
+#endif
+    munmap(fiber->stack - kGuard, kStack + kGuard);
+    delete fiber;
+  }
+
+#if defined(__x86_64__)
+  __attribute__((naked, noinline)) static void swap_stacks(void** /*from*/, void* /*to*/) {
+    __asm__(
+        "pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15; movq %rsp, (%rdi); movq %rsi, %rsp;"
+        "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+  }
+#endif
+
+  __attribute__((noinline, no_sanitize("thread"))) void switch_to(Fiber* to) {
+    Fiber* from = running_;
+    running_ = to;
+#if defined(__x86_64__)
+    // Read before the sanitizer changes fibers: between that and the switch, nothing of ours may run.
+    void** save = &from->stack_pointer;
+    void* stack_pointer = to->stack_pointer;
+#endif
+#if defined(__SANITIZE_THREAD__)
+    if (from->sanitizer == nullptr) from->sanitizer = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(to->sanitizer, __tsan_switch_to_fiber_no_sync);
+#elif defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&from->sanitizer, to->stack ? to->stack : main_bottom_,
+                                   to->stack ? kStack : main_bytes_);
+#endif
+#if defined(__x86_64__)
+    swap_stacks(save, stack_pointer);
+#else
+    swapcontext(&from->context, &to->context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from->sanitizer, nullptr, nullptr);
+#endif
+  }
+
+  // The order that barriers and collectives give, told to ThreadSanitizer; the emulation's own memory it shall ignore.
+  static void release([[maybe_unused]] void* edge) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(edge);
+#endif
+  }
+  static void acquire([[maybe_unused]] void* edge) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(edge);
+#endif
+  }
+  static void ignore([[maybe_unused]] bool on) {
+#if defined(__SANITIZE_THREAD__)
+    on ? AnnotateIgnoreReadsBegin(__FILE__, __LINE__) : AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    on ? AnnotateIgnoreWritesBegin(__FILE__, __LINE__) : AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#endif
+  }
+
+  const std::function<void()>* kernel_ = nullptr;
+  std::vector<Thread> threads_;
+  std::vector<unsigned> order_;
+  size_t started_ = 0, finished_ = 0, waiting_ = 0;
+  std::vector<Thread*> ready_;
+  size_t next_ = 0;
+  Fiber main_, *running_ = &main_;
+  std::vector<Fiber*> fibers_, idle_, spent_;
+  int total_ = 0, result_ = 0;
+  unsigned generation_ = 0;
+  char* shared_ = nullptr;
+  std::string error_;
+  char start_, end_, barriers_[2];  // addresses that name edges to ThreadSanitizer
+  const void* main_bottom_ = nullptr;
+  size_t main_bytes_ = 0;
+};
+
+inline Thread& thread() {
+  return *Block::current().thread;
+}
+inline unsigned lane() {
+  return thread().number % kWarp;
+}
+
+inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel) {
+  const bool fits = grid.count() > 0 && grid.x <= kMostBlocksX && grid.y <= kMostBlocksYZ && grid.z <= kMostBlocksYZ &&
+                    block.count() > 0 && block.count() <= kMostThreads && block.z <= 64;
+  if (!fits) return cudaErrorInvalidConfiguration;
+  if (shared > kMostShared) return cudaErrorInvalidValue;
+  Settings& s = settings();
+  ++s.launches;
+  s.blocks = grid.count(), s.threads = block.count(), s.shared = shared;
+  Block& b = Block::current();
+  b.grid = grid, b.size = block;
+  for (size_t i = 0; i < grid.count(); ++i) {
+    const size_t at = s.order % 2 ? grid.count() - 1 - i : i;
+    b.index = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
+    b.run(kernel, shared, s.order);
+  }
+  return cudaSuccess;
+}
+
+// The value that lane `source` holds; the own one where no lane of the mask is it.
+template <class T>
+T shuffle(unsigned mask, const void* which, T value, unsigned source) {
+  struct Operand {
+    T value;
+    unsigned source;
+  };
+  return Block::current().collective<T>(mask, which, Operand{value, source}, [](unsigned l, const Operand* const* in) {
+    const unsigned from = in[l]->source;
+    return from < kWarp && in[from] ? in[from]->value : in[l]->value;
+  });
+}
+inline char by_index, by_up, by_down, by_xor, ballots, warps;  // addresses that name collectives
+
+// Atomics of one thread of the CPU: nothing comes between reading and writing.
+template <class T, class F>
+T modify(T* p, const F& f) {
+#if defined(__SANITIZE_THREAD__)
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+  const T old = *p;
+  *p = f(old);
+#if defined(__SANITIZE_THREAD__)
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#endif
+  return old;
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::thread().index)
+#define blockIdx (emulation::Block::current().index)
+#define blockDim (emulation::Block::current().size)
+#define gridDim (emulation::Block::current().grid)
+
+inline void __syncthreads() {
+  emulation::Block::current().barrier(0);
+}
+inline int __syncthreads_count(int predicate) {
+  return emulation::Block::current().barrier(predicate != 0);
+}
+inline int __syncthreads_or(int predicate) {
+  return __syncthreads_count(predicate) > 0;
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return emulation::Block::current().collective<unsigned>(mask, &emulation::ballots, predicate,
+                                                          [](unsigned, const int* const* in) {
+                                                            unsigned votes = 0;
+                                                            for (unsigned l = 0; l < emulation::kWarp; ++l)
+                                                              votes |= unsigned(in[l] && *in[l]) << l;
+                                                            return votes;
+                                                          });
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, !predicate) == 0;
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulation::Block::current().collective<int>(mask, &emulation::warps, 0,
+                                              [](unsigned, const int* const*) { return 0; });
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const unsigned base = emulation::lane() / width * width;
+  return emulation::shuffle(mask, &emulation::by_index, value, base + unsigned(source) % width);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned lane = emulation::lane();
+  return emulation::shuffle(mask, &emulation::by_up, value, lane % width < delta ? lane : lane - delta);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned lane = emulation::lane();
+  return emulation::shuffle(mask, &emulation::by_down, value,
+                            lane % width + delta >= unsigned(width) ? lane : lane + delta);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned lane = emulation::lane(), source = lane ^ unsigned(bits);
+  return emulation::shuffle(mask, &emulation::by_xor, value, source / width > lane / width ? lane : source);
+}
+
+template <class T>
+T atomicAdd(T* p, std::common_type_t<T> value) {
+  return emulation::modify(p, [&](T old) { return T(old + value); });
+}
+template <class T>
+T atomicMax(T* p, std::common_type_t<T> value) {
+  return emulation::modify(p, [&](T old) { return std::max(old, value); });
+}
+template <class T>
+T atomicExch(T* p, std::common_type_t<T> value) {
+  return emulation::modify(p, [&](T) { return value; });
+}
+template <class T>
+T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> value) {
+  return emulation::modify(p, [&](T old) { return old == expected ? value : old; });
+}
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned(uint64_t(a) * b >> 32);
+}
+inline float rsqrtf(float v) {
+  return 1.f / std::sqrt(v);
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+using std::max;
+using std::min;

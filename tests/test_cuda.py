@@ -1,0 +1,139 @@
+"""The CUDA kernels as a backend, emulated on the CPU: what the tests of single ops don't ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import FORMATS, assert_same, every_format, forward_backward
+
+from alexnet_kernels import AlexNet, ops, optim, use_backend
+
+try:
+    import emulation
+except ImportError:
+    emulation = None
+
+pytestmark = pytest.mark.skipif(
+    emulation is None or torch.cuda.is_available(), reason="needs pybind11, and a machine without a GPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def module() -> Iterator[object]:
+    with emulation.emulated() as module:
+        yield module
+
+
+@pytest.fixture
+def launches(module) -> Callable[[], int]:
+    """How many kernels were launched since the last call."""
+    before = module.last_launch()["launches"]
+
+    def count() -> int:
+        nonlocal before
+        now = module.last_launch()["launches"]
+        before, new = now, now - before
+        return new
+
+    return count
+
+
+@pytest.fixture
+def order(module) -> Iterator[Callable[[int], None]]:
+    yield module.set_order
+    module.set_order(0)
+
+
+def image(*shape: int, memory_format: torch.memory_format, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+
+
+OPS = {
+    "max_pool2d": lambda x: ops.max_pool2d(x, relu=True),
+    "local_response_norm": lambda x: ops.local_response_norm(x, alpha=0.1, groups=2),
+    "local_response_norm-4": lambda x: ops.local_response_norm(x, 4, alpha=0.1),
+    "lrn_max_pool2d": lambda x: ops.lrn_max_pool2d(x, alpha=0.1, relu=True),
+    "within_map_response_norm": lambda x: ops.within_map_response_norm(x, alpha=0.1),
+    "batch_norm_relu": lambda x: ops.batch_norm_relu(x, None, None, training=True),
+    "dropout": lambda x: ops.dropout(x, seed=1),
+}
+
+
+@every_format
+@pytest.mark.parametrize("op", OPS)
+def test_the_order_of_threads_changes_no_bit(op: str, memory_format: torch.memory_format, order) -> None:
+    x = image(3, 48, 11, 9, memory_format=memory_format)
+    with use_backend("cuda"):
+        expected = forward_backward(OPS[op], x)
+        for seed in (1, 2, 3):
+            order(seed)
+            assert_same(forward_backward(OPS[op], x), expected, f"order {seed}")
+
+
+def test_what_is_fused_is_one_launch(launches) -> None:
+    x = image(2, 96, 13, 13, memory_format=torch.channels_last).requires_grad_()
+    fused = {op: OPS[op] for op in ("max_pool2d", "local_response_norm", "lrn_max_pool2d", "dropout")}
+    with use_backend("cuda"):
+        for op, function in fused.items():
+            launches()
+            out = function(x)
+            assert launches() == 1, op
+            out.float().sum().backward()
+            assert launches() == 1, f"{op} backward"
+
+
+def test_a_step_over_all_parameters_is_one_launch(launches) -> None:
+    model = AlexNet(num_classes=7, width=0.1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, rule="paper")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with use_backend("cuda"):
+        optimizer.step()
+    assert launches() == 1
+
+
+@pytest.mark.parametrize("shard", [None, (1, 3, 20), (0, 2, 11)], ids=["whole", "columns", "rows"])
+@pytest.mark.parametrize("shape", [(6, 7), (4, 16), (3, 8, 5, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
+def test_dropout_draws_the_bits_of_the_cpu_kernel(shape, shard, memory_format) -> None:
+    x = torch.randn(shape)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=memory_format)
+    settings = {"p": 0.3, "seed": -5, "offset": 2**40 + 3, "shard": shard}
+    assert_same(ops.dropout(x, **settings, backend="cuda"), ops.dropout(x, **settings, backend="cpu"))
+
+
+@pytest.mark.parametrize("preset", ["paper", "as_run", "caffenet", "batchnorm"])
+def test_the_network_equals_pytorchs_own_operators(preset: str) -> None:
+    model = AlexNet(num_classes=5, preset=preset, width=0.17)
+    images = torch.randn(2, 3, 71, 71).contiguous(memory_format=torch.channels_last)
+    results = {}
+    for backend in ("cuda", "native"):
+        model.zero_grad()
+        with use_backend(backend):
+            model.eval()
+            logits = model(images)
+            logits.square().sum().backward()
+        results[backend] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+    for actual, expected in zip(results["cuda"], results["native"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(TypeError, match="backend 'cuda' takes float32, bfloat16 and float16, not"):
+        ops.max_pool2d(torch.zeros(1, 1, 5, 5, dtype=torch.float64), backend="cuda")
+
+
+def test_memory_that_is_not_aligned(launches) -> None:
+    x = torch.randn(1 + 2 * 16 * 7 * 7)[1:].view(2, 7, 7, 16).permute(0, 3, 1, 2)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.data_ptr() % 16 != 0
+    for op in ("max_pool2d", "local_response_norm", "lrn_max_pool2d", "within_map_response_norm", "dropout"):
+        expected = forward_backward(lambda x, op=op: OPS[op](x), x.clone())
+        with use_backend("cuda"):
+            launches()
+            actual = forward_backward(lambda x, op=op: OPS[op](x), x)
+            assert launches() >= 2
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
