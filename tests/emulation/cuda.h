@@ -138,6 +138,7 @@ class Block {
       std::swap(order_[i - 1], order_[(order >> 8) % i]);
     }
     started_ = finished_ = waiting_ = 0;
+    total_ = 0;
     ready_.clear();
     next_ = 0;
     error_.clear();
@@ -197,7 +198,7 @@ class Block {
     if (!(mask >> lane & 1)) fail("a lane calls a collective whose mask leaves it out");
     thread->collective = which, thread->mask = mask, thread->in = &in, thread->out = &out;
     thread->state = State::at_collective;
-    release(&threads_[first]);
+    release(&thread->in);
     unsigned here = 0;
     for (unsigned l = 0; l < lanes; ++l) {
       const Thread& t = threads_[first + l];
@@ -208,10 +209,14 @@ class Block {
     if (here == mask) {
       const In* operands[kWarp] = {};
       for (unsigned l = 0; l < lanes; ++l) {
-        if (mask >> l & 1) operands[l] = static_cast<const In*>(threads_[first + l].in);
+        if (!(mask >> l & 1)) continue;
+        acquire(&threads_[first + l].in);
+        operands[l] = static_cast<const In*>(threads_[first + l].in);
       }
       for (unsigned l = 0; l < lanes; ++l) {
-        if (mask >> l & 1) *static_cast<Out*>(threads_[first + l].out) = combine(l, operands);
+        if (!(mask >> l & 1)) continue;
+        *static_cast<Out*>(threads_[first + l].out) = combine(l, operands);
+        release(&threads_[first + l].out);
       }
       thread->state = State::running;
       for (unsigned l = 0; l < lanes; ++l) {
@@ -220,7 +225,7 @@ class Block {
     } else {
       wait(State::at_collective);
     }
-    acquire(&threads_[first]);
+    acquire(&thread->out);
     ignore(false);
     return out;
   }
@@ -302,7 +307,8 @@ class Block {
     text << "; block (" << index.x << ", " << index.y << ", " << index.z << ")";
     for (size_t i = 0, shown = 0; i < threads_.size() && shown < 8; ++i) {
       if (i == 0 || threads_[i].state != threads_[i - 1].state) {
-        text << (shown++ ? ", from thread " : ", from thread ") << i << " on " << names[int(threads_[i].state)];
+        text << ", from thread " << i << " on " << names[int(threads_[i].state)];
+        ++shown;
       }
     }
     return text.str();
@@ -347,6 +353,9 @@ class Block {
 #if defined(__SANITIZE_THREAD__)
     __tsan_destroy_fiber(fiber->sanitizer);
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber->stack, kStack);  // the frames of a thread that never returned
+#endif
     munmap(fiber->stack - kGuard, kStack + kGuard);
     delete fiber;
   }
@@ -368,6 +377,7 @@ class Block {
     void* stack_pointer = to->stack_pointer;
 #endif
 #if defined(__SANITIZE_THREAD__)
+    ignore(false);  // a fiber that ignores memory may not be destroyed
     if (from->sanitizer == nullptr) from->sanitizer = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(to->sanitizer, __tsan_switch_to_fiber_no_sync);
 #elif defined(__SANITIZE_ADDRESS__)
@@ -379,6 +389,7 @@ class Block {
 #else
     swapcontext(&from->context, &to->context);
 #endif
+    ignore(true);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(from->sanitizer, nullptr, nullptr);
 #endif
@@ -444,7 +455,7 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, const std::funct
   return cudaSuccess;
 }
 
-// The value that lane `source` holds; the own one where no lane of the mask is it.
+// The value that lane `source` holds; all bits set, a NaN, where no lane of the mask is it.
 template <class T>
 T shuffle(unsigned mask, const void* which, T value, unsigned source) {
   struct Operand {
@@ -452,8 +463,10 @@ T shuffle(unsigned mask, const void* which, T value, unsigned source) {
     unsigned source;
   };
   return Block::current().collective<T>(mask, which, Operand{value, source}, [](unsigned l, const Operand* const* in) {
-    const unsigned from = in[l]->source;
-    return from < kWarp && in[from] ? in[from]->value : in[l]->value;
+    const Operand* from = in[l]->source < kWarp ? in[in[l]->source] : nullptr;
+    T result;
+    if (from == nullptr) std::memset(&result, 0xff, sizeof(T));
+    return from == nullptr ? result : from->value;
   });
 }
 inline char by_index, by_up, by_down, by_xor, ballots, warps;  // addresses that name collectives

@@ -1,92 +1,242 @@
-// Kernels that try the emulation itself: each feature once, and the faults it is there to find.
+// Kernels that try the emulation itself: each feature once, and the faults it and the sanitizers are there to find.
 #pragma once
 
+#include <array>
+#include <map>
 #include <string>
 
 #include "emulation/cuda.h"
 
 namespace trials {
 
-// out[i] = the sum of its block's in, through shared memory. Without `barrier` it reads what may not be written yet.
-inline void block_sum(const float* in, float* out, int count, bool barrier) {
-  float* shared = reinterpret_cast<float*>(emulation::Block::current().shared());
+// What every kernel gets: `count` elements of `in`, as many of `out` as it needs.
+struct Data {
+  const float* in;
+  float* out;
+  int count;
+  std::vector<int64_t> options;
+};
+using Kernel = void (*)(const Data&);
+
+inline float* shared_floats() {
+  return reinterpret_cast<float*>(emulation::Block::current().shared());
+}
+
+// out[i] = the sum of its block's in, through shared memory. Without kBarrier it reads what may not be written yet.
+template <bool kBarrier>
+void block_sum(const Data& d) {
+  float* shared = shared_floats();
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  shared[threadIdx.x] = i < count ? in[i] : 0.f;
-  if (barrier) __syncthreads();
+  shared[threadIdx.x] = i < d.count ? d.in[i] : 0.f;
+  if (kBarrier) __syncthreads();
   float sum = 0;
   for (unsigned j = 0; j < blockDim.x; ++j) sum += shared[j];
-  if (i < count) out[i] = sum;
+  if (i < d.count) d.out[i] = sum;
 }
 
-inline void shuffles(const float* in, float* out, int count) {
-  const unsigned all = 0xffffffffu;
-  const int i = int(threadIdx.x);
-  const float v = in[i];
-  out[i] = __shfl_sync(all, v, 5);
-  out[count + i] = __shfl_up_sync(all, v, 2);
-  out[2 * count + i] = __shfl_down_sync(all, v, 3);
-  out[3 * count + i] = __shfl_xor_sync(all, v, 8);
-  out[4 * count + i] = __shfl_xor_sync(all, v, 1, 4);
-  out[5 * count + i] = __shfl_down_sync(all, v, 1, 8);
-  out[6 * count + i] = float(__ballot_sync(all, v > 10.f) & 0xffff);
-  out[7 * count + i] = float(2 * __any_sync(all, v > 30.f) + __all_sync(all, v >= 0.f));
+// The same by halves, one block. Without kBarrier the emulation's own order of threads still gives the right sum.
+template <bool kBarrier>
+void tree_sum(const Data& d) {
+  float* shared = shared_floats();
+  const int size = int(blockDim.x), i = (2 * size - 2 - int(threadIdx.x)) % size;
+  shared[i] = d.in[i];
+  __syncthreads();
+  for (int left = size, half = 0; left > 1; left = half) {
+    half = (left + 1) / 2;
+    if (i + half < left) shared[i] += shared[i + half];
+    if (kBarrier) __syncthreads();
+  }
+  __syncthreads();
+  d.out[i] = shared[0];
 }
 
-inline void votes(const float* in, float* out) {
-  const int i = int(threadIdx.x);
-  const int many = __syncthreads_count(in[i] > 3.f), some = __syncthreads_or(in[i] > 1e6f);
-  out[i] = float(many + 1000 * some);
+// out[i] = the sum of `in` over the thread's warp, passed round the warp through shared memory; one block. Without
+// kSync a lane passes on before its neighbour has read.
+template <bool kSync>
+void warp_sum(const Data& d) {
+  float* shared = shared_floats();
+  const int i = int(threadIdx.x), first = i / 32 * 32, lanes = std::min(32, int(blockDim.x) - first);
+  float passing = d.in[i], sum = 0;
+  for (int step = 0; step < lanes; ++step) {
+    sum += passing;
+    shared[i] = passing;
+    __syncwarp();
+    passing = shared[first + (i - first + 1) % lanes];
+    if (kSync) __syncwarp();
+  }
+  d.out[i] = sum;
 }
 
-inline void atomics(const float* in, float* out) {
-  atomicAdd(out, in[threadIdx.x]);
-  atomicMax(out + 1, in[threadIdx.x]);
-  if (atomicCAS(out + 2, 0.f, 1.f) == 0.f) atomicExch(out + 3, float(blockIdx.x + 1));
+// Options: mask, the lane, distance or bits, width. Lanes outside the mask get -1.
+enum class Shuffle { by_index, up, down, by_xor };
+template <Shuffle kKind, class T>
+void shuffle(const Data& d) {
+  const unsigned mask = unsigned(d.options[0]), lane = threadIdx.x % 32;
+  const int operand = int(d.options[1]), width = int(d.options[2]);
+  const T value = T(d.in[threadIdx.x]);
+  d.out[threadIdx.x] = -1.f;
+  if (!(mask >> lane & 1)) return;
+  T result{};
+  if (kKind == Shuffle::by_index) result = __shfl_sync(mask, value, operand, width);
+  if (kKind == Shuffle::up) result = __shfl_up_sync(mask, value, unsigned(operand), width);
+  if (kKind == Shuffle::down) result = __shfl_down_sync(mask, value, unsigned(operand), width);
+  if (kKind == Shuffle::by_xor) result = __shfl_xor_sync(mask, value, operand, width);
+  d.out[threadIdx.x] = float(result);
 }
 
-inline void indices(float* out) {
+// Rows of `out`: the ballot's low and high half, any, all; how many of the block, whether one of it.
+inline void votes(const Data& d) {
+  const unsigned mask = unsigned(d.options[0]), i = threadIdx.x;
+  const bool yes = d.in[i] > 0.f;
+  if (mask >> i % 32 & 1) {
+    const unsigned ballot = __ballot_sync(mask, yes);
+    d.out[i] = float(ballot & 0xffff);
+    d.out[d.count + i] = float(ballot >> 16);
+    d.out[2 * d.count + i] = float(__any_sync(mask, yes));
+    d.out[3 * d.count + i] = float(__all_sync(mask, yes));
+  }
+  d.out[4 * d.count + i] = float(__syncthreads_count(yes));
+  d.out[5 * d.count + i] = float(__syncthreads_or(yes));
+}
+
+// out: sum, maximum, the first block to come (from 1), then a mark in each place that a counter gave out.
+inline void atomics(const Data& d) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  atomicAdd(d.out, d.in[i]);
+  atomicMax(d.out + 1, d.in[i]);
+  atomicCAS(d.out + 2, 0.f, float(blockIdx.x + 1));
+  const int place = int(atomicAdd(d.out + 3, 1.f));
+  atomicExch(d.out + 4 + place, atomicAdd(d.out + 4 + place, 0.f) + 1.f);
+}
+
+// Six numbers for each thread, in the order of blocks and threads.
+inline void indices(const Data& d) {
   const dim3 t = threadIdx, b = blockIdx;
-  const unsigned thread = (t.z * blockDim.y + t.y) * blockDim.x + t.x, block = (b.z * gridDim.y + b.y) * gridDim.x + b.x;
-  out[block * unsigned(blockDim.count()) + thread] = float(100 * (b.x + 10 * b.y) + t.x + 10 * t.y);
+  const size_t block = (size_t(b.z) * gridDim.y + b.y) * gridDim.x + b.x;
+  const size_t thread = (size_t(t.z) * blockDim.y + t.y) * blockDim.x + t.x;
+  float* out = d.out + 6 * (block * blockDim.count() + thread);
+  const unsigned places[] = {b.x, b.y, b.z, t.x, t.y, t.z};
+  for (unsigned place : places) *out++ = float(place);
+}
+
+// out[i] = what shared memory holds at the start; then fills it.
+inline void fresh_shared(const Data& d) {
+  const int count = int(d.options[0]);
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    if (blockIdx.x == gridDim.x - 1) d.out[i] = shared_floats()[i];
+    shared_floats()[i] = 1.f;
+  }
 }
 
 // The faults. Hardware hangs or goes on with wrong values.
-inline void divergent_barrier() {
-  if (threadIdx.x < 7) __syncthreads();
+inline void divergent_barrier(const Data&) {
+  if (threadIdx.x < 7) __syncthreads_count(1);
 }
-inline void divergent_shuffle(float* out) {
-  if (threadIdx.x != 3) out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, 0);
+inline void divergent_shuffle(const Data& d) {
+  if (threadIdx.x != 3) d.out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.f, 0);
 }
-inline void mixed_collectives(float* out) {
-  out[threadIdx.x] = threadIdx.x % 2 ? __shfl_sync(0xffffffffu, 1.f, 0) : __shfl_xor_sync(0xffffffffu, 1.f, 1);
+inline void mixed_collectives(const Data& d) {
+  d.out[threadIdx.x] = threadIdx.x % 2 ? __shfl_sync(0xffffffffu, 1.f, 0) : __shfl_xor_sync(0xffffffffu, 1.f, 1);
 }
-inline void outside_mask(float* out) {
-  out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1.f, 0);
+inline void mixed_masks(const Data& d) {
+  d.out[threadIdx.x] = __shfl_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, 1.f, 0);
 }
-inline void read_shared(float* out) {
-  out[threadIdx.x] = reinterpret_cast<float*>(emulation::Block::current().shared())[threadIdx.x];
+inline void outside_mask(const Data& d) {
+  d.out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1.f, 0);
+}
+inline void barrier_or_shuffle(const Data&) {
+  threadIdx.x < 40 ? __syncthreads() : __syncwarp();
 }
 
-// `settings`: blocks, threads, bytes of shared memory (and the other dimensions of both for "indices").
-inline void run(const std::string& trial, const float* in, float* out, int count, const int* settings, int given) {
-  dim3 grid{unsigned(settings[0])}, block{unsigned(settings[1])};
-  const size_t shared = size_t(settings[2]);
-  if (given > 3) grid = {grid.x, unsigned(settings[3]), unsigned(settings[4])};
-  if (given > 5) block = {block.x, unsigned(settings[5]), unsigned(settings[6])};
-  std::function<void()> kernel;
-  if (trial == "block_sum") kernel = [=] { block_sum(in, out, count, true); };
-  if (trial == "block_sum_without_barrier") kernel = [=] { block_sum(in, out, count, false); };
-  if (trial == "shuffles") kernel = [=] { shuffles(in, out, count); };
-  if (trial == "votes") kernel = [=] { votes(in, out); };
-  if (trial == "atomics") kernel = [=] { atomics(in, out); };
-  if (trial == "indices") kernel = [=] { indices(out); };
-  if (trial == "divergent_barrier") kernel = [=] { divergent_barrier(); };
-  if (trial == "divergent_shuffle") kernel = [=] { divergent_shuffle(out); };
-  if (trial == "mixed_collectives") kernel = [=] { mixed_collectives(out); };
-  if (trial == "outside_mask") kernel = [=] { outside_mask(out); };
-  if (trial == "read_shared") kernel = [=] { read_shared(out); };
-  if (!kernel) throw std::invalid_argument("no such trial: " + trial);
-  const cudaError_t error = emulation::launch(grid, block, shared, kernel);
+// Copies: with kPast, of one element more than there is.
+template <int kPast>
+void read(const Data& d) {
+  const int i = int(threadIdx.x);
+  d.out[i] = d.in[i + kPast];
+}
+template <int kPast>
+void write(const Data& d) {
+  const int i = int(threadIdx.x);
+  d.out[i + kPast] = d.in[i];
+}
+template <int kPast>
+void dynamic_shared(const Data& d) {
+  float* shared = shared_floats();
+  shared[threadIdx.x] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = shared[threadIdx.x + kPast];
+}
+constexpr int kStatic = 77;  // threads that static_shared takes
+template <int kPast>
+void static_shared(const Data& d) {
+  __shared__ float shared[kStatic];
+  shared[threadIdx.x] = d.in[threadIdx.x];
+  __syncthreads();
+  d.out[threadIdx.x] = shared[threadIdx.x + kPast];
+}
+
+struct alignas(16) Four {
+  float value[4];
+};
+// Copies four elements a thread, and with kPast from and to a place that isn't aligned.
+template <int kPast>
+void vectors(const Data& d) {
+  const int i = 4 * int(threadIdx.x);
+  if (i + 4 + kPast > d.count) return;
+  *reinterpret_cast<Four*>(d.out + i + kPast) = *reinterpret_cast<const Four*>(d.in + i + kPast);
+}
+// Writes four elements a thread, and with kPast two threads the same.
+template <int kPast>
+void overlapping_vectors(const Data& d) {
+  const int i = 4 * (int(threadIdx.x) / (1 + kPast));
+  if (i + 4 > d.count) return;
+  *reinterpret_cast<Four*>(d.out + i) = *reinterpret_cast<const Four*>(d.in + i);
+}
+
+inline const std::map<std::string, Kernel>& kernels() {
+  static const std::map<std::string, Kernel> all = {
+      {"block_sum", block_sum<true>},
+      {"block_sum without barrier", block_sum<false>},
+      {"tree_sum", tree_sum<true>},
+      {"tree_sum without barrier", tree_sum<false>},
+      {"warp_sum", warp_sum<true>},
+      {"warp_sum without syncwarp", warp_sum<false>},
+      {"shuffle", shuffle<Shuffle::by_index, float>},
+      {"shuffle up", shuffle<Shuffle::up, float>},
+      {"shuffle down", shuffle<Shuffle::down, float>},
+      {"shuffle xor", shuffle<Shuffle::by_xor, float>},
+      {"shuffle double", shuffle<Shuffle::by_index, double>},
+      {"votes", votes},
+      {"atomics", atomics},
+      {"indices", indices},
+      {"fresh_shared", fresh_shared},
+      {"divergent_barrier", divergent_barrier},
+      {"divergent_shuffle", divergent_shuffle},
+      {"mixed_collectives", mixed_collectives},
+      {"mixed_masks", mixed_masks},
+      {"outside_mask", outside_mask},
+      {"barrier_or_shuffle", barrier_or_shuffle},
+      {"read", read<0>},
+      {"read past the end", read<1>},
+      {"read before the start", read<-1>},
+      {"write", write<0>},
+      {"write past the end", write<1>},
+      {"dynamic_shared", dynamic_shared<0>},
+      {"dynamic_shared past the end", dynamic_shared<1>},
+      {"static_shared", static_shared<0>},
+      {"static_shared past the end", static_shared<1>},
+      {"vectors", vectors<0>},
+      {"vectors misaligned", vectors<1>},
+      {"overlapping_vectors", overlapping_vectors<0>},
+      {"overlapping_vectors twice", overlapping_vectors<1>},
+  };
+  return all;
+}
+
+inline void run(const std::string& trial, const Data& data, dim3 grid, dim3 block, size_t shared) {
+  const auto found = kernels().find(trial);
+  if (found == kernels().end()) throw std::invalid_argument("no such trial: " + trial);
+  const cudaError_t error = emulation::launch(grid, block, shared, [&] { found->second(data); });
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 

@@ -1,0 +1,149 @@
+"""How long functions take on a device, side by side.
+
+Each variant is a list of calls on different inputs, so that none finds its input in the cache. On CUDA the calls are
+captured in a graph where that works, which leaves out the time to launch them. Variants take turns, round by round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+CACHE = 2 * 50 * 2**20  # bytes that inputs should exceed together: twice the L2 cache of an H100
+MOST_SETS = 6  # of inputs
+ROUND = 2e-3  # seconds that a variant takes in one round, at least
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one call, in seconds: the median of the rounds, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    graph: bool  # whether a CUDA graph was timed
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a variant has no time."""
+
+    reason: str
+
+
+def input_sets(nbytes: int, device: torch.device) -> int:
+    """How many sets of inputs of this size are needed to miss the cache every time."""
+    return 1 if device.type != "cuda" else max(1, min(MOST_SETS, -(-CACHE // max(1, nbytes))))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def captured(calls: Sequence[Call]) -> Call:
+    """The calls as one CUDA graph; replaying it runs them on the memory they ran on."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def run_seconds(run: Call, device: torch.device) -> float:
+    """One run, by the device's own clock where it has one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+class _Variant:
+    def __init__(self, calls: Sequence[Call], device: torch.device, graphs: bool) -> None:
+        for _ in range(2):
+            for call in calls:
+                call()
+        synchronize(device)
+        self.graph = False
+        self.calls = len(calls)
+        self.run: Call = lambda: [call() for call in calls]
+        if graphs and device.type == "cuda":
+            try:
+                self.run = captured(calls)
+                self.graph = True
+            except RuntimeError:  # what can't be captured is timed as it is
+                torch.cuda.synchronize(device)
+        self.repeats = max(1, min(100, int(ROUND / max(1e-7, run_seconds(self.run, device)))))
+
+    def seconds(self, device: torch.device) -> float:
+        def repeated() -> None:
+            for _ in range(self.repeats):
+                self.run()
+
+        return run_seconds(repeated, device) / self.repeats / self.calls
+
+
+def measure(
+    variants: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    rounds: int = 15,
+    graphs: bool = True,
+) -> dict[str, Timing | Failure]:
+    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds each."""
+    results: dict[str, Timing | Failure] = {}
+    ready: dict[str, _Variant] = {}
+    for name, calls in variants.items():
+        try:
+            ready[name] = _Variant(calls, device, graphs)
+        except Exception as error:  # a variant that can't run says why, and the others go on
+            results[name] = Failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    start = time.perf_counter()
+    for i in range(rounds):
+        if i >= 2 and time.perf_counter() - start > seconds:
+            break
+        for name, variant in ready.items():
+            samples[name].append(variant.seconds(device))
+    for name, values in samples.items():
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+        results[name] = Timing(statistics.median(values), low, high, len(values), ready[name].graph)
+    return {name: results[name] for name in variants}
+
+
+def copy_rate(device: torch.device, nbytes: int) -> float:
+    """Bytes a second, read and written, of copying a large tensor."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = measure({"copy": [lambda: target.copy_(source)]}, device)["copy"]
+    assert isinstance(timing, Timing)
+    return 2 * nbytes / timing.median
+
+
+def gemm_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product of random numbers."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = measure({"gemm": [lambda: a @ b]}, device)["gemm"]
+    assert isinstance(timing, Timing)
+    return 2 * size**3 / timing.median

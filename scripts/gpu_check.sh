@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Builds the library in place for the GPU present, then checks and times everything on it: scripts/gpu_check.sh OUT
+# Needs nvcc, a C++ compiler, torch and ninja; no network, no installation. Without a GPU it runs on the CPU.
+# More arguments go to python -m alexnet_kernels.testing.gpu_check.
+set -euo pipefail
+if [ $# -lt 1 ]; then
+  echo "usage: $0 OUT [--minutes N] [--only PART ...]" >&2
+  exit 2
+fi
+out=$(realpath -m "$1")
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")')
+if [ -n "$arch" ]; then
+  export ALEXNET_KERNELS_CUDA=1 ALEXNET_KERNELS_ARCHS="$arch"
+fi
+"$python" setup.py build_ext --inplace
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m alexnet_kernels.testing.gpu_check --out "$out" "$@"

@@ -1,0 +1,301 @@
+"""The emulation of CUDA's threads (tests/emulation): what it computes, what it refuses, and the kernels in it under the
+compiler's sanitizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+np = pytest.importorskip("numpy")
+emulation = pytest.importorskip("emulation")
+
+COMPILER = os.environ.get("CXX", "g++")
+ALL = 0xFFFFFFFF
+ORDERS = range(6)
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
+
+
+@pytest.fixture
+def cuda() -> Iterator[ModuleType]:
+    module = emulation.load()
+    yield module
+    module.set_order(0)
+
+
+@pytest.fixture
+def launch(cuda: ModuleType) -> Callable[..., np.ndarray]:
+    """Runs a trial; its output of `size` elements, at first -7."""
+
+    def run(
+        trial: str,
+        values: Sequence[float] | np.ndarray = (),
+        size: int | None = None,
+        *,
+        grid: tuple[int, ...] = (1,),
+        block: tuple[int, ...] | None = None,
+        shared: int = 0,
+        options: Sequence[int] = (),
+    ) -> np.ndarray:
+        values = np.asarray(values, np.float32)
+        out = np.full(len(values) if size is None else size, -7, np.float32)
+        whole = [(*extent, 1, 1)[:3] for extent in (grid, block or (len(values),))]
+        cuda.run(trial, values, out, *whole, shared, list(options))
+        return out
+
+    return run
+
+
+def numbers(count: int) -> np.ndarray:
+    """Whole numbers, none twice, whose sums are exact."""
+    return np.random.default_rng(count).permutation(count).astype(np.float32) - count // 2
+
+
+class TestKernels:
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("threads", [1, 31, 32, 77, 256, 1024])
+    def test_barriers_and_shared_memory(self, cuda, launch, threads: int, order: int) -> None:
+        cuda.set_order(order)
+        values = numbers(threads * 3 - threads // 2)
+        out = launch("block_sum", values, grid=(3,), block=(threads,), shared=4 * threads)
+        for block in range(0, len(values), threads):
+            assert (out[block : block + threads] == values[block : block + threads].sum()).all()
+        whole = values[:threads]
+        assert (launch("tree_sum", whole, shared=4 * threads) == whole.sum()).all()
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_syncwarp(self, cuda, launch, order: int) -> None:
+        cuda.set_order(order)
+        values = numbers(77)
+        sums = [values[i : i + 32].sum() for i in range(0, 77, 32)]
+        assert (launch("warp_sum", values, shared=4 * 77) == np.repeat(sums, 32)[:77]).all()
+
+    @pytest.mark.parametrize("kind", ["by index", "double", "up", "down", "xor"])
+    @pytest.mark.parametrize("width", [2, 8, 32])
+    @pytest.mark.parametrize("order", [0, 1])
+    def test_shuffles(self, cuda, launch, kind: str, width: int, order: int) -> None:
+        cuda.set_order(order)
+        values = numbers(96)
+        lane = np.arange(32)
+        group = lane // width * width
+        for operand in (0, 1, 3, 5, width - 1):
+            source = {
+                "up": np.where(lane - operand < group, lane, lane - operand),
+                "down": np.where(lane + operand >= group + width, lane, lane + operand),
+                "xor": np.where((lane ^ operand) >= group + width, lane, lane ^ operand),
+            }.get(kind, group + operand % width)
+            trial = "shuffle" if kind == "by index" else f"shuffle {kind}"
+            out = launch(trial, values, options=(ALL, operand, width))
+            assert (out.reshape(3, 32) == values.reshape(3, 32)[:, source]).all(), operand
+
+    def test_a_shuffle_of_some_lanes(self, launch) -> None:
+        values = numbers(64)
+        mask = 0x0FF0F00F
+        lane = np.arange(64) % 32
+        inside = mask >> lane & 1 == 1
+        out = launch("shuffle", values, options=(mask, 2, 32))
+        assert (out[inside] == values[np.arange(64) // 32 * 32 + 2][inside]).all()
+        assert (out[~inside] == -1).all()
+
+    def test_a_lane_that_takes_no_part_has_no_value(self, launch) -> None:
+        values = numbers(45)
+        assert np.isnan(launch("shuffle", values, options=(0x0000FFFF, 20, 32))[:16]).all()
+        last = launch("shuffle down", values, options=(ALL, 4, 32))[32:]
+        assert (last[:9] == values[36:]).all()
+        assert np.isnan(last[9:]).all()
+
+    @pytest.mark.parametrize("order", [0, 1])
+    @pytest.mark.parametrize("mask", [ALL, 0x80F000FF])
+    @pytest.mark.parametrize("above", [-100, 30, 32, 100], ids=lambda v: f"above {v}")
+    def test_votes(self, cuda, launch, mask: int, above: int, order: int) -> None:
+        cuda.set_order(order)
+        values = numbers(77) - above
+        yes = values > 0
+        out = launch("votes", values, 6 * 77, options=(mask,)).reshape(6, 77)
+        for first in range(0, 77, 32):
+            lanes = [i for i in range(first, min(first + 32, 77)) if mask >> i % 32 & 1]
+            ballot = sum(1 << i % 32 for i in lanes if yes[i])
+            expected = [ballot & 0xFFFF, ballot >> 16, yes[lanes].any(), yes[lanes].all()]
+            assert (out[:4, lanes] == np.reshape(expected, (4, 1))).all()
+        assert (out[4] == yes.sum()).all()
+        assert (out[5] == yes.any()).all()
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_atomics(self, cuda, launch, order: int) -> None:
+        cuda.set_order(order)
+        values = numbers(4 * 50)
+        out = np.zeros(4 + 200, np.float32)
+        cuda.run("atomics", values, out, (4, 1, 1), (50, 1, 1), 0, [])
+        total, largest, first, count = out[:4]
+        assert (total, largest, count) == (values.sum(), values.max(), 200)
+        assert first == (4 if order % 2 else 1)
+        assert (out[4:] == 1).all()
+
+    def test_indices(self, launch) -> None:
+        grid, block = (3, 2, 4), (5, 3, 2)
+        out = launch("indices", (), 6 * 24 * 30, grid=grid, block=block).reshape(24, 30, 6)
+        for axis in range(3):
+            assert (out[:, :, axis] == np.indices(grid[::-1])[2 - axis].reshape(24, 1)).all()
+            assert (out[:, :, 3 + axis] == np.indices(block[::-1])[2 - axis].reshape(1, 30)).all()
+
+    @pytest.mark.parametrize("bytes", [4, 1000, 227 * 1024])
+    def test_shared_memory_starts_as_nan_in_every_block(self, cuda, launch, bytes: int) -> None:
+        out = launch("fresh_shared", (), bytes // 4, grid=(2,), block=(64,), shared=bytes, options=(bytes // 4,))
+        assert np.isnan(out).all()
+        assert cuda.last_launch()["shared"] == bytes
+
+    @pytest.mark.parametrize(
+        ("grid", "block", "shared"),
+        [
+            ((0,), (32,), 0),
+            ((1, 0), (32,), 0),
+            ((1, 65536), (32,), 0),
+            ((1, 1, 65536), (32,), 0),
+            ((2**31,), (32,), 0),
+            ((1,), (0,), 0),
+            ((1,), (1025,), 0),
+            ((1,), (32, 33), 0),
+            ((1,), (1, 1, 65), 0),
+            ((1,), (32,), 227 * 1024 + 1),
+        ],
+    )
+    def test_launches_that_hardware_refuses(self, cuda, launch, grid, block, shared: int) -> None:
+        launches = cuda.last_launch()["launches"]
+        with pytest.raises(RuntimeError, match="invalid argument" if shared else "invalid configuration"):
+            launch("indices", (), 1, grid=grid, block=block, shared=shared)
+        assert cuda.last_launch()["launches"] == launches
+
+
+class TestFaults:
+    @pytest.mark.parametrize("order", [0, 3])
+    @pytest.mark.parametrize(
+        ("trial", "threads", "message"),
+        [
+            ("divergent_barrier", 64, "not every thread reaches.*thread 0 on at a barrier, from thread 7 on finished"),
+            ("divergent_shuffle", 32, "not every thread reaches.*at a warp collective, from thread 3 on finished"),
+            ("barrier_or_shuffle", 64, "not every thread reaches.*a barrier, from thread 40 on at a warp collective"),
+            ("mixed_collectives", 32, "different collectives.*at a warp collective"),
+            ("mixed_masks", 32, "different collectives.*at a warp collective"),
+            ("outside_mask", 64, r"whose mask leaves it out; block \(0, 0, 0\), from thread.* on running"),
+        ],
+    )
+    def test_threads_that_do_not_meet(self, cuda, launch, trial: str, threads: int, message: str, order: int) -> None:
+        cuda.set_order(order)
+        with pytest.raises(RuntimeError, match=message):
+            launch(trial, (), threads, block=(threads,))
+        # The next launch knows nothing of it.
+        values = numbers(64)
+        assert (launch("votes", values, 6 * 64, options=(ALL,))[4 * 64 : 5 * 64] == (values > 0).sum()).all()
+        assert (launch("block_sum", values, shared=4 * 64) == values.sum()).all()
+        assert (launch("shuffle", values, options=(ALL, 5, 32)) == np.repeat(values[[5, 37]], 32)).all()
+
+    @pytest.mark.parametrize("trial", ["block_sum", "tree_sum", "warp_sum"])
+    def test_a_missing_barrier_shows_in_another_order(self, cuda, launch, trial: str) -> None:
+        values = numbers(64)
+        missing = "syncwarp" if trial == "warp_sum" else "barrier"
+        results = set()
+        for order in ORDERS:
+            cuda.set_order(order)
+            correct = launch(trial, values, shared=4 * 64)
+            results.add(launch(f"{trial} without {missing}", values, shared=4 * 64).tobytes())
+            assert (
+                correct == (np.repeat(values.reshape(2, 32).sum(1), 32) if trial == "warp_sum" else values.sum())
+            ).all()
+        assert len(results) > 1
+
+    def test_some_orders_hide_a_missing_barrier(self, launch) -> None:
+        values = numbers(64)
+        assert (launch("tree_sum without barrier", values, shared=4 * 64) == values.sum()).all()
+
+    def test_an_unknown_trial(self, launch) -> None:
+        with pytest.raises(ValueError, match="no such trial: nothing"):
+            launch("nothing", [1])
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the executable of a sanitizer."""
+
+    @functools.cache
+    def executable(name: str) -> Path:
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            pytest.skip("the sanitizers are tried on x86-64 Linux only")
+        source = tmp_path_factory.mktemp("sanitizer") / "empty.cpp"
+        source.write_text("int main() {}")
+        flags = " ".join(emulation.SANITIZERS[name]).split()
+        empty = subprocess.run([COMPILER, *flags, source, "-o", source.with_suffix("")], capture_output=True)
+        if empty.returncode:
+            pytest.skip(f"{COMPILER} lacks {' '.join(flags)}")
+        return emulation.build(name)
+
+    # The sanitizers' own memory may lie where a randomised address space has put something else.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
+        fixed = []
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            **{key: value for key, value in os.environ.items() if key != "LD_PRELOAD"},
+            "OMP_NUM_THREADS": "1",
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "TSAN_OPTIONS": "halt_on_error=1",
+        }
+        command = [*fixed, str(executable(name)), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+        if "unexpected memory mapping" in done.stderr:
+            pytest.skip("ThreadSanitizer needs an address space that isn't randomised")
+        return done
+
+    return run
+
+
+@pytest.mark.slow
+class TestSanitizers:
+    @pytest.mark.parametrize(("name", "arguments"), [("address", []), ("thread", ["--few"])], ids=["address", "thread"])
+    def test_every_operator_is_clean(self, sanitized, name: str, arguments: list[str]) -> None:
+        done = sanitized(name, *arguments)
+        assert done.returncode == 0, done.stderr[:4000]
+        assert "Sanitizer" not in done.stderr
+        ran = dict(line.split(": ") for line in done.stdout.splitlines())
+        schemas = (emulation.ROOT / "csrc" / "library.cpp").read_text()
+        assert set(ran) == set(re.findall(r'"(\w+)\(Tensor', schemas))
+        assert [op for op, counts in ran.items() if counts.endswith(", 0 launches")] == []
+
+    @pytest.mark.parametrize(
+        ("name", "trial", "report"),
+        [
+            ("address", "read past the end", "heap-buffer-overflow"),
+            ("address", "read before the start", "heap-buffer-overflow"),
+            ("address", "write past the end", "heap-buffer-overflow"),
+            ("address", "dynamic_shared past the end", "use-after-poison"),
+            ("address", "static_shared past the end", "index 77 out of bounds"),
+            ("address", "vectors misaligned", "misaligned address"),
+            ("thread", "block_sum without barrier", "data race"),
+            ("thread", "tree_sum without barrier", "data race"),
+            ("thread", "warp_sum without syncwarp", "data race"),
+            ("thread", "overlapping_vectors twice", "data race"),
+        ],
+    )
+    def test_a_planted_fault_is_reported(self, sanitized, name: str, trial: str, report: str) -> None:
+        done = sanitized(name, "--trial", trial)
+        assert done.returncode != 0
+        assert report in done.stderr
+        assert f"trials::{trial.split()[0]}<" in done.stderr
+
+    @pytest.mark.parametrize("name", ["address", "thread"])
+    def test_correct_kernels_pass_silently(self, sanitized, name: str) -> None:
+        trials = ["read", "write", "dynamic_shared", "static_shared", "vectors", "overlapping_vectors"]
+        done = sanitized(name, "--trial", *trials, "block_sum", "tree_sum", "warp_sum")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
