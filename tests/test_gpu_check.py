@@ -30,7 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any
     """(exit status, gpu_check.json, gpu_check.md, what was printed) of a short run of everything."""
     out = tmp_path_factory.mktemp("check") / "out"
     command = [sys.executable, "-m", "alexnet_kernels.testing.gpu_check", "--device", "cpu", "--out", str(out)]
-    command += ["--minutes", "1", "--tests", str(ROOT / "tests")]
+    command += ["--minutes", "1.5", "--tests", str(ROOT / "tests")]
     package = Path(cases.__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(package)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out.parent)
@@ -223,7 +223,7 @@ class TestFaults:
 
     def test_out_of_time(self) -> None:
         (found,) = gpu_check.time_ops(CPU, gpu_check.Budget(0), set())
-        assert len(found["unfinished"]) == len(cases.cases())
+        assert len(found["unfinished"]) == sum(case.dtype == torch.bfloat16 for case in cases.cases())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,0 +1,282 @@
+"""What only a GPU can show: graphs, streams, devices, tensors past 2^31 elements, compilation, cuDNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same
+from torch import Tensor
+
+from alexnet_kernels import AlexNet, backends, ops, optim, use_backend
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.gpu
+
+every_backend = pytest.mark.parametrize("chosen", ["cuda", "triton"])
+
+
+def seed() -> Tensor:
+    return torch.tensor(11, device=DEVICE)
+
+
+OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv2d_relu": lambda x: ops.conv2d_relu(x, filters(x), padding=1),
+    "max_pool2d": lambda x: ops.max_pool2d(x, relu=True),
+    "local_response_norm": lambda x: ops.local_response_norm(x, alpha=0.1, groups=2),
+    "lrn_max_pool2d": lambda x: ops.lrn_max_pool2d(x, alpha=0.1, relu=True),
+    "within_map_response_norm": lambda x: ops.within_map_response_norm(x, alpha=0.1),
+    "batch_norm_relu": lambda x: ops.batch_norm_relu(x, None, None, training=True),
+    "dropout": lambda x: ops.dropout(x, seed=5),
+    "linear_relu_dropout": lambda x: ops.linear_relu_dropout(x.flatten(1), matrix(x), seed=5),
+}
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def filters(x: Tensor) -> Tensor:
+    return torch.ones(8, x.shape[1], 3, 3, device=x.device, dtype=x.dtype) / 64
+
+
+def matrix(x: Tensor) -> Tensor:
+    return torch.ones(24, x[0].numel(), device=x.device, dtype=x.dtype) / 64
+
+
+def need(op: str, backend: str) -> None:
+    if reason := backends.unavailable(op, backend):
+        pytest.skip(f"{backend}: {reason}")
+
+
+def images(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def forward_backward(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    out = OPS[op](x)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    return out.detach(), grad
+
+
+def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of the function, and the tensors that replaying it fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
+
+
+@every_backend
+@every_op
+def test_a_captured_graph_computes_anew(op: str, chosen: str) -> None:
+    need(op, chosen)
+    x = images(2, 16, 9, 9).requires_grad_()
+    with use_backend(chosen):
+        graph, results = captured(lambda: forward_backward(op, x))
+        for _ in range(2):
+            with torch.no_grad():
+                x.copy_(images(2, 16, 9, 9))
+            graph.replay()
+            assert_same(results, forward_backward(op, x), op)
+
+
+@every_backend
+def test_captured_dropout_follows_its_seed(chosen: str) -> None:
+    need("dropout", chosen)
+    x, key = torch.ones(3, 1000, device=DEVICE), seed()
+    graph, (out,) = captured(lambda: (ops.dropout(x, seed=key, backend=chosen),))
+    masks = []
+    for value in (11, -3, 2**62 + 1):
+        key.fill_(value)
+        graph.replay()
+        expected = ops.dropout(torch.ones(3, 1000), seed=value, backend="cpu")
+        assert_same(out.cpu(), expected)
+        masks.append(out.clone())
+    assert not torch.equal(masks[0], masks[1])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 1003), (4, 24, 7, 5), (1, 1)], ids=str)
+def test_dropout_draws_the_bits_of_the_cpu(chosen: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    need("dropout", chosen)
+    x = torch.randn(shape).to(dtype)
+    for layout in ("contiguous", "channels_last"):
+        y = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" and x.dim() == 4 else x
+        actual = ops.dropout(y.to(DEVICE), 0.3, seed=-9, offset=2**33, backend=chosen)
+        assert_same(actual.cpu(), ops.dropout(y, 0.3, seed=-9, offset=2**33, backend="cpu"))
+
+
+@every_backend
+@every_op
+def test_runs_on_the_current_stream(op: str, chosen: str) -> None:
+    need(op, chosen)
+    x, new = images(4, 16, 27, 27), images(4, 16, 27, 27)
+    with use_backend(chosen), torch.no_grad():
+        expected = OPS[op](new)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # cycles: a kernel on another stream would read what x held before
+            x.copy_(new)
+            out = OPS[op](x)
+        stream.synchronize()
+        assert_same(out, expected, op)
+
+
+@every_backend
+@every_op
+def test_runs_on_the_device_of_its_input(op: str, chosen: str) -> None:
+    need(op, chosen)
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = images(2, 16, 9, 9)
+    with use_backend(chosen), torch.no_grad():
+        expected = OPS[op](x)
+        out = OPS[op](x.to("cuda:1"))
+    assert out.device.index == 1
+    assert torch.cuda.current_device() == 0
+    assert_same(out.to("cuda:0"), expected, op)
+
+
+@every_backend
+@every_op
+def test_repeats_bitwise_at_full_size(op: str, chosen: str) -> None:
+    need(op, chosen)
+    x = images(32, 96, 27, 27).requires_grad_()
+    with use_backend(chosen):
+        first = forward_backward(op, x)
+        for _ in range(3):
+            assert_same(forward_backward(op, x), first, op)
+
+
+@every_backend
+@pytest.mark.parametrize("op", ["max_pool2d", "local_response_norm", "lrn_max_pool2d", "dropout"])
+def test_more_elements_than_31_bits_count(op: str, chosen: str) -> None:
+    need(op, chosen)
+    count = 2**31 // (96 * 55 * 55) + 3
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    x = torch.empty(count, 96, 55, 55, device=DEVICE, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    x.normal_().requires_grad_()
+    assert x.numel() > 2**31
+    with use_backend(chosen):
+        out, grad = forward_backward(op, x)
+        if op == "dropout":  # drawn by the element's number
+            assert_same(out[-1] != 0, grad[-1] != 0)
+            assert 0.45 < (out[-2:] == 0).float().mean().item() < 0.55
+            return
+        for part in (slice(0, 2), slice(count - 2, count)):
+            few = x[part].detach().requires_grad_()
+            assert_same((out[part], grad[part]), forward_backward(op, few), op)
+
+
+@pytest.mark.parametrize("preset", ["paper", "as_run", "torchvision", "batchnorm"])
+def test_compiles_as_one_graph(preset: str, fresh_dynamo: None) -> None:
+    torch.manual_seed(0)
+    model = AlexNet(num_classes=10, preset=preset, width=0.25).to(DEVICE).eval()
+    x = images(2, 3, 96, 96, dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        logits = run(x)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("chosen", ["auto", "cuda", "triton", "native"])
+@pytest.mark.parametrize("preset", ["paper", "as_run", "caffenet", "torchvision", "batchnorm"])
+def test_the_network_equals_float64(preset: str, chosen: str) -> None:
+    need("max_pool2d", chosen)
+    torch.manual_seed(0)
+    model = AlexNet(num_classes=10, preset=preset, width=0.25).eval()
+    x = torch.randn(2, 3, 96, 96)
+
+    def run(model: AlexNet, x: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        logits = model(x)
+        logits.square().sum().backward()
+        return [logits.detach().double().cpu(), *(p.grad.double().cpu() for p in model.parameters())]
+
+    with use_backend("native"):
+        expected = run(model.double(), x.double())
+    with use_backend(chosen):
+        actual = run(model.float().to(DEVICE), x.to(DEVICE).contiguous(memory_format=torch.channels_last))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3 * e.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("chosen", ["auto", "cuda", "triton"])
+def test_a_training_step_in_a_graph(chosen: str) -> None:
+    need("max_pool2d", chosen)
+    x, labels = images(4, 3, 96, 96, dtype=torch.float32), torch.arange(4, device=DEVICE)
+
+    def trained(graphed: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = AlexNet(num_classes=10, preset="paper", width=0.25, dropout=0.0).to(DEVICE)
+        optimizer = optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, rule="paper")
+
+        def step() -> tuple[Tensor, ...]:
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            return (loss,)
+
+        with use_backend(chosen):
+            if graphed:
+                graph, _ = captured(step)  # three steps to warm up; capturing takes none
+                for _ in range(2):
+                    graph.replay()
+            else:
+                for _ in range(5):
+                    step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        for actual, expected in zip(trained(True), trained(False), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "layer", [(96, 3, 11, 4, 2, 1, 64), (64, 48, 5, 1, 2, 2, 13), (48, 32, 3, 1, 1, 1, 13)], ids=str
+)
+def test_convolutions_equal_cudnn(layer: tuple[int, ...], dtype: torch.dtype, chosen: str) -> None:
+    need("conv2d_relu", chosen)
+    filters, channels, kernel, stride, padding, groups, size = layer
+    x = images(2, channels * groups, size, size, dtype=dtype)
+    weight = (torch.randn(filters, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(DEVICE, dtype)
+    bias = torch.randn(filters).to(DEVICE, dtype)
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    results = []
+    for name in (chosen, "native"):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        out = ops.conv2d_relu(*leaves, stride, padding, groups, backend=name)
+        grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).reshape(out.shape).to(dtype)
+        kept = grad * (results[0][0] > 0.05 if results else out > 0.05)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, kept)))
+    for actual, expected in zip(*results, strict=True):
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0.02, atol=4 * tolerance * largest)
+
+
+def test_auto_takes_float64_elsewhere() -> None:
+    x = torch.randn(2, 16, 9, 9, device=DEVICE, dtype=torch.float64)
+    assert ops.local_response_norm(x).dtype == torch.float64
+    with pytest.raises(TypeError, match="takes float32, bfloat16 and float16"):
+        ops.local_response_norm(x, backend="triton")
