@@ -205,7 +205,7 @@ def test_the_network_equals_float64(preset: str, chosen: str) -> None:
         model.zero_grad()
         logits = model(x)
         logits.square().sum().backward()
-        return [logits.detach().double().cpu(), *(p.grad.double().cpu() for p in model.parameters())]
+        return [t.detach().double().cpu().clone() for t in (logits, *(p.grad for p in model.parameters()))]
 
     with use_backend("native"):
         expected = run(model.double(), x.double())
