@@ -428,7 +428,7 @@ class Check:
         )
 
     def _tests(self, name: str, section: dict[str, Any], limit: float) -> None:
-        tests = self.tests or PACKAGE.parent / "tests"
+        tests = (self.tests or PACKAGE.parent / "tests").resolve()
         if not (tests / "conftest.py").exists():
             section |= {"state": "skipped", "error": f"there are no tests at {tests}: give --tests"}
             return
@@ -440,7 +440,8 @@ class Check:
             lines = Path(folder) / "progress.jsonl"
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", progress.__name__]
             command += ["--continue-on-collection-errors", *chosen]
-            status, errors = self._run(command, limit, {progress.VARIABLE: str(lines)}, cwd=tests.parent)
+            # Not from the source tree, which would shadow an installed package.
+            status, errors = self._run(command, limit, {progress.VARIABLE: str(lines)}, cwd=tests)
             found = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         outcomes = [line for line in found if "test" in line]
         for outcome in ("passed", "failed", "error", "skipped"):
