@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import alexnet_kernels
 from alexnet_kernels import _library, backends, ops
@@ -127,6 +128,13 @@ except ValueError as error:
         reason, refusal = run(code, tmp_path).splitlines()
         assert reason == ("None" if torch.cuda.is_available() else "it needs a CUDA device")
         assert refusal == "max_pool2d: backend 'cuda' needs tensors on cuda, but the input is on cpu"
+
+    def test_auto_takes_the_cuda_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_library, "KERNELS", _library.KERNELS | {(op, "CUDA") for op in _library.OPS})
+        with FakeTensorMode():
+            x = torch.empty(1, 1, 5, 5, device="cuda:0")
+            assert {op: backends.select(op, x, None) for op in ops.__all__} == dict.fromkeys(ops.__all__, "cuda")
+            assert backends.select("max_pool2d", x.double(), None) == "native"
 
     @pytest.mark.skipif(("max_pool2d", "CUDA") not in _library.KERNELS, reason="built without CUDA")
     def test_every_op_has_cuda_kernels(self) -> None:
