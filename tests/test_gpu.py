@@ -24,6 +24,7 @@ def seed() -> Tensor:
 
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "conv2d_relu": lambda x: ops.conv2d_relu(x, filters(x), padding=1),
+    "conv2d_relu, strided": lambda x: ops.conv2d_relu(x[:, :3], filters(x[:, :3], 5), stride=2),
     "max_pool2d": lambda x: ops.max_pool2d(x, relu=True),
     "local_response_norm": lambda x: ops.local_response_norm(x, alpha=0.1, groups=2),
     "lrn_max_pool2d": lambda x: ops.lrn_max_pool2d(x, alpha=0.1, relu=True),
@@ -35,8 +36,8 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
 every_op = pytest.mark.parametrize("op", OPS)
 
 
-def filters(x: Tensor) -> Tensor:
-    return torch.ones(8, x.shape[1], 3, 3, device=x.device, dtype=x.dtype) / 64
+def filters(x: Tensor, size: int = 3) -> Tensor:
+    return torch.ones(8, x.shape[1], size, size, device=x.device, dtype=x.dtype) / 64
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def matrix(x: Tensor) -> Tensor:
 
 
 def need(op: str, backend: str) -> None:
-    if reason := backends.unavailable(op, backend):
+    if reason := backends.unavailable(op.partition(",")[0], backend):
         pytest.skip(f"{backend}: {reason}")
 
 
@@ -114,20 +115,64 @@ def test_dropout_draws_the_bits_of_the_cpu(chosen: str, dtype: torch.dtype, shap
 
 
 @every_backend
+def test_a_captured_graph_augments_anew(chosen: str) -> None:
+    need("augment", chosen)
+
+    def batch() -> list[Tensor]:
+        values = [torch.randint(256, (3, 20, 24, 3), dtype=torch.uint8), torch.randint(5, (3, 2))]
+        values += [torch.randint(2, (3,)) > 0, torch.randn(3, 3), torch.rand(3, 16, 18) * 255]
+        return [value.to(DEVICE) for value in values]
+
+    def augmented(images: Tensor, crops: Tensor, *options: Tensor) -> tuple[Tensor, ...]:
+        return (ops.augment(images, crops, (16, 18), *options, dtype=torch.bfloat16, backend=chosen),)
+
+    inputs = batch()
+    graph, results = captured(lambda: augmented(*inputs))
+    for _ in range(2):
+        for kept, new in zip(inputs, batch(), strict=True):
+            kept.copy_(new)
+        graph.replay()
+        assert_same(results, augmented(*inputs))
+
+
+@every_backend
+def test_a_captured_graph_updates_running_statistics(chosen: str) -> None:
+    need("batch_norm_relu", chosen)
+    x = images(4, 16, 9, 9, dtype=torch.float32)
+
+    def statistics() -> list[Tensor]:
+        return [torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)]
+
+    def normalised(running: list[Tensor]) -> tuple[Tensor, ...]:
+        return (ops.batch_norm_relu(x, *running, training=True, backend=chosen),)
+
+    replayed, expected = statistics(), statistics()
+    graph, _ = captured(lambda: normalised(replayed))
+    for tensor, start in zip(replayed, expected, strict=True):
+        tensor.copy_(start)
+    for _ in range(2):
+        x.copy_(images(4, 16, 9, 9, dtype=torch.float32))
+        graph.replay()
+        normalised(expected)
+        assert_same(replayed, expected)
+
+
+@every_backend
 @every_op
 def test_runs_on_the_current_stream(op: str, chosen: str) -> None:
     need(op, chosen)
-    x, new = images(4, 16, 27, 27), images(4, 16, 27, 27)
-    with use_backend(chosen), torch.no_grad():
-        expected = OPS[op](new)
+    x, new = images(4, 16, 27, 27).requires_grad_(), images(4, 16, 27, 27).requires_grad_()
+    with use_backend(chosen):
+        expected = forward_backward(op, new)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)  # cycles: a kernel on another stream would read what x held before
-            x.copy_(new)
-            out = OPS[op](x)
+            with torch.no_grad():
+                x.copy_(new)
+            results = forward_backward(op, x)
         stream.synchronize()
-        assert_same(out, expected, op)
+        assert_same(results, expected, op)
 
 
 @every_backend
@@ -168,13 +213,16 @@ def test_more_elements_than_31_bits_count(op: str, chosen: str) -> None:
     assert x.numel() > 2**31
     with use_backend(chosen):
         out, grad = forward_backward(op, x)
-        if op == "dropout":  # drawn by the element's number
-            assert_same(out[-1] != 0, grad[-1] != 0)
-            assert 0.45 < (out[-2:] == 0).float().mean().item() < 0.55
-            return
-        for part in (slice(0, 2), slice(count - 2, count)):
-            few = x[part].detach().requires_grad_()
-            assert_same((out[part], grad[part]), forward_backward(op, few), op)
+        for start in (0, count - 2):
+            part = slice(start, start + 2)
+            if op == "dropout":  # drawn by the element's number
+                kept = x[part].detach().cpu().requires_grad_()
+                expected = ops.dropout(kept, seed=5, shard=(0, start, count), backend="cpu")
+                (slope,) = torch.autograd.grad(expected, kept, torch.ones_like(expected))
+                assert_same((out[part].cpu(), grad[part].cpu()), (expected.detach(), slope), op)
+            else:
+                few = x[part].detach().requires_grad_()
+                assert_same((out[part], grad[part]), forward_backward(op, few), op)
 
 
 @pytest.mark.parametrize("preset", ["paper", "as_run", "torchvision", "batchnorm"])
@@ -278,5 +326,6 @@ def test_convolutions_equal_cudnn(layer: tuple[int, ...], dtype: torch.dtype, ch
 def test_auto_takes_float64_elsewhere() -> None:
     x = torch.randn(2, 16, 9, 9, device=DEVICE, dtype=torch.float64)
     assert ops.local_response_norm(x).dtype == torch.float64
+    need("local_response_norm", "triton")
     with pytest.raises(TypeError, match="takes float32, bfloat16 and float16"):
         ops.local_response_norm(x, backend="triton")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +40,42 @@ class Failure:
     reason: str
 
 
+class DeviceLost(Exception):
+    """After an error of this variant nothing runs on the device any more; a new process can go on."""
+
+    def __init__(self, variant: str, reason: str) -> None:
+        super().__init__(f"{variant}: {reason}")
+        self.variant = variant
+
+
+def reason_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def works(device: torch.device) -> bool:
+    """Whether the device still runs kernels and draws random numbers: a sticky error or a broken capture ends both."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.rand(1, device=device)
+        torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
+@contextmanager
+def guarded(variant: str, device: torch.device, failures: dict[str, str]) -> Iterator[None]:
+    """Keeps the reason of an error in `failures[variant]`; raises DeviceLost if the device is lost with it."""
+    try:
+        yield
+    except Exception as error:
+        failures[variant] = reason_of(error)
+    if variant in failures and not works(device):
+        raise DeviceLost(variant, failures[variant])
+
+
 def input_sets(nbytes: int, device: torch.device) -> int:
     """How many sets of inputs of this size are needed to miss the cache every time."""
     return 1 if device.type != "cuda" else max(1, min(MOST_SETS, -(-CACHE // max(1, nbytes))))
@@ -48,17 +86,34 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def captured(calls: Sequence[Call]) -> Call:
-    """The calls as one CUDA graph; replaying it runs them on the memory they ran on."""
+class Synchronizes(Exception):
+    """The call waits for the device, which a CUDA graph can't."""
+
+
+def captured(calls: Sequence[Call], pool: Any = None) -> Call:
+    """The calls as one CUDA graph; replaying it runs them on the memory they ran on.
+
+    Graphs of one pool share what memory their calls free: nothing that one computes outlasts the next one's replay.
+    Calls that wait for the device are refused before the capture: one that breaks can't be cleaned up after.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for call in calls:
+            call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             for call in calls:
                 call()
+        except RuntimeError as error:
+            if "synchronizing" in str(error):
+                raise Synchronizes(str(error)) from error
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         for call in calls:
             call()
     return graph.replay
@@ -79,7 +134,7 @@ def run_seconds(run: Call, device: torch.device) -> float:
 
 
 class _Variant:
-    def __init__(self, calls: Sequence[Call], device: torch.device, graphs: bool) -> None:
+    def __init__(self, calls: Sequence[Call], device: torch.device, pool: Any) -> None:
         for _ in range(2):
             for call in calls:
                 call()
@@ -87,12 +142,13 @@ class _Variant:
         self.graph = False
         self.calls = len(calls)
         self.run: Call = lambda: [call() for call in calls]
-        if graphs and device.type == "cuda":
+        if pool is not None:
             try:
-                self.run = captured(calls)
+                self.run = captured(calls, pool)
                 self.graph = True
-            except RuntimeError:  # what can't be captured is timed as it is
+            except Synchronizes:  # timed as it is
                 torch.cuda.synchronize(device)
+        self.run()
         self.repeats = max(1, min(100, int(ROUND / max(1e-7, run_seconds(self.run, device)))))
 
     def seconds(self, device: torch.device) -> float:
@@ -111,21 +167,28 @@ def measure(
     rounds: int = 15,
     graphs: bool = True,
 ) -> dict[str, Timing | Failure]:
-    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds each."""
-    results: dict[str, Timing | Failure] = {}
+    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds each.
+
+    One that can't run has a Failure; raises DeviceLost if the others can't run after it.
+    """
+    failures: dict[str, str] = {}
     ready: dict[str, _Variant] = {}
+    pool = torch.cuda.graph_pool_handle() if graphs and device.type == "cuda" else None
     for name, calls in variants.items():
-        try:
-            ready[name] = _Variant(calls, device, graphs)
-        except Exception as error:  # a variant that can't run says why, and the others go on
-            results[name] = Failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        with guarded(name, device, failures):
+            ready[name] = _Variant(calls, device, pool)
+    results: dict[str, Timing | Failure] = {name: Failure(reason) for name, reason in failures.items()}
     samples: dict[str, list[float]] = {name: [] for name in ready}
     start = time.perf_counter()
     for i in range(rounds):
         if i >= 2 and time.perf_counter() - start > seconds:
             break
-        for name, variant in ready.items():
-            samples[name].append(variant.seconds(device))
+        for name, variant in list(ready.items()):
+            with guarded(name, device, failures):
+                samples[name].append(variant.seconds(device))
+            if name in failures:
+                results[name] = Failure(failures[name])
+                del ready[name], samples[name]
     for name, values in samples.items():
         low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
         results[name] = Timing(statistics.median(values), low, high, len(values), ready[name].graph)
@@ -133,8 +196,8 @@ def measure(
 
 
 def copy_rate(device: torch.device, nbytes: int) -> float:
-    """Bytes a second, read and written, of copying a large tensor."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    """Bytes a second, read and written, of copying a large tensor of random numbers."""
+    source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = measure({"copy": [lambda: target.copy_(source)]}, device)["copy"]
     assert isinstance(timing, Timing)
