@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alexnet_kernels import reference
+from alexnet_kernels import AlexNet, reference, use_backend
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -278,3 +278,18 @@ def check_compiled(
 def raises(error: type[Exception], match: str, call: Callable[[], Any]) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def check_network(preset: str, backend: str) -> None:
+    """An AlexNet's logits and gradients by a backend, against those by PyTorch's own operators."""
+    model = AlexNet(num_classes=5, preset=preset, width=0.17).eval()
+    images = random((2, 3, 71, 71), memory_format=torch.channels_last)
+    results = []
+    for name in (backend, "native"):
+        model.zero_grad()
+        with use_backend(name):
+            logits = model(images)
+            logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import FORMATS, assert_same, every_format, forward_backward
+from helpers import FORMATS, assert_same, check_network, every_format, forward_backward
 
 from alexnet_kernels import AlexNet, ops, optim, use_backend
 
@@ -107,18 +107,7 @@ def test_dropout_draws_the_bits_of_the_cpu_kernel(shape, shard, memory_format) -
 
 @pytest.mark.parametrize("preset", ["paper", "as_run", "caffenet", "batchnorm"])
 def test_the_network_equals_pytorchs_own_operators(preset: str) -> None:
-    model = AlexNet(num_classes=5, preset=preset, width=0.17)
-    images = torch.randn(2, 3, 71, 71).contiguous(memory_format=torch.channels_last)
-    results = {}
-    for backend in ("cuda", "native"):
-        model.zero_grad()
-        with use_backend(backend):
-            model.eval()
-            logits = model(images)
-            logits.square().sum().backward()
-        results[backend] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
-    for actual, expected in zip(results["cuda"], results["native"], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)
+    check_network(preset, "cuda")
 
 
 def test_float64_is_refused() -> None:

@@ -334,18 +334,23 @@ class TestFaults:
         assert found["parts"]["tests"]["error"] == "OSError: no space left on device"
         assert "no space left on device" in (tmp_path / "gpu_check.md").read_text()
 
+    def suite(self, folder: Path, text: str) -> Path:
+        """A tests' folder whose one file is what the check runs on a CPU."""
+        (folder / "tests" / "ops").mkdir(parents=True)
+        (folder / "tests" / "conftest.py").write_text("")
+        (folder / "tests" / "ops" / "test_within_map_response_norm.py").write_text(text)
+        return folder / "tests"
+
     def test_failing_and_endless_tests(self, tmp_path: Path) -> None:
-        folder = tmp_path / "tests" / "ops"
-        folder.mkdir(parents=True)
-        (tmp_path / "tests" / "conftest.py").write_text("")
-        (folder / "test_within_map_response_norm.py").write_text(
+        tests = self.suite(
+            tmp_path,
             "import time\n"
             "def test_definition_cpu_good(): pass\n"
             "def test_definition_cpu_bad(): assert 1 == 2, 'numbers differ'\n"
-            "def test_definition_cpu_endless(): time.sleep(600)\n"
+            "def test_definition_cpu_endless(): time.sleep(600)\n",
         )
         section: dict[str, Any] = {}
-        self.check(tmp_path, tests=tmp_path / "tests")._tests("tests", section, 8)
+        self.check(tmp_path, tests=tests)._tests("tests", section, 8)
         assert section["state"] == "failed"
         assert (section["passed"], section["failed"], section["collected"]) == (1, 1, 3)
         assert not section["finished"]
@@ -355,20 +360,18 @@ class TestFaults:
         assert "Not all were reached" in "\n".join(gpu_check._tests_lines(section))
 
     def test_a_test_that_crashes_costs_itself_only(self, tmp_path: Path) -> None:
-        folder = tmp_path / "tests" / "ops"
-        folder.mkdir(parents=True)
-        (tmp_path / "tests" / "conftest.py").write_text("")
-        (folder / "test_within_map_response_norm.py").write_text(
+        tests = self.suite(
+            tmp_path,
             "import os, pytest\n"
             "def test_definition_cpu_first(): pass\n"
             "def test_definition_cpu_crash(): os.kill(os.getpid(), 11)\n"
             "@pytest.mark.skip(reason='no such thing')\n"
             "def test_definition_cpu_skipped(): pass\n"
             "def test_definition_cpu_lost(): os._exit(70)\n"
-            "def test_definition_cpu_last(): pass\n"
+            "def test_definition_cpu_last(): pass\n",
         )
         section: dict[str, Any] = {}
-        self.check(tmp_path, tests=tmp_path / "tests")._tests("tests", section, 60)
+        self.check(tmp_path, tests=tests)._tests("tests", section, 60)
         counts = {key: section[key] for key in ("passed", "failed", "errors", "skipped", "collected")}
         assert counts == {"passed": 2, "failed": 2, "errors": 0, "skipped": 1, "collected": 5}
         reasons = {name.rpartition("_")[2]: reason for name, reason in section["failures"].items()}

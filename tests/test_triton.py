@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import check_network
 
 import alexnet_kernels
-from alexnet_kernels import AlexNet, _library, backends, ops, use_backend
+from alexnet_kernels import _library, backends, ops
 from alexnet_kernels.ops import _common
 
 PACKAGE = Path(alexnet_kernels.__file__).parent
@@ -369,17 +370,4 @@ def test_dropout_draws_the_bits_of_the_cpu_kernel(shard, shape) -> None:
 @interpreted
 @pytest.mark.parametrize("preset", ["paper", "as_run", "batchnorm"])
 def test_the_network_equals_pytorchs_own_operators(preset: str) -> None:
-    torch.manual_seed(0)
-    model = AlexNet(num_classes=5, preset=preset, width=0.17)
-    images = torch.randn(2, 3, 71, 71).contiguous(memory_format=torch.channels_last)
-    results = {}
-    for backend in ("triton", "native"):
-        model.zero_grad()
-        torch.manual_seed(1)
-        with use_backend(backend):
-            model.eval()
-            logits = model(images)
-            logits.square().sum().backward()
-        results[backend] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
-    for actual, expected in zip(results["triton"], results["native"], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)
+    check_network(preset, "triton")

@@ -61,9 +61,7 @@ class Case:
 
     def floor(self, batch: int, backward: bool, copy_rate: float, gemm_rate: float) -> float:
         """Seconds that the op takes at least on a device of these rates."""
-        i = int(backward)
-        moved = self.nbytes[i] * batch + self.constant_bytes[i]
-        return max(moved / copy_rate, self.operations[i] * batch / gemm_rate)
+        return max(self.moved(batch, backward) / copy_rate, self.operations[int(backward)] * batch / gemm_rate)
 
     def moved(self, batch: int, backward: bool) -> float:
         return self.nbytes[int(backward)] * batch + self.constant_bytes[int(backward)]
