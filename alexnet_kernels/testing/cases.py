@@ -44,7 +44,7 @@ class Case:
     channels_last: bool
     make: Callable[[int, torch.device], Inputs]
     call: Callable[[Inputs, str], Tensor]  # with a backend
-    definition: Callable[[Inputs], Tensor] | None  # of inputs in float64; None: another test's business
+    definition: Callable[[Inputs], Tensor]  # of inputs in float64
     wrt: tuple[str, ...]
     # For one image: the fewest bytes moved and operations done, forward, and forward and backward together.
     nbytes: tuple[float, float]
@@ -98,8 +98,6 @@ class Expectation:
         self.case = case
         self.inputs = with_gradients(case.make(batch, device), case.wrt)
         self.gradients: tuple[Tensor, ...] = ()
-        if case.definition is None:
-            return
         exact = with_gradients({name: _exact(value) for name, value in self.inputs.items()}, case.wrt)
         output = case.definition(exact)
         self.output = output.detach()
@@ -115,8 +113,6 @@ class Expectation:
     ) -> str | None:
         """What is wrong with the output of this function, or with its gradients; None if nothing."""
         case = self.case
-        if case.definition is None:
-            return None
         tolerance = case.tolerance or TOLERANCES[case.dtype]
         out = function(self.inputs)
         if wrong := compare(out, self.output, tolerance, "output", outliers):
