@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from alexnet_kernels import __version__, _library, backends
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
 from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
-from alexnet_kernels.training.settings import PRECISIONS, Settings, defaults
+from alexnet_kernels.training.settings import Settings, default_recipe, recipe_names, settings_of
 
 if TYPE_CHECKING:
     from alexnet_kernels.training.run import Result
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 PROGRAM = "alexnet-kernels"
-_SETTINGS = tuple(Settings.__dataclass_fields__)
+_SETTINGS = tuple(setting.name for setting in fields(Settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,11 +86,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_parser(commands: Any) -> None:
-    shipped, other = defaults(shipped=True), defaults(shipped=False)
-
-    def default(name: str) -> str:
-        return f"{shipped[name]}; {other[name]} with --data" if shipped[name] != other[name] else f"{shipped[name]}"
-
     train = commands.add_parser(
         "train",
         help="train a network; without arguments, on the images that come with the package",
@@ -99,36 +95,35 @@ def _train_parser(commands: Any) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="a folder, or a zip of one, with train/<class>/ and val/<class>/ images",
+        help="what `prepare` made, or a folder, or a zip of one, with train/<class>/ and val/<class>/ images",
     )
     _bad_images(train)
-    add("--preset", choices=tuple(PRESETS), help=f"(default: {default('preset')})")
-    add("--epochs", type=_positive, metavar="N", help=f"(default: {default('epochs')})")
-    add("--batch-size", type=_positive, metavar="N", help=f"(default: {default('batch_size')})")
-    add("--lr", type=float, help="largest learning rate (default: the preset's, 0.01 for most)")
-    add("--momentum", type=float, metavar="M", help=f"(default: {default('momentum')})")
-    add("--weight-decay", type=float, metavar="W", help=f"(default: {default('weight_decay')})")
-    add("--image-size", type=_positive, metavar="PIXELS",
-        help=f"of the input (default: {shipped['image_size']}; the preset's own with --data)")  # fmt: skip
-    add("--width", type=float, metavar="FACTOR", help="on the number of filters and neurons (default: 1)")
-    add("--dropout", type=float, metavar="P", help=f"(default: {default('dropout')})")
-    add("--precision", choices=PRECISIONS, help="(default: bf16 where the device has it, else 32)")
-    add("--seed", type=_count, metavar="N", help=f"(default: {default('seed')})")
     add("--workers", type=_count, metavar="N",
-        help="processes that decode a set too large for memory (default: one a core, up to 8)")  # fmt: skip
+        help="processes that read a set too large for memory (default: one a core, up to 8)")  # fmt: skip
     add("--out", metavar="FOLDER", help="of the run, a new one (default: the next free runs/<preset>-<n>)")
-    add(
-        "--resume",
-        metavar="RUN",
-        help="go on with a run's folder or checkpoint, in its folder and with its settings",
-    )
-    add(
-        "--max-time",
-        type=_duration,
-        metavar="TIME",
-        help="stop after, say, 90s, 10m or 1h30m; can be resumed",
-    )
+    add("--resume", metavar="RUN", help="go on with a run's folder or checkpoint, in its folder, with its settings")
+    add("--max-time", type=_duration, metavar="TIME", help="stop after, say, 90s, 10m or 1h30m; can be resumed")
+    add("--save-every", type=_positive, default=1000, metavar="N",
+        help="steps between checkpoints inside an epoch (default: 1000; one after each epoch, too)")  # fmt: skip
     _where(train)
+    settings = train.add_argument_group(
+        "settings", "What the result depends on. A recipe fills them in, an option replaces the recipe's value."
+    )
+    settings.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"{', '.join(recipe_names())}, or a .yaml file, such as the recipe.yaml that every run leaves "
+        "(default: quick for the package's images; with --data the preset's)",
+    )
+    for setting in fields(Settings):
+        option, choices, type_ = "--" + setting.name.replace("_", "-"), setting.metadata["choices"], str(setting.type)
+        settings.add_argument(
+            option,
+            type={"int": _count, "float": float, "str": str}.get(type_, _numbers),
+            choices=choices,
+            metavar=None if choices else {"int": "N", "float": "X"}.get(type_, "N,N"),
+            help=setting.metadata["help"],
+        )
     train.set_defaults(run=_train)
 
 
@@ -163,6 +158,11 @@ def _count(text: str) -> int:
     return value
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """Of 30,60,80."""
+    return tuple(_count(part) for part in text.split(",") if part)
+
+
 def _duration(text: str) -> float:
     """Seconds of 90, 90s, 10m, 1h30m."""
     total, number, units = 0.0, "", {"h": 3600, "m": 60, "s": 1}
@@ -193,22 +193,24 @@ def _use_backend(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    values = defaults(options.data is None, options.preset)
-    values |= {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    return Settings(**values)
+    values = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    recipe = options.recipe or default_recipe(options.data is None, options.preset)
+    return settings_of(recipe, **values)
 
 
 def _resumed_settings(options: argparse.Namespace) -> Settings:
-    """The checkpoint's, which options may repeat and not change."""
+    """The checkpoint's, which options may repeat and not change, but for --accumulate."""
     from alexnet_kernels.training import checkpoint
 
     if options.out is not None:
         raise InputError("--out can't be used with --resume, which goes on in the run's own folder")
+    if options.recipe is not None:
+        raise InputError("--recipe can't be used with --resume, which goes on with the run's own settings")
     path = checkpoint.find(options.resume, "last.ckpt")
     settings = checkpoint.load(path, mmap=True)[0].settings
     for name in _SETTINGS:
         given, saved = getattr(options, name), getattr(settings, name)
-        if given is not None and given != saved:
+        if given is not None and given != saved and name != "accumulate":
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} {given} can't be used with --resume: {path} was begun with {saved}")
     return settings
@@ -216,10 +218,8 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
 
 def _train(options: argparse.Namespace) -> int:
     _use_backend(options)
-    settings = _settings(options) if options.resume is None else None
-    require(f"{PROGRAM} train", "PIL", "rich", "matplotlib", "torchmetrics", "lightning")
-    if settings is None:
-        settings = _resumed_settings(options)
+    require(f"{PROGRAM} train", "PIL", "rich", "matplotlib", "torchmetrics", "yaml", "tensorboard", "lightning")
+    settings = _settings(options) if options.resume is None else _resumed_settings(options)
 
     from rich.console import Console
 
@@ -235,6 +235,8 @@ def _train(options: argparse.Namespace) -> int:
         device=options.device,
         workers=min(8, os.cpu_count() or 1) if options.workers is None else options.workers,
         max_seconds=options.max_time,
+        save_every=options.save_every,
+        accumulate=options.accumulate,
         bad_images=options.bad_images,
         console=console,
     )
@@ -272,9 +274,12 @@ def _summary(result: Result, console: Any) -> None:
             ("best.ckpt", "the network of that epoch"),
             ("last.ckpt", "the last state"),
             ("metrics.csv", "every epoch's figures"),
+            ("layers.csv", "every layer's |w| and |dw| after each epoch"),
             ("filters.png", "conv1's filters"),
             ("curves.png", "loss and error"),
             ("predictions.png", "some validation images and their five likeliest classes"),
+            ("tensorboard", "the same for TensorBoard"),
+            ("recipe.yaml", "every setting, for --recipe"),
         ):
             if (result.folder / name).exists():
                 say(f"  {result.folder / name}  {what}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,16 +167,23 @@ class TestTrain:
         assert f"out of time; go on with: alexnet-kernels train --resume {folder}" in capsys.readouterr().out
         fails(capsys, ["train", "--resume", str(folder), "--lr", "0.5"], "--lr 0.5 can't be used with --resume")
         fails(capsys, ["train", "--resume", str(folder), "--out", "x"], "--out can't be used with --resume")
+        fails(capsys, ["train", "--resume", str(folder), "--recipe", "paper"], "--recipe can't be used with --resume")
         assert main(["train", "--resume", str(folder), "--width", "0.04"]) == 0
         assert "epoch   2/2" in capsys.readouterr().out
         fails(capsys, ["train", "--resume", str(folder)], "finished its 2 epochs", "nothing to resume")
 
+    def test_recipe_of_an_earlier_run(self, run: Path, data: Path, tmp_path: Path) -> None:
+        command = ["train", "--data", str(data), "--recipe", str(run / "recipe.yaml"), "--out", str(tmp_path / "run")]
+        assert main([*command, "--seed", "3"]) == 0
+        settings = checkpoint.load(run / "last.ckpt")[0].settings
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[0].settings == replace(settings, seed=3)
+
     def test_existing_folder_is_never_overwritten(
         self, run: Path, data: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        before = {path: path.read_bytes() for path in run.iterdir()}
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         fails(capsys, ["train", "--data", str(data), "--out", str(run), *SMALL], "exists", f"--resume {run}")
-        assert {path: path.read_bytes() for path in run.iterdir()} == before
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -201,6 +209,12 @@ class TestTrain:
             (["--device", "tpu"], ["--device must be auto, cpu, cuda or cuda:<n>, got tpu"]),
             (["--device", "cuda:99"], ["--device cuda:99", "CUDA devices"]),
             (["--backend", "fastest"], ["--backend", "invalid choice"]),
+            (["--recipe", "nice"], ["--recipe nice: there is no such recipe", "as_run", "paper"]),
+            (["--schedule", "exp"], ["--schedule", "invalid choice", "plateau"]),
+            (["--lr-epochs", "30,x"], ["--lr-epochs", "'x' is not a whole number"]),
+            (["--lr-epochs", "30,20"], ["--lr-epochs must be rising numbers from 1 on, got (30, 20)"]),
+            (["--accumulate", "65"], ["--accumulate must be from 1 to the batch size, got 65"]),
+            (["--save-every", "0"], ["--save-every", "at least 1"]),
             (["--max-time", "soon"], ["--max-time", "'soon' is not a time such as 90s, 10m or 1h30m"]),
             (["--max-time", "-5m"], ["--max-time"]),
             (["--bad-images", "fix"], ["--bad-images", "invalid choice"]),
@@ -249,6 +263,8 @@ class TestMissingPackages:
             (["train"], "lightning", "lightning"),
             (["train"], "torchmetrics", "torchmetrics"),
             (["train"], "matplotlib", "matplotlib"),
+            (["train"], "yaml", "PyYAML"),
+            (["train"], "tensorboard", "tensorboard"),
             (["evaluate", "x.ckpt"], "PIL", "Pillow"),
             (["predict", "x.ckpt", "y.png"], "rich", "rich"),
         ],
@@ -263,7 +279,8 @@ class TestMissingPackages:
     def test_info_and_help_need_none(self) -> None:
         code = (
             "import sys\n"
-            "for name in ('lightning', 'torchmetrics', 'matplotlib', 'rich', 'PIL', 'safetensors'):\n"
+            "names = 'lightning torchmetrics matplotlib rich PIL safetensors yaml tensorboard'\n"
+            "for name in names.split():\n"
             "    sys.modules[name] = None\n"
             "from alexnet_kernels.cli import main\n"
             "main(['info'])\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -128,7 +129,8 @@ class AlexNet(nn.Module):
                 f"reset_parameters knows the {len(initialization.bias)} layers of preset {self.preset!r}, "
                 f"but the model now has {len(layers)} Conv2d and Linear layers"
             )
-        for layer, std, bias in zip(layers, initialization.weight_std, initialization.bias, strict=True):
+        stds = initialization.weight_std or [math.sqrt(2 / layer.weight[0].numel()) for layer in layers]
+        for layer, std, bias in zip(layers, stds, initialization.bias, strict=True):
             nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.constant_(layer.bias, bias)
@@ -224,7 +226,7 @@ def _features(
 
 def _layer(spec: Preset, layer: str, i: int, channels: int, factory: dict[str, Any]) -> nn.Module:
     if layer == "relu":
-        return nn.ReLU(inplace=spec.inplace_relu)
+        return _activation(spec)
     if layer == "batch_norm":
         return nn.BatchNorm2d(channels, **factory)
     if layer == "norm" and spec.norm is not None:
@@ -239,12 +241,20 @@ def _layer(spec: Preset, layer: str, i: int, channels: int, factory: dict[str, A
     raise ValueError(f"preset {spec.name!r} names {layer!r} in layer {i + 1} and does not define it")
 
 
+def _activation(spec: Preset) -> nn.Module:
+    if spec.activation == "relu":
+        return nn.ReLU(inplace=spec.inplace_relu)
+    if spec.activation == "tanh":
+        return nn.Tanh()
+    raise ValueError(f"preset {spec.name!r} names the activation {spec.activation!r}; relu and tanh are known")
+
+
 def _classifier(
     spec: Preset, inputs: int, neurons: int, num_classes: int, dropout: float, factory: dict[str, Any]
 ) -> list[nn.Module]:
     children: list[nn.Module] = []
     for features in (inputs, neurons):
-        hidden = [nn.Linear(features, neurons, **factory), nn.ReLU(inplace=spec.inplace_relu)]
+        hidden = [nn.Linear(features, neurons, **factory), _activation(spec)]
         drop = Dropout(dropout, scale_at=spec.dropout_scale_at)
         children += [drop, *hidden] if spec.dropout_on == "inputs" else [*hidden, drop]
     return [*children, nn.Linear(neurons, num_classes, **factory)]
@@ -259,7 +269,7 @@ def _smallest_input(features: nn.Module) -> tuple[int, int]:
             needs = [max(1, needs[0] - top - bottom), max(1, needs[1] - left - right)]
         elif isinstance(layer, nn.Conv2d | nn.MaxPool2d) and not isinstance(layer.padding, str):
             needs = [_needed(layer, axis, needs[axis]) for axis in (0, 1)]
-        elif not isinstance(layer, nn.ReLU | nn.BatchNorm2d | nn.LocalResponseNorm | WithinMapResponseNorm):
+        elif not isinstance(layer, nn.ReLU | nn.Tanh | nn.BatchNorm2d | nn.LocalResponseNorm | WithinMapResponseNorm):
             return 1, 1
     return needs[0], needs[1]
 

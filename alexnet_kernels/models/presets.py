@@ -35,7 +35,8 @@ class Pool:
 class Initialization:
     """Weights drawn from N(0, std), biases constant; conv1-conv5, fc6, fc7, fc8 in this order."""
 
-    weight_std: tuple[float, ...]
+    weight_std: tuple[float, ...] | None
+    """None: the square root of 2 / fan-in (He et al. 2015)."""
     bias: tuple[float, ...]
 
 
@@ -70,6 +71,8 @@ class Preset:
     """None is torch's default."""
     inplace_relu: bool = False
     """Whether the ReLU modules overwrite their input when they are called by themselves."""
+    activation: str = "relu"
+    """What relu stands for in every layer: relu or tanh."""
     neurons: int = 4096
     """Outputs of fc6 and of fc7."""
 

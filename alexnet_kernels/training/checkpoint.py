@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
-from alexnet_kernels.models import PRESETS, AlexNet
-from alexnet_kernels.training.augmentation import Statistics
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.training.augmentation import Crops, Statistics
 from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.settings import Settings
 
@@ -28,7 +27,7 @@ __all__ = ["Header", "Network", "atomic_file", "load", "load_network", "save"]
 KEY = "alexnet_kernels"
 MODEL = "model."
 """What the model's keys begin with in a checkpoint's state_dict."""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -41,8 +40,12 @@ class Header:
     data: str
     """The path of the images it was trained on; empty for the shipped ones."""
     train_images: int
+    stored_size: int
+    """Side of the squares that the crops were taken from, in pixels."""
     history: list[dict[str, float]] = field(default_factory=list)
     """A row of losses, accuracies and rates for each epoch."""
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    """A row for each epoch and parameter: the mean magnitude of its elements and of its last step's."""
 
     def to_dict(self) -> dict[str, Any]:
         from alexnet_kernels import __version__
@@ -62,8 +65,27 @@ class Header:
             Statistics(**values["statistics"]),
             values["data"],
             values["train_images"],
+            values["stored_size"],
             list(values["history"]),
+            list(values["layers"]),
         )
+
+    def model(self, device: torch.device | str | None = None) -> AlexNet:
+        """The network with new initial values."""
+        settings = self.settings
+        return AlexNet(len(self.classes), settings.network(), settings.dropout, settings.width, device=device)
+
+    def crops(self) -> Crops:
+        """What makes the network's input.
+
+        The paper's initial values are made for pixels of 0..255, torch's and He's for variance 1.
+        """
+        settings, statistics = self.settings, self.statistics
+        initialization = settings.network().initialization
+        scale = None
+        if initialization is None or initialization.weight_std is None:
+            scale = 1 / torch.tensor(statistics.std).clamp(min=1.0)
+        return Crops(settings.image_size, statistics, settings.mean, scale, settings.color_shift, settings.seed)
 
     def best(self) -> dict[str, float]:
         """The first epoch of the highest top-1."""
@@ -167,18 +189,8 @@ class Network:
     header: Header
 
     @property
-    def scale(self) -> Tensor | None:
-        return input_scale(self.header.settings.preset, self.header.statistics)
-
-
-def input_scale(preset: str, statistics: Statistics) -> Tensor | None:
-    """What pixels less their mean are multiplied by: [3] that gives unit variance, or None for 1.
-
-    Presets with the paper's initial values are made for pixels of 0..255, those with torch's for variance 1.
-    """
-    if PRESETS[preset].initialization is not None:
-        return None
-    return 1 / torch.tensor(statistics.std).clamp(min=1.0)
+    def crops(self) -> Crops:
+        return self.header.crops()
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
@@ -186,7 +198,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
     path = find(path, "best.ckpt")
     header, content = load(path, mmap=True)
     settings = header.settings
-    model = AlexNet(len(header.classes), settings.preset, settings.dropout, settings.width, device=torch.device("meta"))
+    model = header.model(device="meta")
     state = content.get("state_dict")
     if not isinstance(state, dict):
         raise InputError(f"checkpoint {path} holds no weights")

@@ -19,7 +19,7 @@ class MissingPackage(ImportError):
     """A package of the `train` extra that isn't installed."""
 
 
-_DISTRIBUTIONS = {"PIL": "Pillow"}
+_DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}
 
 
 def require(what: str, *modules: str) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels.training import images
-from alexnet_kernels.training.augmentation import centre_crop, store_size, ten_crops
 from alexnet_kernels.training.checkpoint import Network
 from alexnet_kernels.training.errors import InputError
 
@@ -38,15 +37,10 @@ def probabilities(network: Network, pixels: Tensor, crops: int = 1) -> Tensor:
 
     pixels: uint8 [N, S, S, 3], squares of the network's stored size.
     """
-    settings, statistics = network.header.settings, network.header.statistics
+    settings = network.header.settings
     device = next(network.model.parameters()).device
-    pixels, scale = pixels.to(device), network.scale
-    scale = None if scale is None else scale.to(device)
-    size = settings.image_size
-    if crops == 10:
-        inputs = ten_crops(pixels, size, statistics, scale)
-    else:
-        inputs = [centre_crop(pixels, size, statistics, scale)]
+    pixels = pixels.to(device)
+    inputs = network.crops.ten(pixels) if crops == 10 else [network.crops.centre(pixels)]
     low = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
     total = torch.zeros(len(pixels), len(network.header.classes), device=device)
     with torch.autocast(device.type, low.get(settings.precision), enabled=settings.precision in low):
@@ -77,10 +71,9 @@ def evaluate(
     """
     from alexnet_kernels.training.metrics import accuracies
 
-    classes, settings = network.header.classes, network.header.settings
+    classes = network.header.classes
     path = data or images.SHIPPED
-    size = store_size(settings.image_size)
-    (val_set,) = images.open_data(path, size, ("val",), bad_images=bad_images)
+    (val_set,) = images.open_data(path, network.header.stored_size, ("val",), bad_images=bad_images)
     if val_set.classes != classes:
         theirs, ours = set(val_set.classes), set(classes)
         differing = sorted(theirs ^ ours)
@@ -114,7 +107,7 @@ def predict(
 ) -> list[list[tuple[str, float]]]:
     """For each image file its likeliest classes with their probabilities; InputError where one can't be
     read."""
-    size = store_size(network.header.settings.image_size)
+    size = network.header.stored_size
     pixels = torch.stack([images.read_image(path, size) for path in paths])
     classes = network.header.classes
     values, places = probabilities(network, pixels, crops).topk(min(top, len(classes)))

@@ -8,30 +8,35 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric, SumMetric
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import checkpoint, images
-from alexnet_kernels.training.augmentation import centre_crop, random_crop
 from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.metrics import accuracies
 
-__all__ = ["AtomicCheckpointIO", "Bar", "Classifier", "Images", "Saver", "Stopped"]
+__all__ = ["AtomicCheckpointIO", "Bar", "Board", "Classifier", "Images", "Saver", "Stopped"]
+
+
+CHECKED = 100
+"""Steps after which the losses are looked at."""
 
 
 class Stopped(Exception):
@@ -43,11 +48,14 @@ class Metrics(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.loss = MeanMetric(nan_strategy="disable")
+        # MeanMetric leaves its weights out where it keeps NaN.
+        self.loss = SumMetric(nan_strategy="disable")
+        self.count = SumMetric(nan_strategy="disable")
         self.top1, self.top5 = accuracies(num_classes)
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.loss.update(loss, len(labels))
+        self.loss.update(loss * len(labels))
+        self.count.update(len(labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
@@ -55,7 +63,7 @@ class Metrics(nn.Module):
         if not self.loss.update_called:
             return dict.fromkeys((f"{prefix}_loss", f"{prefix}_top1", f"{prefix}_top5"), math.nan)
         return {
-            f"{prefix}_loss": float(self.loss.compute()),
+            f"{prefix}_loss": float(self.loss.compute() / self.count.compute()),
             f"{prefix}_top1": float(self.top1.compute()),
             f"{prefix}_top5": float(self.top5.compute()),
         }
@@ -74,7 +82,7 @@ class Metrics(nn.Module):
                 setattr(metric, part, value.to(metric.device))
 
     def _metrics(self) -> list[tuple[str, Metric]]:
-        return [("loss", self.loss), ("top1", self.top1), ("top5", self.top5)]
+        return [("loss", self.loss), ("count", self.count), ("top1", self.top1), ("top5", self.top5)]
 
 
 class Classifier(pl.LightningModule):
@@ -92,20 +100,21 @@ class Classifier(pl.LightningModule):
         self.bad: set[str] = set()
         self.train_metrics = Metrics(len(header.classes))
         self.val_metrics = Metrics(len(header.classes))
-        self.scale: Tensor | None
-        scale = checkpoint.input_scale(header.settings.preset, header.statistics)
-        self.register_buffer("scale", scale, persistent=False)
+        self.crops = header.crops()
         self.epoch_images = 0
         self.epoch_seconds = 0.0
+        # Batches are taken in parts.
+        self.automatic_optimization = False
 
     def configure_optimizers(self) -> SGD:
+        """Two groups, weights and biases, each with lr_scale, its factor on the learning rate."""
         settings = self.header.settings
-        return SGD(
-            self.model.parameters(),
-            settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        named = list(self.model.named_parameters())
+        groups = []
+        for biases, scale, decay in ((False, 1.0, 1.0), (True, settings.bias_lr, settings.bias_decay)):
+            params = [param for name, param in named if name.endswith("bias") == biases]
+            groups.append({"params": params, "lr_scale": scale, "weight_decay": settings.weight_decay * decay})
+        return SGD(groups, settings.lr, momentum=settings.momentum, rule=settings.rule)
 
     def transfer_batch_to_device(self, batch: images.Batch, device: torch.device, dataloader_idx: int) -> images.Batch:
         # Crops are drawn on the CPU: sending indices away and fetching them back would wait for the device.
@@ -117,19 +126,10 @@ class Classifier(pl.LightningModule):
         return moved
 
     def on_after_batch_transfer(self, batch: images.Batch, dataloader_idx: int) -> images.Batch:
-        settings, statistics = self.header.settings, self.header.statistics
         if self.trainer.training:
-            batch["images"] = random_crop(
-                batch["images"],
-                batch["indices"],
-                settings.image_size,
-                seed=settings.seed,
-                epoch=self.current_epoch,
-                statistics=statistics,
-                scale=self.scale,
-            )
+            batch["images"] = self.crops.random(batch["images"], batch["indices"], self.current_epoch)
         else:
-            batch["images"] = centre_crop(batch["images"], settings.image_size, statistics, self.scale)
+            batch["images"] = self.crops.centre(batch["images"])
         return batch
 
     def on_train_epoch_start(self) -> None:
@@ -139,20 +139,26 @@ class Classifier(pl.LightningModule):
     def on_train_batch_start(self, batch: images.Batch, batch_idx: int) -> None:
         settings = self.header.settings
         torch.manual_seed((settings.seed << 32) + self.global_step)
-        lr = settings.lr_at(self.global_step, settings.epochs * int(self.trainer.num_training_batches))
+        errors = [1 - row["val_top1"] for row in self.header.history]
+        self.lr = settings.lr_at(self.global_step, int(self.trainer.num_training_batches), errors)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr * group["lr_scale"]
 
-    def training_step(self, batch: images.Batch, batch_idx: int) -> Tensor | None:
-        labels = batch["labels"]
+    def training_step(self, batch: images.Batch, batch_idx: int) -> None:
+        count = len(batch["labels"])
         self._note_bad(batch["bad"])
-        if not len(labels):
-            return None
-        logits = self.model(batch["images"])
-        loss = F.cross_entropy(logits.float(), labels)
-        self.train_metrics.update(loss.detach(), logits.detach().float(), labels)
-        self.epoch_images += len(labels)
-        return loss
+        if not count:
+            return
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        parts = self.header.settings.accumulate
+        for pixels, labels in zip(batch["images"].chunk(parts), batch["labels"].chunk(parts), strict=True):
+            logits = self.model(pixels).float()
+            loss = F.cross_entropy(logits, labels)
+            self.manual_backward(loss * (len(labels) / count))
+            self.train_metrics.update(loss.detach(), logits.detach(), labels)
+        optimizer.step()
+        self.epoch_images += count
 
     def on_validation_epoch_start(self) -> None:
         self.val_metrics.reset()
@@ -167,17 +173,50 @@ class Classifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         row: dict[str, float] = {"epoch": self.current_epoch + 1, "step": self.global_step}
-        row |= {"lr": float(self.trainer.optimizers[0].param_groups[0]["lr"])}
+        row |= {"lr": self.lr}
         row |= self.train_metrics.compute("train") | self.val_metrics.compute("val")
         row |= {
             "images_per_s": self.epoch_images / max(self.epoch_seconds, 1e-9),
             "seconds": self.epoch_seconds,
         }
-        if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            lr = self.header.settings.lr
-            raise RunError(f"the loss is not finite in epoch {row['epoch']}: try a lower --lr than {lr:g}")
+        if not math.isfinite(row["val_loss"]):
+            raise self.diverged()
+        self.check_finite()
         self.header.history.append(row)
+        self.header.layers += [{"epoch": row["epoch"], "step": row["step"]} | layer for layer in self.layer_figures()]
         self.train_metrics.reset()
+
+    def check_finite(self) -> None:
+        """RunError if a loss of this epoch, a weight or its momentum is not finite; waits for the device."""
+        state = self.trainer.optimizers[0].state.values()
+        tensors = [*self.model.parameters(), *(values["momentum_buffer"] for values in state)]
+        norms = torch.stack(torch._foreach_norm(tensors))
+        if not math.isfinite(self.train_metrics.compute("train")["train_loss"]) or not norms.isfinite().all():
+            raise self.diverged()
+
+    def diverged(self) -> RunError:
+        lr = self.header.settings.lr
+        return RunError(
+            f"the loss or a weight is not finite in epoch {self.current_epoch + 1}, step {self.global_step}: "
+            f"try a lower --lr than {lr:g}"
+        )
+
+    def layer_figures(self) -> list[dict[str, Any]]:
+        """Of each parameter, the mean magnitude of its elements and of its last step's: {name, w, dw, ratio}."""
+        optimizer = self.trainer.optimizers[0]
+        names = {param: name for name, param in self.model.named_parameters()}
+        rows = []
+        for group in optimizer.param_groups:
+            # The paper's momentum is the step itself.
+            factor = 1.0 if group["rule"] == "paper" else group["lr"]
+            for param in group["params"]:
+                if param not in optimizer.state:
+                    continue
+                w = float(param.detach().abs().mean())
+                dw = factor * float(optimizer.state[param]["momentum_buffer"].abs().mean())
+                rows.append({"name": names[param], "w": w, "dw": dw, "ratio": dw / w if w else math.nan})
+        order = {name: i for i, name in enumerate(names.values())}
+        return sorted(rows, key=lambda row: order[row["name"]])
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         content[checkpoint.KEY] = self.header.to_dict()
@@ -185,6 +224,7 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         self.header.history = list(content[checkpoint.KEY]["history"])
+        self.header.layers = list(content[checkpoint.KEY]["layers"])
         self.train_metrics.set_state(content["train_metrics"])
 
     def _note_bad(self, bad: list[str]) -> None:
@@ -219,7 +259,7 @@ def _as_is(batch: Any) -> Any:
 class Batches(DataLoader):
     """Batches of an ImageSet, in order or shuffled; resumes between two batches of an epoch."""
 
-    def __init__(self, dataset: images.ImageSet, batch_size: int, workers: int, seed: int | None = None) -> None:
+    def __init__(self, dataset: Any, batch_size: int, workers: int, seed: int | None = None) -> None:
         shuffled = seed is not None
         sampler = Shuffled(len(dataset), seed) if seed is not None else SequentialSampler(dataset)
         whole = shuffled and len(dataset) >= batch_size
@@ -228,6 +268,7 @@ class Batches(DataLoader):
             batch_sampler=BatchSampler(sampler, batch_size, drop_last=whole),
             num_workers=0 if dataset.pixels is not None else workers,
             collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
         )
         self.done = 0
 
@@ -250,7 +291,7 @@ class Batches(DataLoader):
 class Images(pl.LightningDataModule):
     """A training and a validation set."""
 
-    def __init__(self, train: images.ImageSet, val: images.ImageSet, batch_size: int, workers: int, seed: int) -> None:
+    def __init__(self, train: Any, val: Any, batch_size: int, workers: int, seed: int) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
@@ -273,14 +314,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Saver(Checkpoint):
-    """Keeps last.ckpt, best.ckpt (by top-1) and metrics.csv in a folder, and ends a run early.
+    """Keeps last.ckpt, best.ckpt (by top-1), metrics.csv and layers.csv in a folder, and ends a run early.
 
-    SIGINT and SIGTERM inside `signals`, and the passing of max_seconds, save last.ckpt after the step and
-    raise `Stopped`; a second signal interrupts at once.
+    last.ckpt is written after every epoch and every `every` steps. SIGINT and SIGTERM inside `signals`, and the
+    passing of max_seconds, save it after the step and raise `Stopped`; a second signal interrupts at once. What
+    is not finite is never saved.
     """
 
-    def __init__(self, folder: Path, max_seconds: float | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, max_seconds: float | None = None, every: int = 1000) -> None:
+        self.folder, self.every = folder, every
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.asked: str | None = None
 
@@ -311,9 +353,17 @@ class Saver(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, Classifier)
         # After the last batch the epoch is first brought to its end.
-        if batch_idx + 1 < trainer.num_training_batches and (reason := self._stop_reason()):
+        if batch_idx + 1 == trainer.num_training_batches:
+            return
+        reason = self._stop_reason()
+        if reason or trainer.global_step % self.every == 0:
+            pl_module.check_finite()
             trainer.save_checkpoint(self.folder / "last.ckpt")
+        elif trainer.global_step % CHECKED == 0:
+            pl_module.check_finite()
+        if reason:
             raise Stopped(reason)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -323,17 +373,62 @@ class Saver(Checkpoint):
         if header.best() is header.history[-1]:
             checkpoint.link(self.folder / "last.ckpt", self.folder / "best.ckpt")
         write_csv(header.history, self.folder / "metrics.csv")
+        write_csv(header.layers, self.folder / "layers.csv")
         if len(header.history) < header.settings.epochs and (reason := self._stop_reason()):
             raise Stopped(reason)
 
 
-def write_csv(history: list[dict[str, float]], path: Path) -> None:
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     with checkpoint.atomic_file(path) as file:
         file.write(text.getvalue().encode())
+
+
+class Board(Callback):
+    """TensorBoard's events: losses and rate as they go, each epoch's figures, each layer's |w| and |dw| / |w|."""
+
+    def __init__(self, folder: Path, every: int = 20) -> None:
+        self.folder, self.every = folder, every
+        self.writer: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed run wrote after its last checkpoint is written again.
+        self.writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step + 1)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        if trainer.global_step % self.every == 0:
+            values = pl_module.train_metrics.compute("train") | {"lr": pl_module.lr}
+            self._write("step", values, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before the module's own hook, which makes the epoch's row and empties the metrics.
+        assert isinstance(pl_module, Classifier)
+        values = pl_module.train_metrics.compute("train") | pl_module.val_metrics.compute("val")
+        self._write("epoch", values, trainer.global_step)
+        for row in pl_module.layer_figures():
+            self._write(row["name"], {"w": row["w"], "dw over w": row["ratio"]}, trainer.global_step)
+        self.writer.flush()
+
+    def _write(self, group: str, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def pictures(self, paths: Sequence[Path], step: int) -> None:
+        """Add PNG files, once the run has ended."""
+        if self.writer is None:
+            return
+        for path in paths:
+            with Image.open(path) as image:
+                self.writer.add_image(path.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self.writer.close()
 
 
 class Bar(Callback):

@@ -7,8 +7,8 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from rich.progress import Progress
 
 from alexnet_kernels.models import AlexNet, count_parameters
 from alexnet_kernels.training import checkpoint, images, inference, pictures
-from alexnet_kernels.training.augmentation import Statistics, store_size
-from alexnet_kernels.training.errors import InputError
-from alexnet_kernels.training.lightning import AtomicCheckpointIO, Bar, Classifier, Images, Saver, Stopped
-from alexnet_kernels.training.settings import Settings
+from alexnet_kernels.training.augmentation import Statistics, stored_size
+from alexnet_kernels.training.errors import InputError, RunError
+from alexnet_kernels.training.lightning import AtomicCheckpointIO, Bar, Board, Classifier, Images, Saver, Stopped
+from alexnet_kernels.training.settings import Settings, save_recipe
 
 __all__ = ["Result", "train"]
 
@@ -57,6 +57,8 @@ def train(
     device: str = "auto",
     workers: int = 0,
     max_seconds: float | None = None,
+    save_every: int = 1000,
+    accumulate: int | None = None,
     bad_images: str = "refuse",
     in_memory: int = images.IN_MEMORY,
     console: Console | None = None,
@@ -65,20 +67,23 @@ def train(
 
     Args:
         settings: what the result depends on; with resume, the checkpoint's own are taken.
-        data: an ImageFolder tree with train/ and val/, or a zip of one; None for the images of the package.
+        data: what `prepare` made, or an ImageFolder tree with train/ and val/, or a zip of one; None for the
+            images of the package.
         out: the run's folder, which must not exist; None for the next free runs/<preset>-<n>.
         resume: a checkpoint, or the folder of a run, to go on with in that folder. With the same device and
             number of threads the weights come out, on a CPU, as those of a run that never stopped.
         device: auto (CUDA if there is a device), cpu, cuda or cuda:<n>.
-        workers: processes that decode images where a set is too large to be held in memory.
+        workers: processes that read images where a set is too large to be held in memory.
         max_seconds: ends the run after the step that passes them.
+        save_every: steps between checkpoints inside an epoch; one is written after every epoch, too.
+        accumulate: in place of the settings' own, for a resumed run that lacks memory.
         bad_images: "refuse" or "skip".
         in_memory: bytes up to which images are held in memory.
         console: for progress; None prints nothing.
 
     Raises:
         InputError: settings, images or checkpoint that can't be used.
-        RunError: a loss that is not finite, a checkpoint that can't be written.
+        RunError: a loss that is not finite, a checkpoint that can't be written, no memory left.
     """
     began = time.monotonic()
     console = console or Console(quiet=True)
@@ -89,6 +94,9 @@ def train(
         settings = resumed.settings
         if len(resumed.history) >= settings.epochs:
             raise InputError(f"{resume} has finished its {settings.epochs} epochs: there is nothing to resume")
+        if accumulate is not None:
+            settings = resumed.settings = replace(settings, accumulate=accumulate)
+        _remove_temporaries(resume.parent)
         if data is None and resumed.data:
             data = resumed.data
     target = inference.pick_device(device)
@@ -98,17 +106,20 @@ def train(
     if resume is None and out is not None:
         _refuse_existing(Path(out))
 
-    sets = _read(data or images.SHIPPED, store_size(settings.image_size), bad_images, in_memory, console)
+    sets = _read(data or images.SHIPPED, settings.image_size, bad_images, in_memory, console)
     header = _header(settings, data, sets[0], resumed)
     torch.manual_seed(settings.seed)
-    model = AlexNet(len(header.classes), settings.preset, settings.dropout, settings.width)
+    model = header.model()
     parameters = count_parameters(model)
     folder = resume.parent if resume is not None else _new_folder(out, settings.preset)
+    if resume is None:
+        save_recipe(settings, folder / "recipe.yaml")
     introduction = _introduction(settings, sets, parameters, target, folder)
     console.print(introduction, highlight=False, soft_wrap=True, markup=False)
 
     module = Classifier(model.to(memory_format=torch.channels_last), header, bad_images)
-    saver = Saver(folder, None if max_seconds is None else max_seconds - (time.monotonic() - began))
+    saver = Saver(folder, None if max_seconds is None else max_seconds - (time.monotonic() - began), save_every)
+    board = Board(folder / "tensorboard")
     stopped: str | None = None
     with _quiet():
         trainer = pl.Trainer(
@@ -116,7 +127,7 @@ def train(
             devices=[target.index or 0] if target.type == "cuda" else 1,
             precision=_PRECISIONS[settings.precision],
             max_epochs=settings.epochs,
-            callbacks=[Bar(console), saver],
+            callbacks=[Bar(console), board, saver],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
             logger=False,
@@ -126,13 +137,13 @@ def train(
         )
         module_data = Images(sets[0], sets[1], settings.batch_size, workers, settings.seed)
         try:
-            with saver.signals():
+            with saver.signals(), _explained(folder):
                 trainer.fit(module, module_data, ckpt_path=resume)
         except Stopped as reason:
             stopped = str(reason)
     skipped = sorted({*sets[0].bad, *sets[1].bad, *module.bad})
     if header.history:
-        _draw(module, sets[1], folder, target)
+        board.pictures(_draw(module, sets, folder, target), trainer.global_step)
     best = header.best() if header.history else {}
     return Result(
         folder,
@@ -147,7 +158,7 @@ def train(
 
 
 def _check_size(settings: Settings) -> None:
-    model = AlexNet(2, settings.preset, width=settings.width, device="meta")
+    model = AlexNet(2, settings.network(), width=settings.width, device="meta")
     smallest = max(model.min_size)
     if settings.image_size < smallest:
         raise InputError(
@@ -181,31 +192,72 @@ def _new_folder(out: str | Path | None, preset: str) -> Path:
             return folder
 
 
-def _read(path: str | Path, size: int, bad_images: str, in_memory: int, console: Console) -> list[images.ImageSet]:
+def _remove_temporaries(folder: Path) -> None:
+    """What a killed process was writing."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Failures of the machine in one line, and what is left of the run."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, RunError):
+            reason = str(error)
+        elif _out_of_memory(error):
+            reason = "there is no memory left: try --accumulate 2 or more, which takes a batch in parts"
+        elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            reason = f"{error.filename or folder}: {error.strerror or error}"
+        elif "DataLoader worker" in str(error):
+            reason = f"a process that reads images ended: {' '.join(str(error).split())}; try fewer --workers"
+        else:
+            raise
+        last = folder / "last.ckpt"
+        kept = ""
+        if last.exists():
+            kept = f"; {last} is intact, go on from it with --resume {folder}"
+        raise RunError(reason + kept) from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _read(path: str | Path, crop: int, bad_images: str, in_memory: int, console: Console) -> list[Any]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading images", total=None)
         sets = images.open_data(
             path,
-            size,
+            stored_size(crop),
             bad_images=bad_images,
             in_memory=in_memory,
             progress=lambda count: progress.advance(task, count),
         )
     if len(sets[0].classes) < 2:
         raise InputError(f"--data {path}: two classes at least are needed, there is only {sets[0].classes[0]!r}")
+    if sets[0].size < crop:
+        raise InputError(
+            f"--image-size {crop}: {path} was prepared at {sets[0].size} x {sets[0].size}; "
+            f"prepare it with --size {stored_size(crop)}"
+        )
     return sets
 
 
 def _header(
-    settings: Settings, data: str | Path | None, train_set: images.ImageSet, resumed: checkpoint.Header | None
+    settings: Settings, data: str | Path | None, train_set: Any, resumed: checkpoint.Header | None
 ) -> checkpoint.Header:
     if resumed is None:
-        sample = train_set.sample(len(train_set) if train_set.pixels is not None else _STATISTICS_IMAGES)
-        if not len(sample):
-            raise InputError(f"--data {data}: none of the images looked at can be read")
+        statistics = getattr(train_set, "statistics", None)
+        if statistics is None:
+            sample = train_set.sample(len(train_set) if train_set.pixels is not None else _STATISTICS_IMAGES)
+            if not len(sample):
+                raise InputError(f"--data {data}: none of the images looked at can be read")
+            statistics = Statistics.of(sample)
         path = "" if data is None else str(Path(data).resolve())
-        statistics = Statistics.of(sample)
-        return checkpoint.Header(settings, train_set.classes, statistics, path, len(train_set))
+        return checkpoint.Header(settings, train_set.classes, statistics, path, len(train_set), train_set.size)
     if resumed.classes != train_set.classes or resumed.train_images != len(train_set):
         raise InputError(
             f"the run was begun on {resumed.train_images} images of {len(resumed.classes)} classes, the data "
@@ -214,9 +266,7 @@ def _header(
     return resumed
 
 
-def _introduction(
-    settings: Settings, sets: list[images.ImageSet], parameters: int, device: torch.device, folder: Path
-) -> str:
+def _introduction(settings: Settings, sets: list[Any], parameters: int, device: torch.device, folder: Path) -> str:
     train_set, val_set = sets
     return (
         f"AlexNet, preset {settings.preset}, {parameters:,} parameters, on {device} in {settings.precision}"
@@ -245,7 +295,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _draw(module: Classifier, val_set: images.ImageSet, folder: Path, device: torch.device) -> None:
+def _draw(module: Classifier, sets: list[Any], folder: Path, device: torch.device) -> list[Path]:
+    """Writes the run's pictures; returns their paths."""
+    val_set = sets[1]
     settings = module.header.settings
     pictures.curves(module.header.history, folder / "curves.png")
     best = folder / "best.ckpt"
@@ -267,3 +319,5 @@ def _draw(module: Classifier, val_set: images.ImageSet, folder: Path, device: to
             module.header.classes,
             folder / "predictions.png",
         )
+    names = ("filters.png", "curves.png", "predictions.png")
+    return [folder / name for name in names if (folder / name).exists()]

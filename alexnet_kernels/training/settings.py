@@ -1,89 +1,179 @@
-"""The settings that a training run's result depends on."""
+"""The settings that a training run's result depends on, the recipes that fill them in, and the learning rate."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from alexnet_kernels.models import PRESETS
+from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
 from alexnet_kernels.training.errors import InputError
 
-__all__ = ["PRECISIONS", "Settings", "defaults"]
+__all__ = [
+    "PRECISIONS",
+    "RECIPES",
+    "SCHEDULES",
+    "Settings",
+    "default_recipe",
+    "load_recipe",
+    "recipe_names",
+    "save_recipe",
+    "settings_of",
+]
 
 PRECISIONS = ("32", "bf16", "16")
+SCHEDULES = ("plateau", "step", "dexp", "linear", "cosine", "constant")
+RECIPES = Path(__file__).parent.parent / "recipes"
+"""The folder of the recipes that come with the package."""
+
+
+def _setting(help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """See `alexnet-kernels train --help`. Raises InputError for a value out of range."""
+    """One field for each option of `alexnet-kernels train`. Raises InputError for a value out of range."""
 
-    preset: str
-    epochs: int
-    batch_size: int
-    lr: float
-    """The largest: the rate rises linearly over the first tenth of the steps and falls to 0 along a
-    cosine."""
-    momentum: float
-    weight_decay: float
-    image_size: int
-    """Side of the network's input, in pixels."""
-    width: float
-    dropout: float
-    precision: str
-    seed: int
+    preset: str = _setting("the network", tuple(PRESETS))
+    activation: str = _setting("the neurons' nonlinearity; with tanh biases start at 0", ("relu", "tanh"))
+    pooling: str = _setting(
+        "windows of the max-pools: the preset's, 3 x 3 or 2 x 2, two apart",
+        ("preset", "overlapping", "plain"),
+    )
+    norm: str = _setting("keep the preset's normalisation layers, or leave them out", ("preset", "none"))
+    width: float = _setting("factor on the number of filters and neurons")
+    dropout: float = _setting("probability of dropping, on fc6 and fc7")
+    init: str = _setting("initial weights: the preset's, or normal ones of variance 2 / fan-in", ("preset", "he"))
+    image_size: int = _setting("side of the network's input, in pixels")
+    mean: str = _setting("what is subtracted: the mean image, or each channel's mean", ("image", "channel"))
+    color_shift: float = _setting("standard deviation of the colour components' random multiples; 0 for none")
+    epochs: int = _setting("times that every training image is seen")
+    batch_size: int = _setting("images a step")
+    accumulate: int = _setting("parts that a batch goes through the network in, for less memory")
+    lr: float = _setting("learning rate, at its largest")
+    schedule: str = _setting("of the learning rate, see docs/training.md", SCHEDULES)
+    warmup: float = _setting("part of the run in which the rate first rises from near 0")
+    lr_factor: float = _setting("factor on the rate at each drop (plateau, step, dexp)")
+    lr_drops: int = _setting("number of drops (plateau, dexp)")
+    lr_epochs: tuple[int, ...] = _setting("epochs after which the rate drops (step), such as 30,60,80")
+    patience: int = _setting("epochs without a new best validation error before a drop (plateau)")
+    rule: str = _setting("of SGD: the paper's, lr inside the momentum, or torch's", ("paper", "torch"))
+    momentum: float = _setting("of SGD")
+    weight_decay: float = _setting("of SGD")
+    bias_lr: float = _setting("factor on the biases' learning rate")
+    bias_decay: float = _setting("factor on the biases' weight decay")
+    precision: str = _setting("bits of the activations; weights are float32 always", PRECISIONS)
+    seed: int = _setting("of initial weights, order, crops and dropout")
 
     def __post_init__(self) -> None:
-        def check(name: str, allowed: str, ok: bool) -> None:
-            if not ok:
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option} must be {allowed}, got {getattr(self, name)}")
-
-        check("preset", f"one of {', '.join(PRESETS)}", self.preset in PRESETS)
-        check("epochs", "at least 1", self.epochs >= 1)
-        check("batch_size", "at least 1", self.batch_size >= 1)
-        check("lr", "a positive number", 0 < self.lr < math.inf)
-        check("momentum", "in [0, 1)", 0 <= self.momentum < 1)
-        check("weight_decay", "a number that is not negative", 0 <= self.weight_decay < math.inf)
-        check("image_size", "from 1 to 4096", 1 <= self.image_size <= 4096)
+        if isinstance(self.lr_epochs, list):
+            object.__setattr__(self, "lr_epochs", tuple(self.lr_epochs))
+        for setting in fields(self):
+            self._check_type(setting.name, str(setting.type))
+            if choices := setting.metadata["choices"]:
+                self._check(setting.name, f"one of {', '.join(choices)}", getattr(self, setting.name) in choices)
+        check = self._check
         check("width", "a factor above 0 and up to 16", 0 < self.width <= 16)
         check("dropout", "in [0, 1)", 0 <= self.dropout < 1)
-        check("precision", f"one of {', '.join(PRECISIONS)}", self.precision in PRECISIONS)
+        check("image_size", "from 1 to 4096", 1 <= self.image_size <= 4096)
+        check("color_shift", "from 0 to 10", 0 <= self.color_shift <= 10)
+        check("epochs", "at least 1", self.epochs >= 1)
+        check("batch_size", "at least 1", self.batch_size >= 1)
+        check("accumulate", "from 1 to the batch size", 1 <= self.accumulate <= self.batch_size)
+        check("lr", "a positive number", 0 < self.lr < math.inf)
+        check("warmup", "in [0, 1)", 0 <= self.warmup < 1)
+        check("lr_factor", "in (0, 1]", 0 < self.lr_factor <= 1)
+        check("lr_drops", "not negative", self.lr_drops >= 0)
+        rising = list(self.lr_epochs) == sorted(set(self.lr_epochs)) and min(self.lr_epochs, default=1) >= 1
+        check("lr_epochs", "rising numbers from 1 on", rising)
+        check("patience", "at least 1", self.patience >= 1)
+        check("momentum", "in [0, 1)", 0 <= self.momentum < 1)
+        check("weight_decay", "a number that is not negative", 0 <= self.weight_decay < math.inf)
+        check("bias_lr", "a number that is not negative", 0 <= self.bias_lr < math.inf)
+        check("bias_decay", "a number that is not negative", 0 <= self.bias_decay < math.inf)
         check("seed", "from 0 to 2^31 - 1", 0 <= self.seed < 2**31)
+
+    def _check(self, name: str, allowed: str, ok: bool) -> None:
+        if not ok:
+            raise InputError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+
+    def _check_type(self, name: str, expected: str) -> None:
+        value = getattr(self, name)
+        kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "tuple[int, ...]": tuple}
+        words = {"str": "a word", "int": "a whole number", "float": "a number", "tuple[int, ...]": "whole numbers"}
+        right = isinstance(value, kinds[expected]) and not isinstance(value, bool)
+        if isinstance(value, tuple):
+            right = right and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        self._check(name, words[expected], right)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
         """Raises InputError unless the keys are the settings' names."""
-        names = {field.name for field in fields(cls)}
+        names = {setting.name for setting in fields(cls)}
         if set(values) != names:
             raise InputError(f"settings {', '.join(sorted(names ^ set(values)))} are missing or unknown")
         return cls(**values)
 
-    def lr_at(self, step: int, steps: int) -> float:
-        """The rate of a step, counted from 0, of a run of so many."""
-        warm = steps // 10
+    def network(self) -> Preset:
+        """The preset, with this run's activation, pooling, normalisation and initial values."""
+        spec = PRESETS[self.preset]
+        if self.norm == "none":
+            kept = [" ".join(w for w in layer.split() if "norm" not in w) for layer in spec.layers]
+            a, b, c, d, e = kept
+            spec = replace(spec, layers=(a, b, c, d, e), norm=None, map_norm=None)
+        if self.pooling != "preset":
+            size = 3 if self.pooling == "overlapping" else 2
+            spec = replace(spec, pools=tuple(pool and Pool(size, 2, pool.ceil_mode) for pool in spec.pools))
+        if self.init == "he":
+            biases = (0.0,) * 8 if spec.initialization is None else spec.initialization.bias
+            spec = replace(spec, initialization=Initialization(None, biases))
+        if self.activation == "tanh":
+            spec = replace(spec, activation="tanh")
+            if spec.initialization is not None:
+                spec = replace(spec, initialization=replace(spec.initialization, bias=(0.0,) * 8))
+        return spec
+
+    def lr_at(self, step: int, steps_per_epoch: int, errors: Sequence[float]) -> float:
+        """The learning rate of a step, counted from 0; errors: on the validation images after each epoch so far."""
+        steps = self.epochs * steps_per_epoch
+        warm = round(self.warmup * steps)
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        if self.schedule == "constant":
+            return self.lr
+        # Without a warm-up the rate begins at its largest and ends a step above 0.
+        past = (step - warm) / max(1, steps - warm)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * past))
+        if self.schedule == "linear":
+            return self.lr * (1 - past)
+        if self.schedule == "dexp":
+            drops = min(self.lr_drops, int((self.lr_drops + 1) * step / steps))
+        elif self.schedule == "step":
+            drops = sum(step >= epoch * steps_per_epoch for epoch in self.lr_epochs)
+        else:
+            drops = min(self.lr_drops, stalls(errors, self.patience))
+        return self.lr * self.lr_factor**drops
 
 
-_SHIPPED: dict[str, Any] = {
-    "preset": "batchnorm",
-    "epochs": 20,
-    "batch_size": 64,
-    "image_size": 96,
-}
-"""For the shipped images: minutes on two CPU cores."""
-
-_PAPER: dict[str, Any] = {"preset": "paper", "epochs": 90, "batch_size": 128}
-"""For --data: the paper's, section 5."""
-
-_LR = {"batchnorm": 0.02}
+def stalls(errors: Sequence[float], patience: int) -> int:
+    """How often `patience` epochs in a row went by without a new lowest error."""
+    count, since, best = 0, 0, math.inf
+    for error in errors:
+        since += 1
+        if error < best:
+            best, since = error, 0
+        elif since == patience:
+            count, since = count + 1, 0
+    return count
 
 
 def _fast_precision() -> str:
@@ -93,13 +183,87 @@ def _fast_precision() -> str:
     return "bf16" if native or torch.cuda.is_available() else "32"
 
 
-def defaults(shipped: bool, preset: str | None = None) -> dict[str, Any]:
-    """The settings where none are given, for the shipped images or for others; preset None is theirs."""
-    values = dict(_SHIPPED if shipped else _PAPER)
-    values["preset"] = preset or values["preset"]
-    if values["preset"] not in PRESETS:
-        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {preset}")
-    values.setdefault("image_size", PRESETS[values["preset"]].input_size)
-    values |= {"lr": _LR.get(values["preset"], 0.01), "momentum": 0.9, "weight_decay": 5e-4}
-    values |= {"width": 1.0, "dropout": 0.5, "seed": 0, "precision": _fast_precision()}
-    return values
+_NEUTRAL: dict[str, Any] = {
+    "activation": "relu",
+    "pooling": "preset",
+    "norm": "preset",
+    "width": 1.0,
+    "dropout": 0.5,
+    "init": "preset",
+    "mean": "image",
+    "color_shift": 0.1,
+    "accumulate": 1,
+    "warmup": 0.0,
+    "lr_factor": 0.1,
+    "lr_drops": 3,
+    "lr_epochs": (),
+    "patience": 5,
+    "rule": "paper",
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "bias_lr": 1.0,
+    "bias_decay": 1.0,
+    "seed": 0,
+}
+"""What a recipe need not say."""
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """The settings of a YAML file, or of the package's recipe of that name; InputError if it is none."""
+    import yaml
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(recipe_names())
+        raise InputError(f"--recipe {name}: there is no such recipe; give one of {known}, or the path of a .yaml file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--recipe {name} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--recipe {name} must map names of settings to values")
+    names = [setting.name for setting in fields(Settings)]
+    unknown = [str(key) for key in content if key not in names]
+    if unknown:
+        raise InputError(f"--recipe {name} sets {', '.join(unknown)}, which is none of {', '.join(names)}")
+    for key, value in content.items():
+        # YAML reads 1e-4 as a word.
+        if isinstance(value, str) and str(Settings.__dataclass_fields__[key].type) == "float":
+            try:
+                content[key] = float(value)
+            except ValueError:
+                raise InputError(f"--recipe {name}: {key} must be a number, got {value}") from None
+        if key == "precision":
+            content[key] = str(value)
+    return content
+
+
+def settings_of(recipe: str, **values: Any) -> Settings:
+    """A recipe's settings, with these in place of its own."""
+    merged = {**_NEUTRAL, **load_recipe(recipe), **values}
+    merged.setdefault("preset", "paper")
+    if merged["preset"] not in PRESETS:
+        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {merged['preset']}")
+    merged.setdefault("image_size", PRESETS[merged["preset"]].input_size)
+    merged.setdefault("precision", _fast_precision())
+    missing = [setting.name for setting in fields(Settings) if setting.name not in merged]
+    if missing:
+        raise InputError(f"--recipe {recipe} must set {', '.join(missing)}")
+    return Settings(**merged)
+
+
+def save_recipe(settings: Settings, path: Path) -> None:
+    """All settings as a recipe of their own."""
+    import yaml
+
+    content = {**settings.to_dict(), "lr_epochs": list(settings.lr_epochs)}
+    path.write_text("# Every setting of this run.\n" + yaml.safe_dump(content, sort_keys=False))
+
+
+def default_recipe(shipped: bool, preset: str | None) -> str:
+    """For the package's images, or for others: the preset's own."""
+    return "quick" if shipped else preset or "paper"
