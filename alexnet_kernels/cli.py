@@ -1,4 +1,4 @@
-"""The command `alexnet-kernels`: train, evaluate, predict, info.
+"""The command `alexnet-kernels`: train, evaluate, predict, bench, info.
 
 Exit status: 0; 1 for a run that failed; 2 for a mistake in what was asked; 130 where a run was interrupted.
 """
@@ -78,6 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="print JSON")
     _where(predict)
     predict.set_defaults(run=_predict)
+
+    bench = commands.add_parser(
+        "bench",
+        help="images/s of reading, augmentation and training, each by itself",
+        description="Measures the input side of training and, beside it, the network's step, each by itself.",
+    )
+    bench.add_argument("--data", metavar="PATH", help="as for train (default: the package's images)")
+    bench.add_argument("--recipe", metavar="NAME", help="as for train")
+    bench.add_argument("--preset", choices=tuple(PRESETS), help="the network (default: the recipe's)")
+    bench.add_argument("--image-size", type=_positive, metavar="PIXELS", help="of the input (default: the recipe's)")
+    bench.add_argument("--batch-size", type=_positive, metavar="N", help="(default: the recipe's)")
+    bench.add_argument("--workers", type=_count, metavar="N", help="as for train")
+    bench.add_argument("--seconds", type=_duration, default=5.0, metavar="TIME", help="of each part (default: 5s)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    _bad_images(bench)
+    _where(bench)
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="versions, device, backends of each op, presets")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -181,6 +198,10 @@ def _duration(text: str) -> float:
     return total
 
 
+def _workers(options: argparse.Namespace) -> int:
+    return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
+
+
 def _use_backend(options: argparse.Namespace) -> None:
     if options.backend is None:
         return
@@ -233,7 +254,7 @@ def _train(options: argparse.Namespace) -> int:
         out=options.out,
         resume=options.resume,
         device=options.device,
-        workers=min(8, os.cpu_count() or 1) if options.workers is None else options.workers,
+        workers=_workers(options),
         max_seconds=options.max_time,
         save_every=options.save_every,
         accumulate=options.accumulate,
@@ -341,6 +362,42 @@ def _predict(options: argparse.Namespace) -> int:
             last = i + 1 == len(result)
             table.add_row(Text(path if i == 0 else ""), Text(name), f"{p:6.1%}", end_section=last)
     Console().print(table)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _use_backend(options)
+    require(f"{PROGRAM} bench", "PIL", "torchmetrics", "yaml", "lightning")
+    from alexnet_kernels.training import inference
+    from alexnet_kernels.training.throughput import throughput
+
+    given = {name: getattr(options, name) for name in ("preset", "image_size", "batch_size")}
+    recipe = options.recipe or default_recipe(options.data is None, options.preset)
+    settings = settings_of(recipe, **{name: value for name, value in given.items() if value is not None})
+    _keep_freed_memory()
+    result = throughput(
+        settings,
+        options.data,
+        inference.pick_device(options.device),
+        workers=_workers(options),
+        seconds=options.seconds,
+        bad_images=options.bad_images,
+    )
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    held = "held in memory" if not result["workers"] else f"read by {result['workers']} processes"
+    print(
+        f"{result['images']:,} images of {result['data']}, {held}; batches of {result['batch_size']}, "
+        f"{result['image_size']} x {result['image_size']}, on {result['device']}; images/s:"
+    )
+    for name, what in (
+        ("read", "reading"),
+        ("augment", "crops, mirroring, colours, mean"),
+        ("input", "both, one after the other"),
+        ("step", f"training step of preset {settings.preset} ({result['parameters']:,} parameters)"),
+    ):
+        print(f"{result[name]:>10,.0f}  {what}")
     return 0
 
 

@@ -7,6 +7,8 @@
 | `checkpoint` | atomic files, and networks read from them |
 | `lightning` | the LightningModule, the LightningDataModule and the callbacks |
 | `run` | one training run from its settings to its pictures |
+| `settings` | what a run depends on, its recipes, the learning rate |
+| `throughput` | images/s of the parts of a training step |
 | `metrics` | top-1 and top-5 |
 | `inference` | accuracy and predictions from a checkpoint |
 | `pictures` | conv1's filters, curves, predictions |

@@ -31,19 +31,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What a run of this precision computes in; the CPU has bfloat16 for float16."""
+    low = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
+    return torch.autocast(device.type, low.get(precision), enabled=precision in low)
+
+
 @torch.no_grad()
 def probabilities(network: Network, pixels: Tensor, crops: int = 1) -> Tensor:
     """Softmax of each image, float32 [N, classes] on the CPU; the mean over ten crops with crops=10.
 
     pixels: uint8 [N, S, S, 3], squares of the network's stored size.
     """
-    settings = network.header.settings
     device = next(network.model.parameters()).device
     pixels = pixels.to(device)
     inputs = network.crops.ten(pixels) if crops == 10 else [network.crops.centre(pixels)]
-    low = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
     total = torch.zeros(len(pixels), len(network.header.classes), device=device)
-    with torch.autocast(device.type, low.get(settings.precision), enabled=settings.precision in low):
+    with autocast(network.header.settings.precision, device):
         for x in inputs:
             total += network.model(x).float().softmax(1)
     return (total / len(inputs)).cpu()
