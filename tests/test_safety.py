@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,66 @@ def test_signals_save_at_once(run: Path, data: Path, tmp_path: Path, number: sig
     assert f"interrupted; go on with: alexnet-kernels train --resume {folder}" in out
     assert "Traceback" not in out
     assert train(TINY, resume=folder).stopped is None
+    assert_same(run, folder)
+
+
+def test_sigterm_between_two_steps_and_in_validation(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Lightning looks for the signal by itself, and would end the run unsaved."""
+    for place, step in (("on_train_batch_start", 3), ("on_validation_epoch_start", 6)):
+        original = getattr(Classifier, place)
+
+        def signalled(
+            self: Classifier, *rest: object, original: Callable[..., None] = original, step: int = step
+        ) -> None:
+            if self.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self, *rest)
+
+        folder = tmp_path / place
+        with monkeypatch.context() as patch:
+            patch.setattr(Classifier, place, signalled)
+            assert train(TINY, data, out=folder).stopped == "interrupted"
+        assert checkpoint.load(folder / "last.ckpt")[1]["global_step"] in (step, step + 1)
+        train(TINY, resume=folder)
+        assert_same(run, folder)
+
+
+def test_second_interrupt_ends_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(self: Classifier, *rest: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Classifier, "on_train_batch_start", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, data, out=tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path) -> None:
+    """As terminals and schedulers send them: processes that read images get them, too."""
+    folder = tmp_path / "run"
+    save_recipe(TINY, tmp_path / "tiny.yaml")
+    code = SLOW.replace("from alexnet_kernels.cli", "from alexnet_kernels.training import run\n"
+                        "run.train.__kwdefaults__['in_memory'] = 0\nfrom alexnet_kernels.cli")  # fmt: skip
+    arguments = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", str(data), "--out", str(folder), "--workers", "2"]
+    command = [sys.executable, "-c", code, "train", "--save-every", "1", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        wait_for(process, folder / "last.ckpt")
+        readers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, check=True)
+        assert len(readers.stdout.split()) == 2
+        os.killpg(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out
+    assert "interrupted; go on with" in out
+    assert "Traceback" not in out
+    train(TINY, resume=folder)
     assert_same(run, folder)
 
 

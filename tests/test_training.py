@@ -183,6 +183,16 @@ class TestResume:
         with pytest.raises(InputError, match="has finished its 2 epochs"):
             train(TINY, resume=run)
 
+    def test_other_images(self, data: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(data, tmp_path / "data")
+        train(TINY, copy, out=tmp_path / "run", max_seconds=1e-9)
+        first = sorted((copy / "train" / "ship").iterdir())[0]
+        first.rename(first.with_name("99999.png"))
+        with pytest.raises(InputError, match="begun on images of other names"):
+            train(TINY, resume=tmp_path / "run")
+        first.with_name("99999.png").rename(first)
+        assert train(TINY, resume=tmp_path / "run").stopped is None
+
     def test_other_data(self, data: Path, tmp_path: Path) -> None:
         train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
         with pytest.raises(InputError, match="begun on 36 images of 3 classes, the data has 4000 of 10"):

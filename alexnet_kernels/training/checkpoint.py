@@ -40,6 +40,8 @@ class Header:
     data: str
     """The path of the images it was trained on; empty for the shipped ones."""
     train_images: int
+    fingerprint: str
+    """Of the training images' names, in order."""
     stored_size: int
     """Side of the squares that the crops were taken from, in pixels."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Header:
             Statistics(**values["statistics"]),
             values["data"],
             values["train_images"],
+            values["fingerprint"],
             values["stored_size"],
             list(values["history"]),
             list(values["layers"]),

@@ -256,6 +256,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    # A terminal or a scheduler signals all processes; readers must outlive the step that is then saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Batches(DataLoader):
     """Batches of an ImageSet, in order or shuffled; resumes between two batches of an epoch."""
 
@@ -268,6 +274,7 @@ class Batches(DataLoader):
             batch_sampler=BatchSampler(sampler, batch_size, drop_last=whole),
             num_workers=0 if dataset.pixels is not None else workers,
             collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
         )
         self.done = 0
@@ -325,20 +332,28 @@ class Saver(Checkpoint):
         self.folder, self.every = folder, every
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.asked: str | None = None
+        self.taken = False
 
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Takes SIGINT and SIGTERM inside the block; for the main thread only, in others it does nothing."""
         # Around the trainer: it puts back the handlers it found after its callbacks have gone.
         before = {}
+        self.taken = True
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, self._ask)
         try:
             yield
         finally:
+            self.taken = False
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning's own handler, by now in place, would end the run without saving it.
+        if threading.current_thread() is threading.main_thread() and self.taken:
+            signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import time
 import warnings
@@ -143,7 +144,8 @@ def train(
             stopped = str(reason)
     skipped = sorted({*sets[0].bad, *sets[1].bad, *module.bad})
     if header.history:
-        board.pictures(_draw(module, sets, folder, target), trainer.global_step)
+        with _explained(folder):
+            board.pictures(_draw(module, sets, folder, target), trainer.global_step)
     best = header.best() if header.history else {}
     return Result(
         folder,
@@ -204,6 +206,11 @@ def _explained(folder: Path) -> Iterator[None]:
     """Failures of the machine in one line, and what is left of the run."""
     try:
         yield
+    except SystemExit as exit_:
+        # What Lightning makes of a second Ctrl-C.
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, RunError):
             reason = str(error)
@@ -249,6 +256,7 @@ def _read(path: str | Path, crop: int, bad_images: str, in_memory: int, console:
 def _header(
     settings: Settings, data: str | Path | None, train_set: Any, resumed: checkpoint.Header | None
 ) -> checkpoint.Header:
+    fingerprint = hashlib.sha256("\n".join(train_set.files).encode()).hexdigest()
     if resumed is None:
         statistics = getattr(train_set, "statistics", None)
         if statistics is None:
@@ -257,11 +265,18 @@ def _header(
                 raise InputError(f"--data {data}: none of the images looked at can be read")
             statistics = Statistics.of(sample)
         path = "" if data is None else str(Path(data).resolve())
-        return checkpoint.Header(settings, train_set.classes, statistics, path, len(train_set), train_set.size)
+        return checkpoint.Header(
+            settings, train_set.classes, statistics, path, len(train_set), fingerprint, train_set.size
+        )
     if resumed.classes != train_set.classes or resumed.train_images != len(train_set):
         raise InputError(
             f"the run was begun on {resumed.train_images} images of {len(resumed.classes)} classes, the data "
             f"has {len(train_set)} of {len(train_set.classes)}: a resumed run needs the same"
+        )
+    if resumed.fingerprint != fingerprint or resumed.stored_size != train_set.size:
+        raise InputError(
+            f"the run was begun on images of other names, or of {resumed.stored_size} pixels instead of "
+            f"{train_set.size}: a resumed run needs the same"
         )
     return resumed
 
