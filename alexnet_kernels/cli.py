@@ -1,4 +1,4 @@
-"""The command `alexnet-kernels`: train, evaluate, predict, bench, info.
+"""The command `alexnet-kernels`: train, evaluate, predict, convert, bench, info.
 
 Exit status: 0; 1 for a run that failed; 2 for a mistake in what was asked; 130 where a run was interrupted.
 """
@@ -6,13 +6,16 @@ Exit status: 0; 1 for a run that failed; 2 for a mistake in what was asked; 130 
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
+import io
 import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 PROGRAM = "alexnet-kernels"
+_CHECKPOINT = "a .ckpt or .safetensors file, or a run's folder for its best"
+_PICTURED = 40
+_TABLE, _WORST = 50, 25
 _SETTINGS = tuple(setting.name for setting in fields(Settings))
 
 
@@ -62,22 +68,34 @@ def _parser() -> argparse.ArgumentParser:
     _train_parser(commands)
 
     evaluate = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint")
-    evaluate.add_argument("checkpoint", help="a .ckpt file, or a run's folder for its best")
+    evaluate.add_argument("checkpoint", help=_CHECKPOINT)
     evaluate.add_argument("--data", metavar="PATH", help="as for train; val/ is used (default: the package's images)")
     evaluate.add_argument("--ten-crop", action="store_true", help="average over ten crops, as in the paper")
     evaluate.add_argument("--batch-size", type=_positive, default=100, metavar="N")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument("--per-class", action="store_true", help="print each class's figures, the worst first")
+    evaluate.add_argument(
+        "--confusion", metavar="PATH", help="write how often each class was taken for each, a .csv or .png file"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON, of all figures")
     _bad_images(evaluate)
     _where(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     predict = commands.add_parser("predict", help="the likeliest classes of images")
-    predict.add_argument("checkpoint", help="a .ckpt file, or a run's folder for its best")
+    predict.add_argument("checkpoint", help=_CHECKPOINT)
     predict.add_argument("images", nargs="+", metavar="image")
     predict.add_argument("--ten-crop", action="store_true", help="average over ten crops, as in the paper")
+    predict.add_argument(
+        "--picture", metavar="PATH", help=f"draw the images, {_PICTURED} at most, and their classes, a .png file"
+    )
     predict.add_argument("--json", action="store_true", help="print JSON")
     _where(predict)
     predict.set_defaults(run=_predict)
+
+    convert = commands.add_parser("convert", help="a checkpoint's network as a safetensors file")
+    convert.add_argument("checkpoint", help=_CHECKPOINT)
+    convert.add_argument("out", metavar="OUT.safetensors", help="a new file, which evaluate and predict take")
+    convert.set_defaults(run=_convert)
 
     bench = commands.add_parser(
         "bench",
@@ -299,6 +317,7 @@ def _summary(result: Result, console: Any) -> None:
             ("filters.png", "conv1's filters"),
             ("curves.png", "loss and error"),
             ("predictions.png", "some validation images and their five likeliest classes"),
+            ("neighbours.png", "and the training images most like them to the network"),
             ("tensorboard", "the same for TensorBoard"),
             ("recipe.yaml", "every setting, for --recipe"),
         ):
@@ -315,36 +334,97 @@ def _time(seconds: float) -> str:
 
 def _evaluate(options: argparse.Namespace) -> int:
     _use_backend(options)
-    require(f"{PROGRAM} evaluate", "PIL", "torchmetrics")
+    table = options.per_class and not options.json
+    picture = options.confusion is not None and options.confusion.lower().endswith(".png")
+    require(f"{PROGRAM} evaluate", "PIL", "torchmetrics", *["rich"] * table, *["matplotlib"] * picture)
     from alexnet_kernels.training import checkpoint, inference
 
+    if options.confusion is not None:
+        checkpoint.output_path(options.confusion, ".csv", ".png", option="--confusion")
     network = checkpoint.load_network(options.checkpoint, inference.pick_device(options.device))
     data = options.data or network.header.data or None
     crops = 10 if options.ten_crop else 1
     result = inference.evaluate(
         network, data, crops=crops, batch_size=options.batch_size, bad_images=options.bad_images
     )
+    if options.confusion is not None:
+        _write_confusion(result["confusion"], network.header.classes, Path(options.confusion))
     if options.json:
         print(json.dumps({**result, "crops": crops}))
         return 0
-    skipped = result["skipped"]
-    assert isinstance(skipped, list)
-    if skipped:
+    if skipped := result["skipped"]:
         print(f"left out {len(skipped)} unreadable images: {'; '.join(skipped[:5])}")
     print(
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  of {result['images']} images, "
         f"{crops} crop{'s' * (crops > 1)}, preset {network.header.settings.preset}"
     )
+    if table:
+        _print_classes(result["per_class"], result["confusion"])
     return 0
+
+
+def _write_confusion(counts: list[list[int]], classes: list[str], path: Path) -> None:
+    from alexnet_kernels.training import checkpoint
+
+    if path.suffix.lower() == ".png":
+        from alexnet_kernels.training import pictures
+
+        with checkpoint.write_errors(path):
+            pictures.confusion(counts, classes, path)
+        return
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["true", *classes])
+    rows.writerows([name, *row] for name, row in zip(classes, counts, strict=True))
+    with checkpoint.write_errors(path), checkpoint.atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _print_classes(per_class: dict[str, dict[str, Any]], confusion: list[list[int]]) -> None:
+    """A table of the classes that have images, the worst first."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    names = list(per_class)
+    places = [place for place, row in enumerate(per_class.values()) if row["images"]]
+    places.sort(key=lambda place: (per_class[names[place]]["top1"], per_class[names[place]]["top5"]))
+    shown = places if len(names) <= _TABLE else places[:_WORST]
+    table = Table("class", "images", "top-1", "top-5", "most often taken for")
+    for place in shown:
+        row = per_class[names[place]]
+        wrong = [0 if other == place else count for other, count in enumerate(confusion[place])]
+        most = max(wrong)
+        other = f"{names[wrong.index(most)]} ({most})" if most else ""
+        table.add_row(Text(names[place]), str(row["images"]), f"{row['top1']:.1%}", f"{row['top5']:.1%}", Text(other))
+    Console().print(table)
+    if len(shown) < len(places):
+        print(f"the {len(shown)} worst of {len(names)} classes; --json has all")
 
 
 def _predict(options: argparse.Namespace) -> int:
     _use_backend(options)
     require(f"{PROGRAM} predict", "PIL", *([] if options.json else ["rich"]))
+    if options.picture is not None:
+        require(f"{PROGRAM} predict --picture", "matplotlib")
     from alexnet_kernels.training import checkpoint, inference
 
+    if options.picture is not None:
+        checkpoint.output_path(options.picture, ".png", option="--picture")
+        if len(options.images) > _PICTURED:
+            raise InputError(f"--picture draws {_PICTURED} images at most, got {len(options.images)}")
     network = checkpoint.load_network(options.checkpoint, inference.pick_device(options.device))
-    results = inference.predict(network, options.images, crops=10 if options.ten_crop else 1)
+    pixels = inference.read(network, options.images)
+    probabilities = inference.probabilities(network, pixels, 10 if options.ten_crop else 1)
+    results = inference.likeliest(network, probabilities)
+    if options.picture is not None:
+        from alexnet_kernels.training import pictures
+
+        path, header = Path(options.picture), network.header
+        seen = inference.seen(pixels, header.settings.image_size)
+        titles = [Path(name).name for name in options.images]
+        with checkpoint.write_errors(path):
+            pictures.predictions(seen, None, probabilities, header.classes, path, titles)
     if options.json:
         rows = [
             {"image": path, "classes": [{"class": name, "probability": p} for name, p in result]}
@@ -362,6 +442,16 @@ def _predict(options: argparse.Namespace) -> int:
             last = i + 1 == len(result)
             table.add_row(Text(path if i == 0 else ""), Text(name), f"{p:6.1%}", end_section=last)
     Console().print(table)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    require(f"{PROGRAM} convert", "safetensors")
+    from alexnet_kernels.training import checkpoint
+
+    out = checkpoint.export_path(options.out)
+    checkpoint.export(checkpoint.load_network(options.checkpoint), out)
+    print(f"{out}  {out.stat().st_size:,} bytes")
     return 0
 
 

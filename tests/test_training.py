@@ -71,7 +71,7 @@ def figures(path: Path) -> list[dict[str, float]]:
 
 class TestRun:
     def test_leaves_its_files(self, run: Path) -> None:
-        pictures_ = {"filters.png", "curves.png", "predictions.png"}
+        pictures_ = {"filters.png", "curves.png", "predictions.png", "neighbours.png"}
         names = {"last.ckpt", "best.ckpt", "metrics.csv", "layers.csv", "recipe.yaml", "tensorboard"}
         assert {path.name for path in run.iterdir()} == names | pictures_
         with (run / "metrics.csv").open() as file:
@@ -79,7 +79,7 @@ class TestRun:
         assert [row["epoch"] for row in rows] == ["1", "2"]
         assert all(0 <= float(row["val_top1"]) <= float(row["val_top5"]) == 1 for row in rows)
         assert [float(row["step"]) for row in rows] == [4, 8]
-        for name in ("filters.png", "curves.png", "predictions.png"):
+        for name in pictures_:
             with Image.open(run / name) as image:
                 image.load()
                 assert image.format == "PNG"
@@ -298,7 +298,7 @@ def test_tensorboard_holds_losses_layers_and_pictures(run: Path, data: Path, tmp
         [row["val_loss"] for row in history]
     )
     assert {"features.0.weight/w", "features.0.weight/dw over w"} <= set(tags["scalars"])
-    assert {"filters", "curves", "predictions"} <= set(tags["images"])
+    assert {"filters", "curves", "predictions", "neighbours"} <= set(tags["images"])
 
 
 class TestFiles:

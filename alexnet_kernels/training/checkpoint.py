@@ -1,12 +1,15 @@
 """Checkpoint files: written whole or not at all, read without executing what is in them.
 
 A checkpoint is the Lightning trainer's, of tensors and plain types only, and under the key "alexnet_kernels"
-what evaluation and prediction need besides the weights: a `Header`.
+what evaluation and prediction need besides the weights: a `Header`. A safetensors file holds the model's
+state_dict and, in its metadata, the same header as JSON.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import pickle
 import tempfile
@@ -15,14 +18,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training.augmentation import Crops, Statistics
-from alexnet_kernels.training.errors import InputError, RunError
+from alexnet_kernels.training.errors import InputError, RunError, require
 from alexnet_kernels.training.settings import Settings
 
-__all__ = ["Header", "Network", "atomic_file", "load", "load_network", "save"]
+__all__ = ["Header", "Network", "atomic_file", "export", "load", "load_network", "save"]
 
 KEY = "alexnet_kernels"
 MODEL = "model."
@@ -72,6 +77,25 @@ class Header:
             list(values["history"]),
             list(values["layers"]),
         )
+
+    def to_json(self) -> str:
+        """`to_dict`, the mean image's float32 values, little-endian, in base64."""
+        values = self.to_dict()
+        image = values["statistics"]["mean_image"].numpy().astype("<f4")
+        values["statistics"]["mean_image"] = base64.b64encode(image.tobytes()).decode()
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Header:
+        """Raises InputError, KeyError, TypeError or ValueError where `to_json` hasn't made the text."""
+        values = json.loads(text)
+        statistics, size = values["statistics"], values["stored_size"]
+        image = np.frombuffer(base64.b64decode(statistics["mean_image"], validate=True), "<f4")
+        statistics["mean_image"] = torch.from_numpy(image.reshape(3, size, size).astype(np.float32))
+        for name in ("mean", "std"):
+            statistics[name] = tuple(statistics[name])
+        statistics["components"] = tuple(tuple(row) for row in statistics["components"])
+        return cls.from_dict(values)
 
     def model(self, device: torch.device | str | None = None) -> AlexNet:
         """The network with new initial values."""
@@ -126,6 +150,26 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def output_path(path: str | Path, *suffixes: str, option: str = "") -> Path:
+    """The path that was given (as an option); InputError unless it has one of these suffixes and its folder
+    exists."""
+    what, path = f"{option} {path}".strip(), Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{what}: a {' or '.join(suffixes)} file is expected")
+    if not path.parent.is_dir():
+        raise InputError(f"{what}: there is no folder {path.parent}")
+    return path
+
+
+@contextlib.contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Around the writing of a file: RunError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint in path's place; RunError if that fails, and path is then as it was."""
     try:
@@ -176,8 +220,30 @@ def load(path: str | Path, mmap: bool = False) -> tuple[Header, dict[str, Any]]:
         raise InputError(f"{path} is not a readable checkpoint (cut off, damaged or of another kind)") from error
     if not isinstance(content, dict) or not isinstance(content.get(KEY), dict):
         raise InputError(f"{path} is not a checkpoint of `alexnet-kernels train`")
-    try:
+    with _header_errors(path):
         return Header.from_dict(content[KEY]), content
+
+
+def _load_safetensors(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    require(str(path), "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is not a readable safetensors file (cut off, damaged or of another kind)") from error
+    if KEY not in metadata:
+        raise InputError(f"{path} is not a checkpoint of `alexnet-kernels convert`: its metadata has no {KEY}")
+    with _header_errors(path):
+        return Header.from_json(metadata[KEY]), weights
+
+
+@contextlib.contextmanager
+def _header_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except InputError as error:
         raise InputError(f"checkpoint {path} can't be used: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -197,15 +263,21 @@ class Network:
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
-    """The network of a checkpoint, or of a run's best, in evaluation mode; InputError if it can't be read."""
+    """The network of a checkpoint, of a run's best or of what `export` wrote, in evaluation mode.
+
+    Raises InputError if it can't be read, MissingPackage for a .safetensors file without that package.
+    """
     path = find(path, "best.ckpt")
-    header, content = load(path, mmap=True)
+    if path.suffix.lower() == ".safetensors":
+        header, weights = _load_safetensors(path)
+    else:
+        header, content = load(path, mmap=True)
+        state = content.get("state_dict")
+        if not isinstance(state, dict):
+            raise InputError(f"checkpoint {path} holds no weights")
+        weights = {key.removeprefix(MODEL): value for key, value in state.items() if key.startswith(MODEL)}
     settings = header.settings
     model = header.model(device="meta")
-    state = content.get("state_dict")
-    if not isinstance(state, dict):
-        raise InputError(f"checkpoint {path} holds no weights")
-    weights = {key.removeprefix(MODEL): value for key, value in state.items() if key.startswith(MODEL)}
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -214,3 +286,27 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
         raise InputError(f"checkpoint {path} does not hold the weights of {what}: {detail}") from error
     model.requires_grad_(False).eval()
     return Network(model.to(device).to(memory_format=torch.channels_last), header)
+
+
+def export_path(path: str | Path) -> Path:
+    """The path; InputError where `export` refuses it."""
+    path = output_path(path, ".safetensors")
+    if path.exists():
+        raise InputError(f"{path} exists: name another file")
+    return path
+
+
+def export(network: Network, path: str | Path) -> None:
+    """Write the model's state_dict, its keys and dtypes unchanged, as a safetensors file.
+
+    The metadata are {"format": "pt", "alexnet_kernels": the header, see `Header.to_json`}. Raises InputError
+    for a path that exists, has another suffix than .safetensors or whose folder is missing, RunError if it
+    can't be written; nothing is left of it then.
+    """
+    require("a safetensors file", "safetensors")
+    from safetensors.torch import save
+
+    path = export_path(path)
+    tensors = {key: value.cpu().contiguous() for key, value in network.model.state_dict().items()}
+    with write_errors(path), atomic_file(path) as file:
+        file.write(save(tensors, {"format": "pt", KEY: network.header.to_json()}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from alexnet_kernels.training import images
 from alexnet_kernels.training.checkpoint import Network
 from alexnet_kernels.training.errors import InputError
 
-__all__ = ["evaluate", "pick_device", "predict", "probabilities", "seen"]
+__all__ = ["evaluate", "features", "likeliest", "pick_device", "predict", "probabilities", "read", "seen"]
+
+_BATCH = 100
 
 
 def pick_device(name: str) -> torch.device:
@@ -53,6 +56,26 @@ def probabilities(network: Network, pixels: Tensor, crops: int = 1) -> Tensor:
     return (total / len(inputs)).cpu()
 
 
+@torch.no_grad()
+def features(network: Network, pixels: Tensor) -> Tensor:
+    """What the last layer sees of each image, float32 [N, F] on the CPU: the 4096 neurons of fc7 at width 1.
+
+    They are after their nonlinearity and, in presets that scale at evaluation, dropout's factor. pixels: uint8
+    [N, S, S, 3], squares of the network's stored size; the centre crop is taken.
+    """
+    device = next(network.model.parameters()).device
+    last = [layer for layer in network.model.classifier.children() if isinstance(layer, torch.nn.Linear)][-1]
+    result = [torch.empty(0, last.in_features)]
+    hook = last.register_forward_pre_hook(lambda layer, inputs: result.append(inputs[0].float().cpu()))
+    try:
+        with autocast(network.header.settings.precision, device):
+            for part in pixels.split(_BATCH):
+                network.model(network.crops.centre(part.to(device)))
+    finally:
+        hook.remove()
+    return torch.cat(result)
+
+
 def seen(pixels: Tensor, size: int) -> Tensor:
     """The centre of stored squares, [N, size, size, 3]."""
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
@@ -64,16 +87,18 @@ def evaluate(
     data: str | Path | None = None,
     *,
     crops: int = 1,
-    batch_size: int = 100,
+    batch_size: int = _BATCH,
     bad_images: str = "refuse",
     progress: Callable[[int], None] = lambda count: None,
-) -> dict[str, float | int | list[str]]:
+) -> dict[str, Any]:
     """Top-1 and top-5 on the val/ of a folder or zip, or of the package's images (None).
 
-    Returns {top1, top5, images, seconds, skipped}, accuracies from 0 to 1. Raises InputError where images
-    can't be read or are of other classes than the network's.
+    Returns {top1, top5, images, seconds, skipped, confusion, per_class}: accuracies from 0 to 1; confusion, of
+    each class the list of how often each class was the likeliest of its images; per_class, of each class's name
+    {images, top1, top5}, with None for accuracies where no image was read. Raises InputError where images can't
+    be read, or are of other classes or another size than the network's.
     """
-    from alexnet_kernels.training.metrics import accuracies
+    from alexnet_kernels.training.metrics import accuracies, confusion
 
     classes = network.header.classes
     path = data or images.SHIPPED
@@ -85,7 +110,14 @@ def evaluate(
             f"the checkpoint's {len(classes)} classes are not the {len(val_set.classes)} of --data {path}: "
             f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''} in one only"
         )
-    top = accuracies(len(classes))
+    size = network.header.stored_size
+    if val_set.size != size:
+        raise InputError(
+            f"--data {path} was prepared at {val_set.size} x {val_set.size}, the checkpoint needs {size} x {size}: "
+            f"prepare it with --size {size}"
+        )
+    top, top_of_each = accuracies(len(classes)), accuracies(len(classes), "none")
+    table = confusion(len(classes))
     bad, began, count = list(val_set.bad), time.monotonic(), 0
     for start in range(0, len(val_set), batch_size):
         places = list(range(start, min(start + batch_size, len(val_set))))
@@ -95,7 +127,7 @@ def evaluate(
         bad += batch["bad"]
         if len(batch["labels"]):
             result = probabilities(network, batch["images"], crops)
-            for metric in top:
+            for metric in (*top, *top_of_each, table):
                 metric.update(result, batch["labels"])
             count += len(batch["labels"])
         progress(len(places))
@@ -103,7 +135,38 @@ def evaluate(
         raise InputError(f"--data {path}: none of the images can be read")
     top1, top5 = (float(metric.compute()) for metric in top)
     seconds = time.monotonic() - began
-    return {"top1": top1, "top5": top5, "images": count, "seconds": seconds, "skipped": bad}
+    rows = table.compute().tolist()
+    per_class = {
+        name: {"images": sum(row), "top1": first if any(row) else None, "top5": five if any(row) else None}
+        for name, row, first, five in zip(
+            classes, rows, *(metric.compute().tolist() for metric in top_of_each), strict=True
+        )
+    }
+    return {
+        "top1": top1,
+        "top5": top5,
+        "images": count,
+        "seconds": seconds,
+        "skipped": bad,
+        "confusion": rows,
+        "per_class": per_class,
+    }
+
+
+def read(network: Network, paths: Sequence[str | Path]) -> Tensor:
+    """Image files as squares of the network's stored size, uint8 [N, S, S, 3]; InputError where one can't be
+    read."""
+    return torch.stack([images.read_image(path, network.header.stored_size) for path in paths])
+
+
+def likeliest(network: Network, probabilities: Tensor, top: int = 5) -> list[list[tuple[str, float]]]:
+    """For each row of `probabilities` its likeliest classes, best first, with their probabilities."""
+    classes = network.header.classes
+    values, places = probabilities.topk(min(top, len(classes)))
+    return [
+        [(classes[place], value) for place, value in zip(row_places, row, strict=True)]
+        for row_places, row in zip(places.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def predict(
@@ -111,11 +174,4 @@ def predict(
 ) -> list[list[tuple[str, float]]]:
     """For each image file its likeliest classes with their probabilities; InputError where one can't be
     read."""
-    size = network.header.stored_size
-    pixels = torch.stack([images.read_image(path, size) for path in paths])
-    classes = network.header.classes
-    values, places = probabilities(network, pixels, crops).topk(min(top, len(classes)))
-    return [
-        [(classes[place], value) for place, value in zip(row_places, row, strict=True)]
-        for row_places, row in zip(places.tolist(), values.tolist(), strict=True)
-    ]
+    return likeliest(network, probabilities(network, read(network, paths), crops), top)

@@ -1,12 +1,14 @@
-"""Pictures of a run: conv1's filters, its curves, its predictions."""
+"""Pictures of a run: conv1's filters, its curves, its predictions, what it confuses and takes for alike."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from alexnet_kernels.training.checkpoint import atomic_file
 
-__all__ = ["curves", "filter_grid", "filters", "predictions"]
+__all__ = ["confusion", "curves", "filter_grid", "filters", "neighbours", "predictions"]
 
 
 def filter_grid(weight: Tensor, towers: int = 2, columns: int = 16) -> Tensor:
@@ -51,7 +53,9 @@ def filters(weight: Tensor, path: Path, towers: int = 2, zoom: int = 5) -> None:
 
 def _write(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn in boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, format="png", dpi=110)
 
 
@@ -75,29 +79,104 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def predictions(
-    images: Tensor, labels: Sequence[int], probabilities: Tensor, classes: Sequence[str], path: Path
+    images: Tensor,
+    labels: Sequence[int] | None,
+    probabilities: Tensor,
+    classes: Sequence[str],
+    path: Path,
+    titles: Sequence[str] | None = None,
 ) -> None:
-    """Images uint8 [n, H, W, 3] with their class and the five likeliest, as in the paper's Figure 4, as a
+    """Images uint8 [n, H, W, 3] above their class and the five likeliest, as in the paper's Figure 4, as a
     PNG.
 
-    probabilities [n, classes]; a red bar is the right class.
+    probabilities [n, classes]; a red bar is the right class. With labels=None all bars are blue, and titles,
+    one for each image, take the place of its class.
     """
-    columns = 4
+    if titles is None:
+        titles = [""] * len(images) if labels is None else [classes[label] for label in labels]
+    columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.6 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
     for ax in axes.flat:
         ax.set_axis_off()
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         above, below = axes[i // columns * 2, i % columns], axes[i // columns * 2 + 1, i % columns]
         above.imshow(image.cpu().numpy())
-        above.set_title(classes[label], fontsize=10)
         values, places = probabilities[i].float().cpu().topk(min(5, len(classes)))
         names = [classes[place] for place in places.tolist()]
-        colours = ["tab:red" if place == label else "tab:blue" for place in places.tolist()]
+        right = None if labels is None else labels[i]
+        colours = ["tab:red" if place == right else "tab:blue" for place in places.tolist()]
         below.set_axis_on()
+        below.set_title(_short(title), fontsize=10, parse_math=False)
         below.barh(range(len(names)), values.tolist(), color=colours, alpha=0.5)
         below.set(xlim=(0, 1), xticks=[], yticks=[], ylim=(len(names) - 0.5, -0.5))
         for row, name in enumerate(names):
-            below.text(0.02, row, name, va="center", fontsize=8)
+            below.text(0.02, row, name, va="center", fontsize=8, clip_on=True, parse_math=False)
+    _write(figure, path)
+
+
+def _short(name: str, length: int = 30) -> str:
+    half = length // 2
+    return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def neighbours(
+    queries: Tensor,
+    training_images: Tensor,
+    query_features: Tensor,
+    training_features: Tensor,
+    path: Path,
+    count: int = 6,
+) -> None:
+    """A row for each query: itself, then the training images of the nearest features, as in the paper's Figure 4,
+    as a PNG.
+
+    Nearest is the smallest Euclidean distance, of the same distances the first. Two pixels of white between
+    images, twelve after the first column.
+
+    Args:
+        queries, training_images: uint8 [q, H, W, 3] and [n, H, W, 3].
+        query_features, training_features: float32 [q, F] and [n, F].
+        path: of the PNG.
+        count: training images in a row, of fewer all.
+    """
+    # Not by a product of matrices, which finds a distance between an image and its copy.
+    distances = torch.cdist(query_features, training_features, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.argsort(dim=1, stable=True)[:, :count]
+    height, width = queries.shape[1] + 2, queries.shape[2] + 2
+    shape = (len(queries) * height - 2, (nearest.shape[1] + 1) * width + 8, 3)
+    grid = torch.full(shape, 255, dtype=torch.uint8)
+    for row, (query, places) in enumerate(zip(queries, nearest, strict=True)):
+        for column, image in enumerate([query, *training_images[places]]):
+            top, left = row * height, column * width + (10 if column else 0)
+            grid[top : top + height - 2, left : left + width - 2] = image
+    with atomic_file(path) as file:
+        Image.fromarray(grid.numpy()).save(file, format="png")
+
+
+def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """How often the images of each class (rows) were taken for each (columns), as a PNG.
+
+    The darker, the larger the share of the row. The numbers are written up to 20 classes, every class is named
+    up to 50, some forty of more.
+    """
+    total = len(classes)
+    table = np.asarray(counts)
+    share = table / table.sum(1, keepdims=True).clip(min=1)
+    # A thousand classes have two pixels each.
+    side = min(23.0, 3 + 0.4 * total)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    # The square root of a share: one error in a hundred is to be seen.
+    axes.imshow(share, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1), interpolation="nearest")
+    named = range(0, total, 1 if total <= 50 else -(-total // 40))
+    names = [_short(classes[place], 20) for place in named]
+    axes.set_xticks(named, names, rotation=90, parse_math=False)
+    axes.set_yticks(named, names, parse_math=False)
+    axes.set(xlabel="likeliest class", ylabel="true class")
+    if total <= 20:
+        for row, column in np.argwhere(table):
+            colour = "white" if share[row, column] > 0.4 else "black"
+            axes.text(column, row, table[row, column], ha="center", va="center", fontsize=8, color=colour)
     _write(figure, path)

@@ -28,6 +28,8 @@ from alexnet_kernels.training.settings import Settings, save_recipe
 __all__ = ["Result", "train"]
 
 _STATISTICS_IMAGES = 10_000
+_NEIGHBOURS = 2000
+"""Training images among which the nearest to some validation images are looked for."""
 _PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
@@ -334,5 +336,21 @@ def _draw(module: Classifier, sets: list[Any], folder: Path, device: torch.devic
             module.header.classes,
             folder / "predictions.png",
         )
-    names = ("filters.png", "curves.png", "predictions.png")
+    _draw_neighbours(network, sets, folder / "neighbours.png")
+    names = ("filters.png", "curves.png", "predictions.png", "neighbours.png")
     return [folder / name for name in names if (folder / name).exists()]
+
+
+def _draw_neighbours(network: checkpoint.Network, sets: list[Any], path: Path) -> None:
+    train_set, val_set = sets
+    places = torch.linspace(0, len(val_set) - 1, min(6, len(val_set))).long().tolist()
+    queries, training = val_set.__getitems__(places)["images"], train_set.sample(_NEIGHBOURS)
+    if len(queries) and len(training):
+        size = network.header.settings.image_size
+        pictures.neighbours(
+            inference.seen(queries, size),
+            inference.seen(training, size),
+            inference.features(network, queries),
+            inference.features(network, training),
+            path,
+        )
