@@ -1,4 +1,4 @@
-"""The command `alexnet-kernels`: train, evaluate, predict, convert, bench, info.
+"""The command `alexnet-kernels`: prepare, train, evaluate, predict, convert, bench, info.
 
 Exit status: 0; 1 for a run that failed; 2 for a mistake in what was asked; 130 where a run was interrupted.
 """
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -97,6 +98,23 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT.safetensors", help="a new file, which evaluate and predict take")
     convert.set_defaults(run=_convert)
 
+    prepare = commands.add_parser(
+        "prepare",
+        help="images as memory-mapped squares, for training",
+        description="Writes images of any size as squares that training reads without decoding them again. "
+        "Stopped, the same command goes on.",
+    )
+    prepare.add_argument("source", help="a folder, or a zip of one, with <split>/<class>/ images")
+    prepare.add_argument("destination", help="a new folder, or one that the same command began")
+    prepare.add_argument("--size", type=_positive, default=256, metavar="PIXELS",
+        help="side of the squares: shorter side resized, centre kept (default: 256)")  # fmt: skip
+    prepare.add_argument("--splits", nargs="+", default=["train", "val"], metavar="NAME", help="(default: train val)")
+    prepare.add_argument("--shard-images", type=_positive, default=4096, metavar="N",
+        help="images in a file (default: 4096)")  # fmt: skip
+    prepare.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one a core, up to 16)")
+    _bad_images(prepare, "skip")
+    prepare.set_defaults(run=_prepare)
+
     bench = commands.add_parser(
         "bench",
         help="images/s of reading, augmentation and training, each by itself",
@@ -167,12 +185,12 @@ def _where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=backends.BACKENDS, help="of the ops (default: auto)")
 
 
-def _bad_images(parser: argparse.ArgumentParser) -> None:
+def _bad_images(parser: argparse.ArgumentParser, default: str = "refuse") -> None:
     parser.add_argument(
         "--bad-images",
         choices=("refuse", "skip"),
-        default="refuse",
-        help="unreadable images (default: refuse)",
+        default=default,
+        help=f"unreadable images (default: {default})",
     )
 
 
@@ -442,6 +460,51 @@ def _predict(options: argparse.Namespace) -> int:
             last = i + 1 == len(result)
             table.add_row(Text(path if i == 0 else ""), Text(name), f"{p:6.1%}", end_section=last)
     Console().print(table)
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    require(f"{PROGRAM} prepare", "PIL", "rich")
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from alexnet_kernels.training.prepare import prepare
+
+    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    began: list[tuple[float, int]] = []
+    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def progress(done: int, total: int) -> None:
+            # Images of an earlier call are not this one's speed.
+            if not began:
+                began.append((time.monotonic(), done))
+            passed = time.monotonic() - began[0][0]
+            rate = f"{(done - began[0][1]) / passed:,.0f} images/s" if passed > 1 else ""
+            bar.update(task, completed=done, total=total, rate=rate)
+
+        try:
+            report = prepare(
+                options.source,
+                options.destination,
+                size=options.size,
+                splits=options.splits,
+                shard_images=options.shard_images,
+                workers=options.workers or min(16, os.cpu_count() or 1),
+                bad_images=options.bad_images,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            return _fail("interrupted; the same command goes on", 130)
+    counts = ", ".join(f"{count:,} {split}" for split, count in report.counts.items())
+    print(
+        f"{options.destination}: {counts} images of {report.classes} classes, {options.size} x {options.size}, "
+        f"in {_time(report.seconds)}"
+    )
+    if report.left_out or report.converted:
+        print(
+            f"{report.left_out} images left out, {report.converted} converted to RGB: "
+            f"{os.path.join(options.destination, 'report.csv')}"
+        )
     return 0
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from alexnet_kernels.training import checkpoint
+from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import Settings, settings_of
 
@@ -51,9 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0025, 0.005, 0.01, 0.02])
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ablation")
@@ -70,7 +72,12 @@ def main() -> None:
 
 def _best_rate(variation: Variation, options: argparse.Namespace) -> float:
     epochs = max(1, options.epochs // 10)
-    errors = {rate: 1 - _history(variation, options, rate, 0, epochs)[-1]["val_top1"] for rate in options.rates}
+    errors = {}
+    for rate in options.rates:
+        try:
+            errors[rate] = 1 - _history(variation, options, rate, 0, epochs)[-1]["val_top1"]
+        except RunError as error:
+            print(f"{variation.name} at rate {rate:g}: {error}", flush=True)
     return min(errors, key=lambda rate: errors[rate])
 
 
@@ -94,6 +101,8 @@ def _run(settings: Settings, data: str, folder: Path) -> list[dict[str, float]]:
             return header.history
         result = train(settings, data, resume=folder)
     else:
+        # What a kill before the first checkpoint or a diverging run left.
+        shutil.rmtree(folder, ignore_errors=True)
         result = train(settings, data, out=folder)
     if result.stopped:
         sys.exit(f"{result.stopped}; the same command goes on")

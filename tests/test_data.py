@@ -14,14 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from alexnet_kernels.training import images
-from alexnet_kernels.training.augmentation import (
-    Statistics,
-    centre_crop,
-    draws,
-    random_crop,
-    store_size,
-    ten_crops,
-)
+from alexnet_kernels.training.augmentation import Crops, PixelSums, Statistics, draws, stored_size
 from alexnet_kernels.training.errors import InputError
 
 
@@ -314,11 +307,25 @@ class TestAugmentation:
         torch.testing.assert_close(whole.mean(0), torch.full((8,), 0.5).double(), rtol=0, atol=0.05)
         assert torch.corrcoef(whole.T).fill_diagonal_(0).abs().max() < 0.15
 
+    def test_sums_add_up_in_any_order(self) -> None:
+        data = torch.randint(0, 256, (50, 5, 5, 3), dtype=torch.uint8)
+        whole = PixelSums.of(data)
+        parts = PixelSums.of(data[37:]) + PixelSums.of(data[:9]) + PixelSums.of(data[9:37])
+        assert whole.count == parts.count == 50
+        assert torch.equal(whole.places, parts.places)
+        assert torch.equal(whole.products, parts.products)
+        assert torch.equal(whole.statistics().mean_image, parts.statistics().mean_image)
+        torch.testing.assert_close(whole.statistics().mean_image, data.float().mean(0).permute(2, 0, 1))
+
     def test_random_crop_is_a_crop_mirrored_or_not_with_a_colour_shift(self) -> None:
         count, size = 200, 6
         data = torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8)
-        statistics = Statistics((100.0, 110.0, 120.0), (1.0, 1.0, 1.0), ((60.0, 60.0, 60.0), (0.0,) * 3, (0.0,) * 3))
-        out = random_crop(data, torch.arange(count), size, seed=0, epoch=0, statistics=statistics, scale=None)
+        components = ((60.0, 60.0, 60.0), (0.0,) * 3, (0.0,) * 3)
+        statistics = Statistics((100.0, 110.0, 120.0), (1.0, 1.0, 1.0), components, torch.zeros(3, 8, 8))
+        out = Crops(size, statistics).random(data, torch.arange(count), 0)
+        plain = Crops(size, statistics, color_std=0.0).random(data, torch.arange(count), 0)
+        double = Crops(size, statistics, color_std=0.2).random(data, torch.arange(count), 0)
+        torch.testing.assert_close(double - plain, 2 * (out - plain), rtol=1e-4, atol=1e-3)
         assert out.shape == (count, 3, size, size)
         out = out + torch.tensor(statistics.mean)[:, None, None]
         places, shifts, mirrored = set(), [], 0
@@ -344,21 +351,33 @@ class TestAugmentation:
 
     def test_random_crop_does_not_depend_on_the_batch(self) -> None:
         data = torch.randint(0, 256, (10, 8, 8, 3), dtype=torch.uint8)
-        options = {"seed": 1, "epoch": 2, "statistics": Statistics.of(data), "scale": torch.full((3,), 0.5)}
-        whole = random_crop(data, torch.arange(10), 6, **options)
+        crops = Crops(6, Statistics.of(data), scale=torch.full((3,), 0.5), seed=1)
+        whole = crops.random(data, torch.arange(10), 2)
         part = torch.tensor([8, 3])
-        assert torch.equal(random_crop(data[part], part, 6, **options), whole[part])
+        assert torch.equal(crops.random(data[part], part, 2), whole[part])
+        assert not torch.equal(crops.random(data, torch.arange(10), 3), whole)
 
     def test_centre_and_ten_crops(self) -> None:
         data = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
-        statistics = Statistics((0.0,) * 3, (1.0,) * 3, ((0.0,) * 3,) * 3)
+        statistics = Statistics((0.0,) * 3, (1.0,) * 3, ((0.0,) * 3,) * 3, torch.zeros(3, 8, 8))
         image = data.permute(0, 3, 1, 2).float()
-        assert torch.equal(centre_crop(data, 6, statistics, None), image[:, :, 1:7, 1:7])
-        crops = ten_crops(data, 6, statistics, None)
+        assert torch.equal(Crops(6, statistics).centre(data), image[:, :, 1:7, 1:7])
+        crops = Crops(6, statistics).ten(data)
         assert len(crops) == 10
         assert torch.equal(crops[0], image[:, :, :6, :6])
         assert torch.equal(crops[6], image[:, :, 2:, 2:])
         assert torch.equal(crops[9], image[:, :, 1:7, 1:7].flip(-1))
 
-    def test_store_size_is_the_papers(self) -> None:
-        assert store_size(224) == 256
+    def test_mean_image_is_subtracted_at_each_pixels_own_place(self) -> None:
+        data = torch.randint(0, 256, (30, 8, 8, 3), dtype=torch.uint8)
+        crops = Crops(6, Statistics.of(data), mean="image", color_std=0.0)
+        centred = data.permute(0, 3, 1, 2).float() - data.float().mean(0).permute(2, 0, 1)
+        torch.testing.assert_close(crops.centre(data), centred[:, :, 1:7, 1:7])
+        torch.testing.assert_close(crops.ten(data)[3], centred[:, :, :6, 2:].flip(-1))
+        for result, whole in zip(crops.random(data, torch.arange(30), 0), centred, strict=True):
+            windows = [whole[:, top : top + 6, left : left + 6] for top in range(3) for left in range(3)]
+            found = [w for window in windows for w in (window, window.flip(-1)) if torch.allclose(result, w, atol=1e-3)]
+            assert len(found) == 1
+
+    def test_stored_size_is_the_papers_and_caffes(self) -> None:
+        assert stored_size(224) == stored_size(227) == 256

@@ -3,6 +3,7 @@
 | module | |
 |---|---|
 | `images` | reads ImageFolder trees and zips of them |
+| `prepare`, `shards` | the same as memory-mapped squares |
 | `augmentation` | the paper's crops, mirroring and colour shifts; statistics of a training set |
 | `checkpoint` | atomic files, and networks read from them |
 | `lightning` | the LightningModule, the LightningDataModule and the callbacks |

@@ -7,6 +7,7 @@ A class's number is its name's place in sorted order. Zips are read in place, no
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -24,9 +25,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from alexnet_kernels.training.augmentation import Statistics
 from alexnet_kernels.training.errors import InputError
 
-__all__ = ["EXTENSIONS", "SHIPPED", "Batch", "ImageSet", "Source", "decode", "open_data", "read_image"]
+__all__ = ["EXTENSIONS", "SHIPPED", "Batch", "ImageSet", "Source", "StoredImages", "decode", "open_data", "read_image"]
 
 SHIPPED = Path(__file__).parent.parent / "data" / "cifar10_small.zip"
 """The image set that comes with the package."""
@@ -36,17 +38,23 @@ EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif",
 IN_MEMORY = 2 << 30
 """Bytes up to which a set is decoded once and held; a larger one is decoded again in every epoch."""
 
+MACHINE_ERRORS = frozenset((errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS, errno.EDQUOT))
+"""Of the machine's state; no fault of an image's."""
+
 _NAMED = 5
 
 
 def decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
     """The image as uint8 [size, size, 3]: the shorter side resized (bicubic), the centre kept.
 
-    With size=None, [height, width, 3] as stored. Grey, palette, CMYK and 16-bit images become RGB,
+    With size=None, [height, width, 3] as stored. A JPEG more than four times as large is decoded at a half, a
+    quarter or an eighth of its size, at least twice the square's. Grey, palette, CMYK and 16-bit images become RGB,
     transparent ones are laid on white, and an EXIF orientation is applied. A damaged file raises what its
     decoder raises.
     """
     with Image.open(file) as opened:
+        if size is not None:
+            opened.draft(None, (2 * size, 2 * size))
         opened.load()
         image = _rgb(ImageOps.exif_transpose(opened))
     if size is not None:
@@ -71,7 +79,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _no_warnings() -> Iterator[None]:
+def no_warnings() -> Iterator[None]:
     """Without Pillow's remarks on large images, palettes and metadata; for one thread of a process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -86,13 +94,13 @@ def read_image(path: str | Path, size: int) -> Tensor:
     if path.is_dir():
         raise InputError(f"{path} is a folder, an image file is expected")
     try:
-        with _no_warnings():
+        with no_warnings():
             return decode(path, size)
     except Exception as error:
-        raise InputError(f"{path} is not a readable image: {_reason(error)}") from error
+        raise InputError(f"{path} is not a readable image: {reason(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "no known image format"
     return " ".join(str(error).split()) or type(error).__name__
@@ -126,11 +134,16 @@ class Source:
                 folders += [(relative / name).as_posix() for name in subfolders]
                 files += [(relative / name).as_posix() for name in names]
         self._prefix = _common_folder(files) if self._is_zip else ""
+        self._sizes = {member.filename: member.file_size for member in members} if self._is_zip else {}
         cut = len(self._prefix)
         self.files = sorted(name[cut:] for name in files if name.startswith(self._prefix) and _visible(name))
         self.folders = sorted(
             name[cut:] for name in folders if name.startswith(self._prefix) and len(name) > cut and _visible(name)
         )
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._sizes[self._prefix + name] if self._is_zip else (self.path / name).stat().st_size
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_local"}
@@ -173,12 +186,41 @@ class Batch(TypedDict):
     """Files that could not be read, each with its reason; they are missing from the others."""
 
 
-@dataclass
-class ImageSet(torch.utils.data.Dataset):
-    """One split's images.
+class StoredImages(torch.utils.data.Dataset):
+    """One split's images, wherever they are."""
 
-    `pixels` is the whole set, uint8 [N, size, size, 3], or None where it is decoded lazily.
-    """
+    files: list[str]
+    """The images' names, <split>/<class>/..."""
+    labels: Tensor
+    """int64 [N]"""
+    classes: list[str]
+    size: int
+    """Side of the squares."""
+    pixels: Tensor | None = None
+    """The whole set, uint8 [N, size, size, 3], or None where it is read batch by batch."""
+    bad: Sequence[str] = ()
+    """Unreadable files that were left out, each with its reason."""
+    statistics: Statistics | None = None
+    """Of all training images, where they are known."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, places: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+    def sample(self, count: int) -> Tensor:
+        """Up to `count` images, evenly spaced through the set, uint8 [n, size, size, 3]."""
+        step = max(1, -(-len(self) // count))
+        return self.__getitems__(list(range(0, len(self), step)))["images"]
+
+
+@dataclass
+class ImageSet(StoredImages):
+    """One split's images in a folder or zip: `pixels` if they were decoded at once."""
 
     source: Source
     files: list[str]
@@ -187,13 +229,6 @@ class ImageSet(torch.utils.data.Dataset):
     size: int
     pixels: Tensor | None = None
     bad: list[str] = field(default_factory=list)
-    """Unreadable files that were left out, each with its reason."""
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
         indices = torch.as_tensor(places, dtype=torch.int64)
@@ -203,21 +238,16 @@ class ImageSet(torch.utils.data.Dataset):
         else:
             images = torch.empty(len(places), self.size, self.size, 3, dtype=torch.uint8)
             good = []
-            with _no_warnings():
+            with no_warnings():
                 for row, place in enumerate(places):
                     try:
                         images[row] = decode(self.source.open(self.files[place]), self.size)
                         good.append(row)
                     except Exception as error:
-                        bad.append(f"{self.files[place]}: {_reason(error)}")
+                        bad.append(f"{self.files[place]}: {reason(error)}")
             if bad:
                 images, indices = images[good], indices[good]
         return {"images": images, "labels": self.labels[indices], "indices": indices, "bad": bad}
-
-    def sample(self, count: int) -> Tensor:
-        """Up to `count` images, evenly spaced through the set, uint8 [n, size, size, 3]."""
-        step = max(1, -(-len(self) // count))
-        return self.__getitems__(list(range(0, len(self), step)))["images"]
 
 
 def _split(source: Source, split: str, size: int) -> ImageSet:
@@ -238,11 +268,11 @@ def _split(source: Source, split: str, size: int) -> ImageSet:
     files = [name for name in inside if "/" in name and PurePosixPath(name).suffix.lower() in EXTENSIONS]
     labels = torch.tensor([number[name.split("/")[0]] for name in files], dtype=torch.int64)
     result = ImageSet(source, [prefix + name for name in files], labels, classes, size)
-    _check_classes(result, split)
+    check_classes(result, split)
     return result
 
 
-def _check_classes(images: ImageSet, split: str) -> None:
+def check_classes(images: ImageSet, split: str) -> None:
     counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
     empty = [name for name, count in zip(images.classes, counts, strict=True) if not count]
     if empty:
@@ -268,9 +298,9 @@ def _decode_all(images: ImageSet, progress: Callable[[int], None]) -> Iterator[t
         try:
             return decode(images.source.open(images.files[place]), images.size)
         except Exception as error:
-            return f"{images.files[place]}: {_reason(error)}"
+            return f"{images.files[place]}: {reason(error)}"
 
-    with _no_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with no_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for place, result in enumerate(pool.map(one, range(len(images)))):
             progress(1)
             yield place, result
@@ -291,7 +321,7 @@ def _load(images: ImageSet, bad_images: str, progress: Callable[[int], None]) ->
             raise refuse(images.bad)
         pixels, images.labels = pixels[good], images.labels[good]
         images.files = [images.files[place] for place in good]
-        _check_classes(images, images.files[0].split("/")[0] if images.files else "")
+        check_classes(images, images.files[0].split("/")[0] if images.files else "")
     images.pixels = pixels
 
 
@@ -303,12 +333,12 @@ def open_data(
     bad_images: str = "refuse",
     in_memory: int = IN_MEMORY,
     progress: Callable[[int], None] = lambda count: None,
-) -> list[ImageSet]:
-    """The splits of an ImageFolder tree or of a zip of one, as squares of `size` pixels.
+) -> Sequence[StoredImages]:
+    """The splits of an ImageFolder tree, of a zip of one or of a prepared folder, as squares of `size` pixels.
 
     Args:
         path: the folder or the zip.
-        size: side of the stored squares, in pixels.
+        size: side of the stored squares, in pixels; a prepared folder's own are of the size it was prepared at.
         splits: names of the folders to read; their classes must agree.
         bad_images: "refuse" unreadable images with an error that names them, or "skip" them.
         in_memory: bytes up to which the splits together are decoded at once and held in memory.
@@ -319,16 +349,25 @@ def open_data(
     """
     if bad_images not in ("refuse", "skip"):
         raise ValueError(f"bad_images must be 'refuse' or 'skip', got {bad_images!r}")
-    source = Source(path)
+    from alexnet_kernels.training import shards
+
+    if shards.is_prepared(path):
+        return shards.open_shards(path, splits)
+    sets = open_splits(Source(path), splits, size)
+    if sum(map(len, sets)) * size * size * 3 <= in_memory:
+        for images in sets:
+            _load(images, bad_images, progress)
+    return sets
+
+
+def open_splits(source: Source, splits: Sequence[str], size: int) -> list[ImageSet]:
+    """The splits by name, none of their images read; InputError as of `open_data`."""
     sets = [_split(source, split, size) for split in splits]
     for split, images in zip(splits[1:], sets[1:], strict=True):
         if images.classes != sets[0].classes:
             only = [f"{splits[0]}/{name}" for name in sets[0].classes if name not in images.classes]
             only += [f"{split}/{name}" for name in images.classes if name not in sets[0].classes]
             raise InputError(
-                f"--data {path}: the classes of {splits[0]}/ and {split}/ differ: {_listed(only)} in one only"
+                f"--data {source.path}: the classes of {splits[0]}/ and {split}/ differ: {_listed(only)} in one only"
             )
-    if sum(map(len, sets)) * size * size * 3 <= in_memory:
-        for images in sets:
-            _load(images, bad_images, progress)
     return sets

@@ -265,7 +265,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 class Batches(DataLoader):
     """Batches of an ImageSet, in order or shuffled; resumes between two batches of an epoch."""
 
-    def __init__(self, dataset: Any, batch_size: int, workers: int, seed: int | None = None) -> None:
+    def __init__(self, dataset: images.StoredImages, batch_size: int, workers: int, seed: int | None = None) -> None:
         shuffled = seed is not None
         sampler = Shuffled(len(dataset), seed) if seed is not None else SequentialSampler(dataset)
         whole = shuffled and len(dataset) >= batch_size
@@ -298,7 +298,9 @@ class Batches(DataLoader):
 class Images(pl.LightningDataModule):
     """A training and a validation set."""
 
-    def __init__(self, train: Any, val: Any, batch_size: int, workers: int, seed: int) -> None:
+    def __init__(
+        self, train: images.StoredImages, val: images.StoredImages, batch_size: int, workers: int, seed: int
+    ) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.workers, self.seed = batch_size, workers, seed

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,7 +235,9 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _read(path: str | Path, crop: int, bad_images: str, in_memory: int, console: Console) -> list[Any]:
+def _read(
+    path: str | Path, crop: int, bad_images: str, in_memory: int, console: Console
+) -> Sequence[images.StoredImages]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading images", total=None)
         sets = images.open_data(
@@ -256,11 +258,11 @@ def _read(path: str | Path, crop: int, bad_images: str, in_memory: int, console:
 
 
 def _header(
-    settings: Settings, data: str | Path | None, train_set: Any, resumed: checkpoint.Header | None
+    settings: Settings, data: str | Path | None, train_set: images.StoredImages, resumed: checkpoint.Header | None
 ) -> checkpoint.Header:
     fingerprint = hashlib.sha256("\n".join(train_set.files).encode()).hexdigest()
     if resumed is None:
-        statistics = getattr(train_set, "statistics", None)
+        statistics = train_set.statistics
         if statistics is None:
             sample = train_set.sample(len(train_set) if train_set.pixels is not None else _STATISTICS_IMAGES)
             if not len(sample):
@@ -283,7 +285,9 @@ def _header(
     return resumed
 
 
-def _introduction(settings: Settings, sets: list[Any], parameters: int, device: torch.device, folder: Path) -> str:
+def _introduction(
+    settings: Settings, sets: Sequence[images.StoredImages], parameters: int, device: torch.device, folder: Path
+) -> str:
     train_set, val_set = sets
     return (
         f"AlexNet, preset {settings.preset}, {parameters:,} parameters, on {device} in {settings.precision}"
@@ -312,7 +316,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _draw(module: Classifier, sets: list[Any], folder: Path, device: torch.device) -> list[Path]:
+def _draw(module: Classifier, sets: Sequence[images.StoredImages], folder: Path, device: torch.device) -> list[Path]:
     """Writes the run's pictures; returns their paths."""
     val_set = sets[1]
     settings = module.header.settings
@@ -341,7 +345,7 @@ def _draw(module: Classifier, sets: list[Any], folder: Path, device: torch.devic
     return [folder / name for name in names if (folder / name).exists()]
 
 
-def _draw_neighbours(network: checkpoint.Network, sets: list[Any], path: Path) -> None:
+def _draw_neighbours(network: checkpoint.Network, sets: Sequence[images.StoredImages], path: Path) -> None:
     train_set, val_set = sets
     places = torch.linspace(0, len(val_set) - 1, min(6, len(val_set))).long().tolist()
     queries, training = val_set.__getitems__(places)["images"], train_set.sample(_NEIGHBOURS)

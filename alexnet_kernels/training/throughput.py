@@ -47,7 +47,7 @@ def throughput(
     )
     if train_set.size < settings.image_size:
         raise InputError(f"--image-size {settings.image_size}: {path} was prepared at {train_set.size} pixels")
-    statistics = getattr(train_set, "statistics", None) or Statistics.of(train_set.sample(1000))
+    statistics = train_set.statistics or Statistics.of(train_set.sample(1000))
     header = checkpoint.Header(settings, train_set.classes, statistics, str(path), len(train_set), "", train_set.size)
     crops = header.crops()
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -1,0 +1,355 @@
+"""Turns an ImageFolder tree, or a zip of one, into the memory-mapped squares that training reads.
+
+Images are taken in the order of their names, `shard_images` to a file; each file is written by one process and
+doesn't depend on which, or on how many there are. A process holds one decoded image and 64 squares at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from alexnet_kernels.training import images, shards
+from alexnet_kernels.training.augmentation import PixelSums
+from alexnet_kernels.training.checkpoint import atomic_file
+from alexnet_kernels.training.errors import InputError, RunError
+
+__all__ = ["Report", "prepare"]
+
+_BLOCK = 64
+
+
+@dataclass
+class Report:
+    """What was prepared."""
+
+    counts: dict[str, int]
+    """Images of each split."""
+    classes: int
+    left_out: int
+    converted: int
+    """Grey, CMYK, palette and other images that became RGB."""
+    seconds: float
+
+
+@dataclass
+class _Shard:
+    source: images.Source
+    split: str
+    number: int
+    files: list[str]
+    labels: list[int]
+    size: int
+    folder: Path
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"record-{self.number:05d}.npz"
+
+
+def prepare(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    size: int = 256,
+    splits: Sequence[str] = ("train", "val"),
+    shard_images: int = 4096,
+    workers: int = 1,
+    bad_images: str = "skip",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Write a prepared set, going on with what an earlier call has begun; its bytes are the same either way.
+
+    Args:
+        source: a folder or zip with <split>/<class>/<image> for each split, of any size and format that Pillow reads.
+        destination: the folder to write, new or begun with the same arguments.
+        size: side of the squares: the shorter side is resized to it, the centre kept.
+        splits: names of the folders; statistics are of the first.
+        shard_images: images in a file.
+        workers: processes.
+        bad_images: "skip" unreadable images, listing them in report.csv, or "refuse" them.
+        progress: called with the images done, those of earlier calls included, and their total.
+
+    Raises:
+        InputError: nothing to prepare, a destination that holds something else, refused images.
+        RunError: a disk that is full or read-only, a process that died; what is finished stays.
+    """
+    began, root = time.monotonic(), Path(destination)
+    if shards.is_prepared(source):
+        raise InputError(f"{source} is prepared already")
+    tree = images.Source(source)
+    sets = images.open_splits(tree, splits, size)
+    plan = {
+        "format": shards.FORMAT,
+        "source": str(Path(source).resolve()),
+        "size": size,
+        "shard_images": shard_images,
+        "splits": list(splits),
+        "images": _digest(tree, sets),
+    }
+    with _disk_errors(root):
+        finished = _begin(root, plan)
+        tasks = [
+            _Shard(tree, split, number, files, labels, size, root / split)
+            for split, images_ in zip(splits, sets, strict=True)
+            for number, (files, labels) in enumerate(_parts(images_, shard_images))
+        ]
+        if not finished:
+            _write_shards(tasks, workers, progress)
+            _finish(root, plan, tasks, sets, bad_images)
+        for task in tasks:
+            task.record.unlink(missing_ok=True)
+    index = json.loads((root / shards.INDEX).read_text())
+    return Report(
+        {split: sum(part["shards"]) for split, part in index["splits"].items()},
+        len(index["classes"]),
+        index["left_out"],
+        index["converted"],
+        time.monotonic() - began,
+    )
+
+
+def _digest(source: images.Source, sets: Sequence[images.ImageSet]) -> str:
+    digest = hashlib.sha256()
+    for images_ in sets:
+        for name in images_.files:
+            digest.update(f"{name}\0{source.size_of(name)}\0".encode())
+    return digest.hexdigest()
+
+
+def _parts(images_: images.ImageSet, count: int) -> Iterator[tuple[list[str], list[int]]]:
+    for start in range(0, len(images_), count):
+        yield images_.files[start : start + count], images_.labels[start : start + count].tolist()
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{root} can't be written: {error.strerror or error}; what is finished stays, the same command goes on"
+        ) from error
+
+
+def _begin(root: Path, plan: dict[str, Any]) -> bool:
+    """Makes the folder, or checks that it was begun with this plan; whether it is finished."""
+    path = root / shards.PLAN
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} is a file; a new folder is expected")
+    if path.is_file():
+        try:
+            begun = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: remove {root} and begin anew") from error
+        differing = [name for name in plan if begun.get(name) != plan[name]]
+        if differing:
+            what = "; ".join(
+                "the images differ" if name == "images" else f"{name} was {begun.get(name)}, is {plan[name]}"
+                for name in differing
+            )
+            raise InputError(f"{root} was begun otherwise: {what}; name another folder")
+    elif root.exists() and any(root.iterdir()):
+        raise InputError(f"{root} exists and is not empty: name a new folder")
+    for split in plan["splits"]:
+        (root / split).mkdir(parents=True, exist_ok=True)
+    for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
+        left.unlink(missing_ok=True)
+    if not path.is_file():
+        _write_json(path, plan)
+    return (root / shards.INDEX).is_file()
+
+
+def _write_shards(tasks: list[_Shard], workers: int, progress: Callable[[int, int], None]) -> None:
+    total = sum(len(task.files) for task in tasks)
+    waiting = [task for task in tasks if not task.record.is_file()]
+    before = total - sum(len(task.files) for task in waiting)
+    progress(before, total)
+    if workers <= 1 or len(waiting) <= 1:
+        done = before
+        for task in waiting:
+            for count in _write_shard(task):
+                done += count
+                progress(done, total)
+        return
+    # Threads of torch's don't survive a fork.
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(
+        min(workers, len(waiting)), mp_context=context, initializer=_begin_process, initargs=(counter, stop)
+    ) as pool:
+        futures: set[Future[None]] = {pool.submit(_work, task) for task in waiting}
+        try:
+            while futures:
+                ready, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    future.result()
+                progress(before + counter.value, total)
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process that reads images was killed, perhaps for lack of memory; the same command goes on, "
+                "with fewer --workers if need be"
+            ) from error
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_counter: Any = None
+_stop: Any = None
+
+
+def _begin_process(counter: Any, stop: Any) -> None:
+    global _counter, _stop
+    _counter, _stop = counter, stop
+    # A terminal's Ctrl-C reaches all processes; the first one tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+
+def _work(task: _Shard) -> None:
+    for count in _write_shard(task):
+        with _counter.get_lock():
+            _counter.value += count
+        if _stop.is_set():
+            return
+
+
+def _write_shard(task: _Shard) -> Iterator[int]:
+    """Writes a shard and then its record; yields the number of images done since it last did."""
+    kept: list[int] = []
+    notes: list[tuple[str, str, str]] = []
+    size = task.size
+    sums = PixelSums.of(torch.empty(0, size, size, 3, dtype=torch.uint8))
+    path = task.folder / shards.shard_name(task.number)
+    with images.no_warnings(), atomic_file(path) as file:
+        _write_header(file, len(task.files), size)
+        block: list[torch.Tensor] = []
+        for place, name in enumerate(task.files):
+            try:
+                content = task.source.open(name)
+                mode = _mode(content)
+                block.append(images.decode(content, size))
+            except OSError as error:
+                if error.errno in images.MACHINE_ERRORS:
+                    raise
+                notes.append((name, "left out", images.reason(error)))
+            except Exception as error:
+                notes.append((name, "left out", images.reason(error)))
+            else:
+                kept.append(place)
+                if mode != "RGB":
+                    notes.append((name, "converted", mode))
+            if len(block) == _BLOCK or (block and place + 1 == len(task.files)):
+                squares = torch.stack(block)
+                sums += PixelSums.of(squares)
+                file.write(squares.numpy().tobytes())
+                block = []
+            yield 1
+        # The header's length is the same for any number of images.
+        file.seek(0)
+        _write_header(file, len(kept), size)
+        file.seek(0, os.SEEK_END)
+    record = {
+        "kept": np.array(kept, dtype=np.int64),
+        "count": np.array(sums.count),
+        "places": sums.places.numpy(),
+        "products": sums.products.numpy(),
+        "notes": np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8),
+    }
+    with atomic_file(task.record) as file:
+        np.savez(file, **record)  # type: ignore[arg-type]
+
+
+def _write_header(file: Any, count: int, size: int) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _mode(content: io.BytesIO) -> str:
+    with Image.open(content) as image:
+        mode = image.mode
+    content.seek(0)
+    return mode
+
+
+def _finish(
+    root: Path, plan: dict[str, Any], tasks: list[_Shard], sets: Sequence[images.ImageSet], bad_images: str
+) -> None:
+    """Writes what belongs to the whole, index.json last."""
+    notes: list[list[str]] = []
+    splits: dict[str, dict[str, list[int]]] = {}
+    for split, images_ in zip(plan["splits"], sets, strict=True):
+        files: list[str] = []
+        labels: list[int] = []
+        counts: list[int] = []
+        sums = PixelSums.of(torch.empty(0, plan["size"], plan["size"], 3, dtype=torch.uint8))
+        for task in (task for task in tasks if task.split == split):
+            with np.load(task.record) as record:
+                kept = record["kept"].tolist()
+                sums += PixelSums(
+                    int(record["count"]), torch.from_numpy(record["places"]), torch.from_numpy(record["products"])
+                )
+                notes += json.loads(record["notes"].tobytes())
+            files += [task.files[place].removeprefix(f"{split}/") for place in kept]
+            labels += [task.labels[place] for place in kept]
+            counts.append(len(kept))
+        images_.files, images_.labels = files, torch.tensor(labels, dtype=torch.int64)
+        if bad_images == "skip":
+            images.check_classes(images_, split)
+        splits[split] = {"shards": counts}
+        with atomic_file(root / split / "labels.npy") as file:
+            np.save(file, np.array(labels, dtype=np.int64))
+        _write_json(root / split / "files.json", files)
+        if split == plan["splits"][0]:
+            with atomic_file(root / shards.STATISTICS) as file:
+                np.savez(file, count=np.array(sums.count), places=sums.places.numpy(), products=sums.products.numpy())
+    left_out = [f"{name}: {reason}" for name, what, reason in notes if what == "left out"]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["image", "what", "reason"], *notes])
+    with atomic_file(root / shards.REPORT) as file:
+        file.write(text.getvalue().encode())
+    if left_out and bad_images == "refuse":
+        raise images.refuse(left_out)
+    index = {
+        "format": plan["format"],
+        "size": plan["size"],
+        "classes": sets[0].classes,
+        "splits": splits,
+        "left_out": len(left_out),
+        "converted": len(notes) - len(left_out),
+    }
+    _write_json(root / shards.INDEX, index)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(content).encode())

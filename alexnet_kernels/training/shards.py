@@ -1,0 +1,110 @@
+"""Prepared image sets: squares of uint8 in memory-mapped files, written by `prepare`.
+
+index.json                          size, classes, images and shards of each split; written last
+statistics.npz                      exact sums over the first split, for the mean image and colours
+report.csv                          images that were left out or converted, with the reason
+<split>/images-00000.npy ...        uint8 [n, size, size, 3]
+<split>/labels.npy, files.json      int64 [N]; the images' names below their split
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alexnet_kernels.training.augmentation import PixelSums, Statistics
+from alexnet_kernels.training.errors import InputError
+from alexnet_kernels.training.images import Batch, StoredImages
+
+__all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]
+
+FORMAT = 1
+INDEX, PLAN, STATISTICS, REPORT = "index.json", "plan.json", "statistics.npz", "report.csv"
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether `prepare` has made this folder, or begun to."""
+    return (Path(path) / INDEX).is_file() or (Path(path) / PLAN).is_file()
+
+
+def shard_name(number: int) -> str:
+    return f"images-{number:05d}.npy"
+
+
+class ShardSet(StoredImages):
+    """One split of a prepared set; `statistics` are of the set's first split."""
+
+    def __init__(self, root: Path, split: str, index: dict[str, Any], statistics: Statistics) -> None:
+        self.root, self.size, self.classes, self.statistics = root / split, index["size"], index["classes"], statistics
+        counts = index["splits"][split]["shards"]
+        self.starts = [sum(counts[:i]) for i in range(len(counts))]
+        try:
+            self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
+            self.files = [f"{split}/{name}" for name in json.loads((self.root / "files.json").read_text())]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.root} is damaged, prepare it again: {error}") from error
+        self._maps = [_open(self.root / shard_name(i), count, self.size) for i, count in enumerate(counts)]
+        if not sum(counts) == len(self.labels) == len(self.files):
+            held = f"{sum(counts)} images, {len(self.labels)} labels, {len(self.files)} names"
+            raise InputError(f"{self.root} is damaged, prepare it again: it holds {held}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files by itself.
+        return {**self.__dict__, "_maps": [len(shard) for shard in self._maps]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._maps = [_open(self.root / shard_name(i), count, self.size) for i, count in enumerate(state["_maps"])]
+
+    def __getitems__(self, places: Sequence[int]) -> Batch:
+        indices = torch.as_tensor(places, dtype=torch.int64)
+        images = torch.empty(len(places), self.size, self.size, 3, dtype=torch.uint8)
+        rows = images.numpy()
+        for row, place in enumerate(indices.tolist()):
+            if not 0 <= place < len(self):
+                raise IndexError(f"image {place} of {len(self)}")
+            shard = bisect.bisect_right(self.starts, place) - 1
+            rows[row] = self._maps[shard][place - self.starts[shard]]
+        return {"images": images, "labels": self.labels[indices], "indices": indices, "bad": []}
+
+
+def _open(path: Path, count: int, size: int) -> np.ndarray:
+    try:
+        shard = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or cut off, prepare it again: {' '.join(str(error).split())}") from error
+    if shard.dtype != np.uint8 or shard.shape != (count, size, size, 3):
+        raise InputError(
+            f"{path} holds {shard.dtype} {list(shard.shape)} where uint8 {[count, size, size, 3]} was written"
+        )
+    return shard
+
+
+def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> list[ShardSet]:
+    """Splits of a prepared folder; InputError if it isn't finished, lacks a split or is damaged."""
+    root = Path(path)
+    if not (root / INDEX).is_file():
+        raise InputError(f"--data {root} is not finished: run `alexnet-kernels prepare` again, it goes on")
+    try:
+        index = json.loads((root / INDEX).read_text())
+        if index["format"] != FORMAT:
+            raise InputError(f"--data {root} is of format {index['format']}, this version reads {FORMAT}")
+        with np.load(root / STATISTICS) as sums:
+            places, products = torch.from_numpy(sums["places"]), torch.from_numpy(sums["products"])
+            statistics = PixelSums(int(sums["count"]), places, products).statistics()
+        missing = [split for split in splits if split not in index["splits"]]
+        if missing:
+            held = ", ".join(index["splits"])
+            raise InputError(f"--data {root}: {', '.join(missing)} was not prepared, only {held}")
+        return [ShardSet(root, split, index, statistics) for split in splits]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"--data {root} is damaged, prepare it again: {error!r}") from error
