@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,19 +172,21 @@ class TestImages:
             "empty_jpg": b"",
             "cut_jpg": jpeg[: len(jpeg) // 2],
             "text_jpg": b"no image",
+            "frames_gif": self.encoded(picture(9).quantize(8), "gif", save_all=True, append_images=[picture(10)]),
             "huge_png": self.encoded(Image.new("RGB", (3000, 3000)), "png"),
         }
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000_000)
         root = self.tree(tmp_path / "tree", **files)
+        (root / "train" / "ant" / "dangling.png").symlink_to(root / "nothing")
         report = prepare(root, tmp_path / "set", size=SIZE)
-        assert (report.counts, report.left_out, report.converted) == ({"train": 10, "val": 4}, 4, 4)
+        assert (report.counts, report.left_out, report.converted) == ({"train": 11, "val": 4}, 5, 5)
         with (tmp_path / "set" / "report.csv").open() as file:
             rows = {Path(row["image"]).name: (row["what"], row["reason"]) for row in csv.DictReader(file)}
         assert {name: reason for name, (what, reason) in rows.items() if what == "converted"} == {
-            "grey.jpg": "L", "cmyk.jpg": "CMYK", "palette.png": "P", "transparent.png": "RGBA"
+            "grey.jpg": "L", "cmyk.jpg": "CMYK", "palette.png": "P", "transparent.png": "RGBA", "frames.gif": "P"
         }  # fmt: skip
         assert {name for name, (what, _) in rows.items() if what == "left out"} == {
-            "empty.jpg", "cut.jpg", "text.jpg", "huge.png"
+            "empty.jpg", "cut.jpg", "text.jpg", "huge.png", "dangling.png"
         }  # fmt: skip
         assert "pixels" in rows["huge.png"][1]
         train_set = images.open_data(tmp_path / "set", SIZE)[0]
@@ -279,6 +282,75 @@ class TestGoingOn:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert prepare(many, folder, shard_images=20).counts == {"train": 400, "val": 400}
+
+    def test_interrupt_while_processes_start(self, tree: Path, prepared: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "set"
+        options = ["--size", str(SIZE), "--shard-images", "5", "--workers", "2"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "alexnet_kernels", "prepare", str(tree), str(folder), *options],
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "plan.json").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(0.5)
+            os.killpg(process.pid, signal.SIGINT)
+            _, error = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert (process.returncode, error) == (130, "alexnet-kernels: error: interrupted; the same command goes on\n")
+        prepare(tree, folder, size=SIZE, shard_images=5)
+        assert contents(folder) == contents(prepared)
+
+    def test_shard_that_was_lost_is_written_again(
+        self, tree: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import alexnet_kernels.training.prepare as module
+
+        def stop(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                module.prepare(tree, tmp_path / "set", size=SIZE, shard_images=5)
+        (tmp_path / "set" / "train" / "images-00001.npy").unlink()
+        cut = tmp_path / "set" / "train" / "images-00003.npy"
+        cut.write_bytes(cut.read_bytes()[:1000])
+        prepare(tree, tmp_path / "set", size=SIZE, shard_images=5)
+        assert contents(tmp_path / "set") == contents(prepared)
+
+    def test_source_that_goes_away(self, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, original = tmp_path / "tree", images.decode
+        shutil.copytree(tree, source)
+        calls = []
+
+        def decode(*arguments: object) -> torch.Tensor:
+            calls.append(arguments)
+            if len(calls) == 12:
+                source.rename(tmp_path / "unmounted")
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "decode", decode)
+            with pytest.raises(RunError, match="No such file or directory; what is finished stays"):
+                prepare(source, tmp_path / "set", size=SIZE, shard_images=5)
+        (tmp_path / "unmounted").rename(source)
+        assert prepare(source, tmp_path / "set", size=SIZE, shard_images=5).left_out == 0
+
+    def test_two_at_once(self, tree: Path, tmp_path: Path) -> None:
+        def again(done: int, total: int) -> None:
+            if done == 7:
+                with pytest.raises(InputError, match="another process is preparing"):
+                    prepare(tree, tmp_path / "set", size=SIZE, shard_images=5)
+                seen.append(done)
+
+        seen: list[int] = []
+        prepare(tree, tmp_path / "set", size=SIZE, shard_images=5, progress=again)
+        assert seen == [7]
 
     def test_finished_already(self, tree: Path, prepared: Path) -> None:
         before = contents(prepared)

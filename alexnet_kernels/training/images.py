@@ -33,13 +33,17 @@ __all__ = ["EXTENSIONS", "SHIPPED", "Batch", "ImageSet", "Source", "StoredImages
 SHIPPED = Path(__file__).parent.parent / "data" / "cifar10_small.zip"
 """The image set that comes with the package."""
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
+EXTENSIONS = frozenset((".gif", ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 
 IN_MEMORY = 2 << 30
 """Bytes up to which a set is decoded once and held; a larger one is decoded again in every epoch."""
 
-MACHINE_ERRORS = frozenset((errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS, errno.EDQUOT))
-"""Of the machine's state; no fault of an image's."""
+_MACHINE_ERRORS = frozenset(
+    (
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE,
+        errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+    )
+)  # fmt: skip
 
 _NAMED = 5
 
@@ -142,14 +146,28 @@ class Source:
         )
 
     def size_of(self, name: str) -> int:
-        """Bytes of a file."""
-        return self._sizes[self._prefix + name] if self._is_zip else (self.path / name).stat().st_size
+        """Bytes of a file; -1 for a link to nothing."""
+        if self._is_zip:
+            return self._sizes[self._prefix + name]
+        try:
+            return (self.path / name).stat().st_size
+        except OSError:
+            return -1
+
+    def at_fault(self, error: Exception) -> bool:
+        """Whether the machine or the whole source failed, not the image that was read."""
+        return isinstance(error, MemoryError) or (
+            isinstance(error, OSError) and (error.errno in _MACHINE_ERRORS or not self.path.exists())
+        )
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_local"}
+        # For opening files; the lists are long.
+        lists = ("files", "folders", "_sizes")
+        return {key: value for key, value in self.__dict__.items() if key not in ("_local", *lists)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self.files, self.folders, self._sizes = [], [], {}
         self._local = threading.local()
 
     def open(self, name: str) -> io.BytesIO:

@@ -7,6 +7,7 @@ doesn't depend on which, or on how many there are. A process holds one decoded i
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from alexnet_kernels.training.errors import InputError, RunError
 __all__ = ["Report", "prepare"]
 
 _BLOCK = 64
+_HEADER = 128
+"""Bytes of a .npy file's header, whatever the number of images."""
 
 
 @dataclass
@@ -64,6 +68,18 @@ class _Shard:
     @property
     def record(self) -> Path:
         return self.folder / f"record-{self.number:05d}.npz"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / shards.shard_name(self.number)
+
+    def is_finished(self) -> bool:
+        try:
+            with np.load(self.record) as record:
+                count = len(record["kept"])
+            return self.images.stat().st_size == _HEADER + count * self.size**2 * 3
+        except FileNotFoundError:
+            return False
 
 
 def prepare(
@@ -113,11 +129,16 @@ def prepare(
             for split, images_ in zip(splits, sets, strict=True)
             for number, (files, labels) in enumerate(_parts(images_, shard_images))
         ]
-        if not finished:
-            _write_shards(tasks, workers, progress)
-            _finish(root, plan, tasks, sets, bad_images)
-        for task in tasks:
-            task.record.unlink(missing_ok=True)
+        with _alone(root):
+            for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
+                left.unlink()
+            if finished:
+                shards.open_shards(root, splits)
+            else:
+                _write_shards(tasks, workers, progress)
+                _finish(root, plan, tasks, sets, bad_images)
+            for task in tasks:
+                task.record.unlink(missing_ok=True)
     index = json.loads((root / shards.INDEX).read_text())
     return Report(
         {split: sum(part["shards"]) for split, part in index["splits"].items()},
@@ -149,6 +170,19 @@ def _disk_errors(root: Path) -> Iterator[None]:
         raise RunError(
             f"{root} can't be written: {error.strerror or error}; what is finished stays, the same command goes on"
         ) from error
+    except MemoryError as error:
+        raise RunError("there is no memory left; the same command goes on, with fewer --workers") from error
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """InputError where another process is preparing the same folder."""
+    with (root / shards.PLAN).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is preparing {root}") from None
+        yield
 
 
 def _begin(root: Path, plan: dict[str, Any]) -> bool:
@@ -172,8 +206,6 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
         raise InputError(f"{root} exists and is not empty: name a new folder")
     for split in plan["splits"]:
         (root / split).mkdir(parents=True, exist_ok=True)
-    for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
-        left.unlink(missing_ok=True)
     if not path.is_file():
         _write_json(path, plan)
     return (root / shards.INDEX).is_file()
@@ -181,7 +213,7 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
 
 def _write_shards(tasks: list[_Shard], workers: int, progress: Callable[[int, int], None]) -> None:
     total = sum(len(task.files) for task in tasks)
-    waiting = [task for task in tasks if not task.record.is_file()]
+    waiting = [task for task in tasks if not task.is_finished()]
     before = total - sum(len(task.files) for task in waiting)
     progress(before, total)
     if workers <= 1 or len(waiting) <= 1:
@@ -197,7 +229,7 @@ def _write_shards(tasks: list[_Shard], workers: int, progress: Callable[[int, in
     with ProcessPoolExecutor(
         min(workers, len(waiting)), mp_context=context, initializer=_begin_process, initargs=(counter, stop)
     ) as pool:
-        futures: set[Future[None]] = {pool.submit(_work, task) for task in waiting}
+        futures = _submit(pool, waiting)
         try:
             while futures:
                 ready, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -211,8 +243,20 @@ def _write_shards(tasks: list[_Shard], workers: int, progress: Callable[[int, in
             ) from error
         except BaseException:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
             raise
+
+
+def _submit(pool: ProcessPoolExecutor, tasks: list[_Shard]) -> set[Future[None]]:
+    # The pool starts its processes here. They inherit the mask: a terminal's Ctrl-C reaches all processes, but the
+    # first one tells the others.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_work, task) for task in tasks}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 _counter: Any = None
@@ -222,8 +266,6 @@ _stop: Any = None
 def _begin_process(counter: Any, stop: Any) -> None:
     global _counter, _stop
     _counter, _stop = counter, stop
-    # A terminal's Ctrl-C reaches all processes; the first one tells the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -249,8 +291,7 @@ def _write_shard(task: _Shard) -> Iterator[int]:
     notes: list[tuple[str, str, str]] = []
     size = task.size
     sums = PixelSums.of(torch.empty(0, size, size, 3, dtype=torch.uint8))
-    path = task.folder / shards.shard_name(task.number)
-    with images.no_warnings(), atomic_file(path) as file:
+    with images.no_warnings(), atomic_file(task.images) as file:
         _write_header(file, len(task.files), size)
         block: list[torch.Tensor] = []
         for place, name in enumerate(task.files):
@@ -258,11 +299,9 @@ def _write_shard(task: _Shard) -> Iterator[int]:
                 content = task.source.open(name)
                 mode = _mode(content)
                 block.append(images.decode(content, size))
-            except OSError as error:
-                if error.errno in images.MACHINE_ERRORS:
-                    raise
-                notes.append((name, "left out", images.reason(error)))
             except Exception as error:
+                if task.source.at_fault(error):
+                    raise
                 notes.append((name, "left out", images.reason(error)))
             else:
                 kept.append(place)
@@ -274,7 +313,6 @@ def _write_shard(task: _Shard) -> Iterator[int]:
                 file.write(squares.numpy().tobytes())
                 block = []
             yield 1
-        # The header's length is the same for any number of images.
         file.seek(0)
         _write_header(file, len(kept), size)
         file.seek(0, os.SEEK_END)

@@ -79,7 +79,10 @@ def _open(path: Path, count: int, size: int) -> np.ndarray:
     try:
         shard = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is missing or cut off, prepare it again: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is missing or cut off, remove {path.parents[1]} and prepare it again: {reason}"
+        ) from error
     if shard.dtype != np.uint8 or shard.shape != (count, size, size, 3):
         raise InputError(
             f"{path} holds {shard.dtype} {list(shard.shape)} where uint8 {[count, size, size, 3]} was written"
