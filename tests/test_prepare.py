@@ -477,6 +477,7 @@ class TestCommand:
             (["{tree}", "{tmp}/set", "--splits", "test"], "there is no test/ in it"),
             (["{prepared}", "{tmp}/set"], "is prepared already"),
             (["{tree}", "/dev/null/set"], "can't be written"),
+            (["{tree}", "{tmp}/set", "--splits", "val", "val"], "splits must be different names, got val, val"),
         ],
     )
     def test_mistakes(

@@ -116,7 +116,7 @@ class Source:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
-            raise InputError(f"--data {path}: there is no such folder or zip")
+            raise InputError(f"{path}: there is no such folder or zip")
         self._local = threading.local()
         self._is_zip = self.path.is_file()
         if self._is_zip:
@@ -124,12 +124,12 @@ class Source:
                 with zipfile.ZipFile(self.path) as archive:
                     members = archive.infolist()
             except (zipfile.BadZipFile, OSError) as error:
-                raise InputError(f"--data {path} is neither a folder nor a readable zip: {error}") from error
+                raise InputError(f"{path} is neither a folder nor a readable zip: {error}") from error
             files = [member.filename for member in members if not member.is_dir()]
             for name in files:
                 parts = PurePosixPath(name.replace("\\", "/")).parts
                 if not parts or parts[0] == "/" or ":" in parts[0] or ".." in parts or "\\" in name:
-                    raise InputError(f"--data {path}: the zip names a file outside itself, {name!r}")
+                    raise InputError(f"{path}: the zip names a file outside itself, {name!r}")
             folders = [member.filename.rstrip("/") for member in members if member.is_dir()]
         else:
             files, folders = [], []
@@ -269,7 +269,7 @@ class ImageSet(StoredImages):
 
 
 def _split(source: Source, split: str, size: int) -> ImageSet:
-    where = f"--data {source.path}"
+    where = f"{source.path}"
     prefix = f"{split}/"
     if not any(name == split or name.startswith(prefix) for name in [*source.files, *source.folders]):
         found = sorted({name.split("/")[0] for name in [*source.files, *source.folders]})
@@ -295,7 +295,7 @@ def check_classes(images: ImageSet, split: str) -> None:
     empty = [name for name, count in zip(images.classes, counts, strict=True) if not count]
     if empty:
         raise InputError(
-            f"--data {images.source.path}: no images in {_listed([f'{split}/{name}' for name in empty])} "
+            f"{images.source.path}: no images in {_listed([f'{split}/{name}' for name in empty])} "
             f"(one of {', '.join(sorted(EXTENSIONS))} each)"
         )
 
@@ -386,6 +386,6 @@ def open_splits(source: Source, splits: Sequence[str], size: int) -> list[ImageS
             only = [f"{splits[0]}/{name}" for name in sets[0].classes if name not in images.classes]
             only += [f"{split}/{name}" for name in images.classes if name not in sets[0].classes]
             raise InputError(
-                f"--data {source.path}: the classes of {splits[0]}/ and {split}/ differ: {_listed(only)} in one only"
+                f"{source.path}: the classes of {splits[0]}/ and {split}/ differ: {_listed(only)} in one only"
             )
     return sets

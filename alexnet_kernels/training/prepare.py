@@ -107,8 +107,16 @@ def prepare(
 
     Raises:
         InputError: nothing to prepare, a destination that holds something else, refused images.
+        ValueError: a number below 1.
         RunError: a disk that is full or read-only, a process that died; what is finished stays.
     """
+    if bad_images not in ("refuse", "skip"):
+        raise ValueError(f"bad_images must be 'refuse' or 'skip', got {bad_images!r}")
+    for name, value in (("size", size), ("shard_images", shard_images), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not splits or len(set(splits)) < len(splits):
+        raise InputError(f"splits must be different names, got {', '.join(splits) or 'none'}")
     began, root = time.monotonic(), Path(destination)
     if shards.is_prepared(source):
         raise InputError(f"{source} is prepared already")

@@ -94,20 +94,20 @@ def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> l
     """Splits of a prepared folder; InputError if it isn't finished, lacks a split or is damaged."""
     root = Path(path)
     if not (root / INDEX).is_file():
-        raise InputError(f"--data {root} is not finished: run `alexnet-kernels prepare` again, it goes on")
+        raise InputError(f"{root} is not finished: run `alexnet-kernels prepare` again, it goes on")
     try:
         index = json.loads((root / INDEX).read_text())
         if index["format"] != FORMAT:
-            raise InputError(f"--data {root} is of format {index['format']}, this version reads {FORMAT}")
+            raise InputError(f"{root} is of format {index['format']}, this version reads {FORMAT}")
         with np.load(root / STATISTICS) as sums:
             places, products = torch.from_numpy(sums["places"]), torch.from_numpy(sums["products"])
             statistics = PixelSums(int(sums["count"]), places, products).statistics()
         missing = [split for split in splits if split not in index["splits"]]
         if missing:
             held = ", ".join(index["splits"])
-            raise InputError(f"--data {root}: {', '.join(missing)} was not prepared, only {held}")
+            raise InputError(f"{root}: {', '.join(missing)} was not prepared, only {held}")
         return [ShardSet(root, split, index, statistics) for split in splits]
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"--data {root} is damaged, prepare it again: {error!r}") from error
+        raise InputError(f"{root} is damaged, prepare it again: {error!r}") from error
