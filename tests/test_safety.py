@@ -99,7 +99,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(run: Path, data: P
         process = start(*arguments)
         try:
             wait_for(process, last, since)
-            time.sleep(chance.uniform(0, 0.2))
+            time.sleep(chance.uniform(0, 0.1))
         finally:
             process.kill()
             process.wait()
@@ -170,7 +170,7 @@ def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path
     """As terminals and schedulers send them: processes that read images get them, too."""
     folder = tmp_path / "run"
     save_recipe(TINY, tmp_path / "tiny.yaml")
-    code = SLOW.replace("from alexnet_kernels.cli", "from alexnet_kernels.training import run\n"
+    code = SLOW.replace("0.05", "0.3").replace("from alexnet_kernels.cli", "from alexnet_kernels.training import run\n"
                         "run.train.__kwdefaults__['in_memory'] = 0\nfrom alexnet_kernels.cli")  # fmt: skip
     arguments = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", str(data), "--out", str(folder), "--workers", "2"]
     command = [sys.executable, "-c", code, "train", "--save-every", "1", *arguments]
