@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,14 @@ from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import save_recipe, settings_of
 
 TINY = settings_of("quick", epochs=3, batch_size=4, image_size=64, width=0.04, precision="32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +83,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def environment() -> dict[str, str]:
+    """One thread: the bits of a result depend on their number."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SLOW, "train", "--save-every", "1", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
 
 
 def wait_for(process: subprocess.Popen[str], path: Path, changed_since: float = 0.0) -> None:
@@ -175,7 +188,7 @@ def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path
     arguments = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", str(data), "--out", str(folder), "--workers", "2"]
     command = [sys.executable, "-c", code, "train", "--save-every", "1", *arguments]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
     )
     try:
         wait_for(process, folder / "last.ckpt")
@@ -244,7 +257,7 @@ class TestMachine:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
 
         command = [sys.executable, "-m", "alexnet_kernels", "train", "--resume", str(folder)]
-        done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, env=environment())
         assert done.returncode == 1, done.stderr
         assert done.stderr.count("\n") == 1
         assert f"checkpoint {folder}/last.ckpt could not be written: " in done.stderr
