@@ -85,12 +85,14 @@ sys.exit(main(sys.argv[1:]))
 
 def environment() -> dict[str, str]:
     """One thread: the bits of a result depend on their number."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SLOW, "train", "--save-every", "1", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd="/"
+    )
 
 
 def wait_for(process: subprocess.Popen[str], path: Path, changed_since: float = 0.0) -> None:
@@ -188,7 +190,13 @@ def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path
     arguments = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", str(data), "--out", str(folder), "--workers", "2"]
     command = [sys.executable, "-c", code, "train", "--save-every", "1", *arguments]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment(),
+        cwd="/",
     )
     try:
         wait_for(process, folder / "last.ckpt")
@@ -257,7 +265,9 @@ class TestMachine:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
 
         command = [sys.executable, "-m", "alexnet_kernels", "train", "--resume", str(folder)]
-        done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, env=environment())
+        done = subprocess.run(
+            command, preexec_fn=limit, capture_output=True, text=True, check=False, env=environment(), cwd="/"
+        )
         assert done.returncode == 1, done.stderr
         assert done.stderr.count("\n") == 1
         assert f"checkpoint {folder}/last.ckpt could not be written: " in done.stderr
