@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ pytest.importorskip("lightning")
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, images
 from alexnet_kernels.training.errors import RunError
-from alexnet_kernels.training.lightning import Classifier
+from alexnet_kernels.training.lightning import Classifier, Saver
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import save_recipe, settings_of
 
@@ -168,6 +169,25 @@ def test_sigterm_between_two_steps_and_in_validation(
         assert checkpoint.load(folder / "last.ckpt")[1]["global_step"] in (step, step + 1)
         train(TINY, resume=folder)
         assert_same(run, folder)
+
+
+@pytest.mark.parametrize(("place", "step"), [("on_train_batch_end", 3), ("on_train_epoch_end", 6)])
+def test_sigterm_right_after_the_run_looked_for_it(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, step: int
+) -> None:
+    original = getattr(Saver, place)
+
+    def signalled(self: Saver, trainer: Any, *rest: Any) -> None:
+        original(self, trainer, *rest)
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, place, signalled)
+        assert train(TINY, data, out=tmp_path / "run").stopped == "interrupted"
+    assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == step + 1
+    train(TINY, resume=tmp_path / "run")
+    assert_same(run, tmp_path / "run")
 
 
 def test_second_interrupt_ends_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

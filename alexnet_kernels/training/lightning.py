@@ -352,7 +352,7 @@ class Saver(Checkpoint):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning's own handler, by now in place, would end the run without saving it.
         if threading.current_thread() is threading.main_thread() and self.taken:
             signal.signal(signal.SIGTERM, self._ask)
