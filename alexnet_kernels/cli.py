@@ -234,8 +234,9 @@ def _duration(text: str) -> float:
     return total
 
 
-def _workers(options: argparse.Namespace) -> int:
-    return min(8, os.cpu_count() or 1) if options.workers is None else options.workers
+def _workers(options: argparse.Namespace, most: int = 8) -> int:
+    """As asked, or one a core up to `most`."""
+    return min(most, os.cpu_count() or 1) if options.workers is None else options.workers
 
 
 def _use_backend(options: argparse.Namespace) -> None:
@@ -489,7 +490,7 @@ def _prepare(options: argparse.Namespace) -> int:
                 size=options.size,
                 splits=options.splits,
                 shard_images=options.shard_images,
-                workers=options.workers or min(16, os.cpu_count() or 1),
+                workers=_workers(options, 16),
                 bad_images=options.bad_images,
                 progress=progress,
             )

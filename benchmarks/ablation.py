@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit, cpu
 
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.errors import RunError
@@ -116,9 +114,9 @@ def _write(
         "data": Path(options.data).name,
         "recipe": f"cifar, width {options.width:g}, {options.epochs} epochs, seeds 0 to {options.seeds - 1}",
         "torch": torch.__version__,
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "threads": options.threads,
-        "commit": _commit(),
+        "commit": commit() or "unknown",
     }
     rows = []
     for variation in VARIATIONS:
@@ -167,21 +165,6 @@ def _reached(history: list[dict[str, float]], error: float) -> int | None:
 
 def _spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True, text=True
-    )
-    return run.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ if __name__ == "__main__" and any(os.environ.get(name) != value for name, value 
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from machine import commit, cpu, cpu_facts  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import alexnet_kernels  # noqa: E402
@@ -190,20 +190,15 @@ def measure(case: Case, rounds: int) -> Row:
 
 
 def machine() -> dict[str, object]:
-    about = dict(
-        line.split(":", 1) for line in re.sub(r"\t+", "", Path("/proc/cpuinfo").read_text()).splitlines() if ":" in line
-    )
-    cpu, flags = about.get("model name", platform.processor()).strip(), about.get("flags", "") + " "
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
+    flags = cpu_facts().get("flags", "").split()
     return {
-        "cpu": cpu,
-        "matrix instructions": [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in flags],
+        "cpu": cpu(),
+        "matrix instructions": [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags],
         "threads": torch.get_num_threads(),
         "kernels": torch.ops.alexnet_kernels.isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.strip(),
+        "commit": commit(),
         "allocator": ALLOCATOR,
     }
 

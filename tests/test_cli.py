@@ -18,6 +18,8 @@ import torch
 
 pytest.importorskip("lightning")
 
+from runs import shipped_images
+
 from alexnet_kernels import backends
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS
@@ -35,13 +37,7 @@ def restored_backend() -> object:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    with zipfile.ZipFile(images.SHIPPED) as archive:
-        for split, count in (("train", 6), ("val", 3)):
-            for name in ("cat", "ship"):
-                members = [n for n in archive.namelist() if n.startswith(f"{split}/{name}/")]
-                archive.extractall(root, members[:count])
-    return root
+    return shipped_images(tmp_path_factory.mktemp("data"), ("cat", "ship"), train=6, val=3)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,13 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("safetensors")
 
+from runs import shipped_images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alexnet_kernels import alexnet
 from alexnet_kernels.cli import main
-from alexnet_kernels.training import checkpoint, images, inference
+from alexnet_kernels.training import checkpoint, inference
 from alexnet_kernels.training.augmentation import Statistics
 from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.run import train
@@ -45,13 +45,7 @@ CLASSES = ("cat", "frog", "ship")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    with zipfile.ZipFile(images.SHIPPED) as archive:
-        for split, count in (("train", 6), ("val", 4)):
-            for name in CLASSES:
-                members = [n for n in archive.namelist() if n.startswith(f"{split}/{name}/")]
-                archive.extractall(root, members[:count])
-    return root
+    return shipped_images(tmp_path_factory.mktemp("data"), CLASSES, train=6, val=4)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,31 @@ def _group(process: Path) -> int | None:
     return None if state == "Z" else int(group)
 
 
+def interrupt(source: Path, folder: Path, options: list[str], ready: Callable[[], bool], delay: float = 0.0) -> None:
+    """Ctrl-C in the command's terminal, so long after it is ready: one line, and no process is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alexnet_kernels", "prepare", str(source), str(folder), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    try:
+        while not ready():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, "alexnet-kernels: error: interrupted; the same command goes on\n")
+    while any(_group(task) == process.pid for task in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 class TestGoingOn:
     def test_killed_at_any_moment(self, tree: Path, prepared: Path, tmp_path: Path) -> None:
         slow = (
@@ -263,45 +289,14 @@ class TestGoingOn:
                 (many / split / name).mkdir(parents=True)
                 for i in range(200):
                     os.link(tree / split / name / "00.jpg", many / split / name / f"{i:03d}.jpg")
-        command = [sys.executable, "-m", "alexnet_kernels", "prepare", str(many), str(folder), "--workers", "2"]
-        process = subprocess.Popen(
-            [*command, "--shard-images", "20"], stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while not list(folder.glob("*/record-*.npz")):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGINT)
-            _, error = process.communicate(timeout=30)
-        finally:
-            process.kill()
-        assert (process.returncode, error) == (130, "alexnet-kernels: error: interrupted; the same command goes on\n")
-        while any(_group(task) == process.pid for task in Path("/proc").glob("[0-9]*")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        options = ["--shard-images", "20", "--workers", "2"]
+        interrupt(many, folder, options, lambda: any(folder.glob("*/record-*.npz")))
         assert prepare(many, folder, shard_images=20).counts == {"train": 400, "val": 400}
 
     def test_interrupt_while_processes_start(self, tree: Path, prepared: Path, tmp_path: Path) -> None:
         folder = tmp_path / "set"
         options = ["--size", str(SIZE), "--shard-images", "5", "--workers", "2"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "alexnet_kernels", "prepare", str(tree), str(folder), *options],
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-        try:
-            deadline = time.monotonic() + 60
-            while not (folder / "plan.json").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            time.sleep(0.5)
-            os.killpg(process.pid, signal.SIGINT)
-            _, error = process.communicate(timeout=30)
-        finally:
-            process.kill()
-        assert (process.returncode, error) == (130, "alexnet-kernels: error: interrupted; the same command goes on\n")
+        interrupt(tree, folder, options, (folder / "plan.json").exists, delay=0.5)
         prepare(tree, folder, size=SIZE, shard_images=5)
         assert contents(folder) == contents(prepared)
 

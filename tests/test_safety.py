@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,9 @@ import pytest
 import torch
 
 pytest.importorskip("lightning")
+
+from runs import assert_same as assert_same_checkpoints
+from runs import figures, shipped_images
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, images
@@ -41,13 +43,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images of two classes for training, 6 for validation."""
-    root = tmp_path_factory.mktemp("data")
-    with zipfile.ZipFile(images.SHIPPED) as archive:
-        for split, count in (("train", 12), ("val", 3)):
-            for name in ("cat", "ship"):
-                members = [n for n in archive.namelist() if n.startswith(f"{split}/{name}/")]
-                archive.extractall(root, members[:count])
-    return root
+    return shipped_images(tmp_path_factory.mktemp("data"), ("cat", "ship"), train=12, val=3)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +53,11 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(first: Path, second: Path) -> None:
-    a, b = checkpoint.load(first / "last.ckpt")[1], checkpoint.load(second / "last.ckpt")[1]
-    assert a["global_step"] == b["global_step"]
-    assert a["state_dict"].keys() == b["state_dict"].keys()
-    for key, value in a["state_dict"].items():
-        assert torch.equal(value, b["state_dict"][key]), key
-    for i, values in a["optimizer_states"][0]["state"].items():
-        assert torch.equal(values["momentum_buffer"], b["optimizer_states"][0]["state"][i]["momentum_buffer"])
-    timing = ("images_per_s", "seconds")
-    for row, other in zip(*(content[checkpoint.KEY]["history"] for content in (a, b)), strict=True):
-        assert {k: v for k, v in row.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
-    assert a[checkpoint.KEY]["layers"] == b[checkpoint.KEY]["layers"]
+    """The last checkpoints of two runs' folders, and what they tell of every epoch."""
+    a, b = first / "last.ckpt", second / "last.ckpt"
+    assert_same_checkpoints(a, b)
+    assert figures(a) == figures(b)
+    assert checkpoint.load(a)[0].layers == checkpoint.load(b)[0].layers
 
 
 # Steps take a millisecond or so each: a run must last long enough to be killed inside one.

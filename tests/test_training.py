@@ -6,7 +6,6 @@ import csv
 import os
 import shutil
 import signal
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 from PIL import Image
 
 pytest.importorskip("lightning")
+
+from runs import assert_same, figures, shipped_images
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, images, inference, pictures
@@ -30,14 +31,7 @@ CLASSES = ("airplane", "automobile", "ship")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few of the shipped images: 3 classes, 12 for training and 6 for validation of each."""
-    root = tmp_path_factory.mktemp("data")
-    with zipfile.ZipFile(images.SHIPPED) as archive:
-        names = archive.namelist()
-        for split, count in (("train", 12), ("val", 6)):
-            for name in CLASSES:
-                archive.extractall(root, [n for n in names if n.startswith(f"{split}/{name}/")][:count])
-    return root
+    return shipped_images(tmp_path_factory.mktemp("data"), CLASSES, train=12, val=6)
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +42,6 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(path)[1]["state_dict"]
-
-
-def assert_same(first: Path, second: Path) -> None:
-    """The same weights, buffers and momentum in every bit."""
-    a, b = checkpoint.load(first)[1], checkpoint.load(second)[1]
-    assert a["global_step"] == b["global_step"]
-    assert a["state_dict"].keys() == b["state_dict"].keys()
-    for key, value in a["state_dict"].items():
-        assert torch.equal(value, b["state_dict"][key]), key
-    for state, other in zip(a["optimizer_states"], b["optimizer_states"], strict=True):
-        assert state["state"].keys() == other["state"].keys()
-        for key, values in state["state"].items():
-            assert torch.equal(values["momentum_buffer"], other["state"][key]["momentum_buffer"])
-
-
-def figures(path: Path) -> list[dict[str, float]]:
-    timing = ("images_per_s", "seconds")
-    history = checkpoint.load(path)[0].history
-    return [{key: value for key, value in row.items() if key not in timing} for row in history]
 
 
 class TestRun:
@@ -123,12 +98,7 @@ class TestRun:
 
     def test_learns(self, tmp_path: Path) -> None:
         """Three classes that colour and form tell apart, against a chance of 33%."""
-        root = tmp_path / "data"
-        with zipfile.ZipFile(images.SHIPPED) as archive:
-            for split, count in (("train", 100), ("val", 50)):
-                for name in ("frog", "ship", "truck"):
-                    members = [n for n in archive.namelist() if n.startswith(f"{split}/{name}/")]
-                    archive.extractall(root, members[:count])
+        root = shipped_images(tmp_path / "data", ("frog", "ship", "truck"), train=100, val=50)
         settings = replace(TINY, epochs=12, batch_size=20, width=0.12, lr=0.05, dropout=0.2)
         result = train(settings, root, out=tmp_path / "run")
         assert result.best["val_top1"] > 0.55

@@ -15,6 +15,7 @@ import pickle
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -257,7 +258,7 @@ class Network:
     model: AlexNet
     header: Header
 
-    @property
+    @cached_property
     def crops(self) -> Crops:
         return self.header.crops()
 

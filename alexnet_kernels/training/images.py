@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from alexnet_kernels.training.augmentation import Statistics
+from alexnet_kernels.training.augmentation import Statistics, stored_size
 from alexnet_kernels.training.errors import InputError
 
 __all__ = ["EXTENSIONS", "SHIPPED", "Batch", "ImageSet", "Source", "StoredImages", "decode", "open_data", "read_image"]
@@ -297,6 +297,15 @@ def check_classes(images: ImageSet, split: str) -> None:
         raise InputError(
             f"{images.source.path}: no images in {_listed([f'{split}/{name}' for name in empty])} "
             f"(one of {', '.join(sorted(EXTENSIONS))} each)"
+        )
+
+
+def check_room(images: StoredImages, crop: int, path: str | Path) -> None:
+    """InputError where the squares, as a folder was prepared, are smaller than the crops."""
+    if images.size < crop:
+        raise InputError(
+            f"--image-size {crop}: {path} was prepared at {images.size} x {images.size}; "
+            f"prepare it with --size {stored_size(crop)}"
         )
 
 

@@ -221,7 +221,7 @@ def _explained(folder: Path) -> Iterator[None]:
         elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
             reason = f"{error.filename or folder}: {error.strerror or error}"
         elif "DataLoader worker" in str(error):
-            reason = f"a process that reads images ended: {' '.join(str(error).split())}; try fewer --workers"
+            reason = f"a process that reads images ended: {images.reason(error)}; try fewer --workers"
         else:
             raise
         last = folder / "last.ckpt"
@@ -249,11 +249,7 @@ def _read(
         )
     if len(sets[0].classes) < 2:
         raise InputError(f"--data {path}: two classes at least are needed, there is only {sets[0].classes[0]!r}")
-    if sets[0].size < crop:
-        raise InputError(
-            f"--image-size {crop}: {path} was prepared at {sets[0].size} x {sets[0].size}; "
-            f"prepare it with --size {stored_size(crop)}"
-        )
+    images.check_room(sets[0], crop, path)
     return sets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,44 +31,56 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 """The folder of the recipes that come with the package."""
 
 
-def _setting(help: str, choices: Sequence[str] | None = None) -> Any:
-    return field(metadata={"help": help, "choices": choices})
+def _setting(help: str, choices: Sequence[str] | None = None, default: Any = MISSING) -> Any:
+    """A field, with what a recipe that leaves it out means by that."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """One field for each option of `alexnet-kernels train`. Raises InputError for a value out of range."""
 
     preset: str = _setting("the network", tuple(PRESETS))
-    activation: str = _setting("the neurons' nonlinearity; with tanh biases start at 0", ("relu", "tanh"))
+    activation: str = _setting(
+        "the neurons' nonlinearity; with tanh biases start at 0", ("relu", "tanh"), default="relu"
+    )
     pooling: str = _setting(
         "windows of the max-pools: the preset's, 3 x 3 or 2 x 2, two apart",
         ("preset", "overlapping", "plain"),
+        default="preset",
     )
-    norm: str = _setting("keep the preset's normalisation layers, or leave them out", ("preset", "none"))
-    width: float = _setting("factor on the number of filters and neurons")
-    dropout: float = _setting("probability of dropping, on fc6 and fc7")
-    init: str = _setting("initial weights: the preset's, or normal ones of variance 2 / fan-in", ("preset", "he"))
+    norm: str = _setting(
+        "keep the preset's normalisation layers, or leave them out", ("preset", "none"), default="preset"
+    )
+    width: float = _setting("factor on the number of filters and neurons", default=1.0)
+    dropout: float = _setting("probability of dropping, on fc6 and fc7", default=0.5)
+    init: str = _setting(
+        "initial weights: the preset's, or normal ones of variance 2 / fan-in", ("preset", "he"), default="preset"
+    )
     image_size: int = _setting("side of the network's input, in pixels")
-    mean: str = _setting("what is subtracted: the mean image, or each channel's mean", ("image", "channel"))
-    color_shift: float = _setting("standard deviation of the colour components' random multiples; 0 for none")
+    mean: str = _setting(
+        "what is subtracted: the mean image, or each channel's mean", ("image", "channel"), default="image"
+    )
+    color_shift: float = _setting(
+        "standard deviation of the colour components' random multiples; 0 for none", default=0.1
+    )
     epochs: int = _setting("times that every training image is seen")
     batch_size: int = _setting("images a step")
-    accumulate: int = _setting("parts that a batch goes through the network in, for less memory")
+    accumulate: int = _setting("parts that a batch goes through the network in, for less memory", default=1)
     lr: float = _setting("learning rate, at its largest")
     schedule: str = _setting("of the learning rate, see docs/training.md", SCHEDULES)
-    warmup: float = _setting("part of the run in which the rate first rises from near 0")
-    lr_factor: float = _setting("factor on the rate at each drop (plateau, step, dexp)")
-    lr_drops: int = _setting("number of drops (plateau, dexp)")
-    lr_epochs: tuple[int, ...] = _setting("epochs after which the rate drops (step), such as 30,60,80")
-    patience: int = _setting("epochs without a new best validation error before a drop (plateau)")
-    rule: str = _setting("of SGD: the paper's, lr inside the momentum, or torch's", ("paper", "torch"))
-    momentum: float = _setting("of SGD")
-    weight_decay: float = _setting("of SGD")
-    bias_lr: float = _setting("factor on the biases' learning rate")
-    bias_decay: float = _setting("factor on the biases' weight decay")
+    warmup: float = _setting("part of the run in which the rate first rises from near 0", default=0.0)
+    lr_factor: float = _setting("factor on the rate at each drop (plateau, step, dexp)", default=0.1)
+    lr_drops: int = _setting("number of drops (plateau, dexp)", default=3)
+    lr_epochs: tuple[int, ...] = _setting("epochs after which the rate drops (step), such as 30,60,80", default=())
+    patience: int = _setting("epochs without a new best validation error before a drop (plateau)", default=5)
+    rule: str = _setting("of SGD: the paper's, lr inside the momentum, or torch's", ("paper", "torch"), default="paper")
+    momentum: float = _setting("of SGD", default=0.9)
+    weight_decay: float = _setting("of SGD", default=5e-4)
+    bias_lr: float = _setting("factor on the biases' learning rate", default=1.0)
+    bias_decay: float = _setting("factor on the biases' weight decay", default=1.0)
     precision: str = _setting("bits of the activations; weights are float32 always", PRECISIONS)
-    seed: int = _setting("of initial weights, order, crops and dropout")
+    seed: int = _setting("of initial weights, order, crops and dropout", default=0)
 
     def __post_init__(self) -> None:
         if isinstance(self.lr_epochs, list):
@@ -183,31 +195,6 @@ def _fast_precision() -> str:
     return "bf16" if native or torch.cuda.is_available() else "32"
 
 
-_NEUTRAL: dict[str, Any] = {
-    "activation": "relu",
-    "pooling": "preset",
-    "norm": "preset",
-    "width": 1.0,
-    "dropout": 0.5,
-    "init": "preset",
-    "mean": "image",
-    "color_shift": 0.1,
-    "accumulate": 1,
-    "warmup": 0.0,
-    "lr_factor": 0.1,
-    "lr_drops": 3,
-    "lr_epochs": (),
-    "patience": 5,
-    "rule": "paper",
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-    "bias_lr": 1.0,
-    "bias_decay": 1.0,
-    "seed": 0,
-}
-"""What a recipe need not say."""
-
-
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -244,13 +231,13 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 def settings_of(recipe: str, **values: Any) -> Settings:
     """A recipe's settings, with these in place of its own."""
-    merged = {**_NEUTRAL, **load_recipe(recipe), **values}
+    merged = {**load_recipe(recipe), **values}
     merged.setdefault("preset", "paper")
     if merged["preset"] not in PRESETS:
         raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {merged['preset']}")
     merged.setdefault("image_size", PRESETS[merged["preset"]].input_size)
     merged.setdefault("precision", _fast_precision())
-    missing = [setting.name for setting in fields(Settings) if setting.name not in merged]
+    missing = [s.name for s in fields(Settings) if s.default is MISSING and s.name not in merged]
     if missing:
         raise InputError(f"--recipe {recipe} must set {', '.join(missing)}")
     return Settings(**merged)

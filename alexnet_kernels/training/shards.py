@@ -13,6 +13,7 @@ import bisect
 import json
 import zipfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from alexnet_kernels.training.augmentation import PixelSums, Statistics
 from alexnet_kernels.training.errors import InputError
-from alexnet_kernels.training.images import Batch, StoredImages
+from alexnet_kernels.training.images import Batch, StoredImages, reason
 
 __all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]
 
@@ -44,7 +45,7 @@ class ShardSet(StoredImages):
     def __init__(self, root: Path, split: str, index: dict[str, Any], statistics: Statistics) -> None:
         self.root, self.size, self.classes, self.statistics = root / split, index["size"], index["classes"], statistics
         counts = index["splits"][split]["shards"]
-        self.starts = [sum(counts[:i]) for i in range(len(counts))]
+        self.starts = list(accumulate(counts, initial=0))[:-1]
         try:
             self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
             self.files = [f"{split}/{name}" for name in json.loads((self.root / "files.json").read_text())]
@@ -79,9 +80,8 @@ def _open(path: Path, count: int, size: int) -> np.ndarray:
     try:
         shard = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path} is missing or cut off, remove {path.parents[1]} and prepare it again: {reason}"
+            f"{path} is missing or cut off, remove {path.parents[1]} and prepare it again: {reason(error)}"
         ) from error
     if shard.dtype != np.uint8 or shard.shape != (count, size, size, 3):
         raise InputError(

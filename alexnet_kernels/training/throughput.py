@@ -45,8 +45,7 @@ def throughput(
     (train_set,) = images.open_data(
         path, stored_size(settings.image_size), ("train",), bad_images=bad_images, in_memory=in_memory
     )
-    if train_set.size < settings.image_size:
-        raise InputError(f"--image-size {settings.image_size}: {path} was prepared at {train_set.size} pixels")
+    images.check_room(train_set, settings.image_size, path)
     statistics = train_set.statistics or Statistics.of(train_set.sample(1000))
     header = checkpoint.Header(settings, train_set.classes, statistics, str(path), len(train_set), "", train_set.size)
     crops = header.crops()

@@ -1,0 +1,41 @@
+"""What tests of training runs share: a few real images, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from alexnet_kernels.training import checkpoint, images
+
+
+def shipped_images(root: Path, classes: Sequence[str], train: int, val: int) -> Path:
+    """Writes so many of the package's images of each class below root, as train/ and val/; returns root."""
+    with zipfile.ZipFile(images.SHIPPED) as archive:
+        names = archive.namelist()
+        for split, count in (("train", train), ("val", val)):
+            for name in classes:
+                archive.extractall(root, [n for n in names if n.startswith(f"{split}/{name}/")][:count])
+    return root
+
+
+def figures(path: Path) -> list[dict[str, float]]:
+    """A checkpoint's history without its timings."""
+    timing = ("images_per_s", "seconds")
+    history = checkpoint.load(path)[0].history
+    return [{key: value for key, value in row.items() if key not in timing} for row in history]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """The same weights, buffers and momentum of two checkpoints in every bit."""
+    a, b = checkpoint.load(first)[1], checkpoint.load(second)[1]
+    assert a["global_step"] == b["global_step"]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key]), key
+    for state, other in zip(a["optimizer_states"], b["optimizer_states"], strict=True):
+        assert state["state"].keys() == other["state"].keys()
+        for key, values in state["state"].items():
+            assert torch.equal(values["momentum_buffer"], other["state"][key]["momentum_buffer"])
