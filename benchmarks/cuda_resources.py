@@ -87,7 +87,8 @@ def split_arguments(text: str) -> list[str]:
 
 def parse_name(mangled: str, demangled: str) -> tuple[str, str, list[str]]:
     """(source file, kernel, template arguments)."""
-    source = re.search(r"_\d+_(\w+?)_cu_", mangled)
+    # <hash>_<length>_<file>_cu_<hash>; a hash may be of digits alone, a file's name begins with a letter.
+    source = re.search(r"_\d+_([a-z]\w*?)_cu_", mangled)
     plain = demangled.replace("(anonymous namespace)::", "")
     plain = re.sub(r"_GLOBAL__N__\w+?::|_NV_ANON_NAMESPACE::|_INTERNAL_\w+?::", "", plain)
     match = re.match(r"(?:void )?alexnet_kernels::(\w+)(<.*>)?\(", plain)

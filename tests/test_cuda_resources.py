@@ -92,6 +92,8 @@ class TestFaults:
         mangled = "_ZN15alexnet_kernels49_GLOBAL__N__38cd27c8_10_augment_cu_5b1c5681_20996x"
         plain = "void alexnet_kernels::(anonymous namespace)::augment_images<c10::Half, 8>(X, int, c10::Half*)"
         assert cuda_resources.parse_name(mangled, plain) == ("augment.cu", "augment_images", ["fp16", "8"])
+        digits = mangled.replace("38cd27c8", "38042708")
+        assert cuda_resources.parse_name(digits, plain) == ("augment.cu", "augment_images", ["fp16", "8"])
         plain = "void alexnet_kernels::lrn_bases<(bool)1, float>(alexnet_kernels::Images, float const*)"
         assert cuda_resources.parse_name("_Z1x", plain) == ("headers", "lrn_bases", ["1", "fp32"])
 
