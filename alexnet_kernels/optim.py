@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from alexnet_kernels import ops
 from alexnet_kernels.ops._common import LOW_PRECISION
@@ -27,7 +28,8 @@ class SGD(torch.optim.Optimizer):
         master_weights: keep a float32 copy of each bfloat16 or float16 parameter, take the step there and round. True,
             False (the parameters themselves are stepped and rounded), or None: True where there are such parameters.
 
-    Momentum is float32 wherever a parameter has a master, else of the parameter's dtype. Sparse gradients are refused.
+    Momentum is float32 wherever a parameter has a master, else of the parameter's dtype. DTensors are stepped shard by shard, and
+    their momentum is a DTensor. Sparse gradients are refused.
 
     Source: Krizhevsky et al. 2012, section 5.
     """
@@ -83,10 +85,10 @@ class SGD(torch.optim.Optimizer):
             for (first, mastered, _), params in batches.items():
                 states = [self.state[param] for param in params]
                 ops.sgd_step(
-                    params,
-                    [param.grad for param in params if param.grad is not None],
-                    [state["momentum_buffer"] for state in states],
-                    [state["master"] for state in states] if mastered else [],
+                    _local(params),
+                    _local([param.grad for param in params if param.grad is not None]),
+                    _local([state["momentum_buffer"] for state in states]),
+                    _local([state["master"] for state in states]) if mastered else [],
                     first_step=first,
                     **self._settings(group),
                 )
@@ -112,3 +114,7 @@ class SGD(torch.optim.Optimizer):
             for name, value in saved.get(key, {}).items():
                 if isinstance(value, Tensor) and "master" in saved[key]:
                     self.state[param][name] = value.to(device=param.device, dtype=torch.float32, copy=True)
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

@@ -256,20 +256,20 @@ def dropout_keep(
     p: float,
     seed: int | Tensor,
     offset: int = 0,
-    shard: tuple[int, int, int] | None = None,
+    shard: tuple[int, int, int] | Sequence[tuple[int, int, int]] | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Which elements dropout keeps: a bool tensor of this shape, contiguous.
 
     An element is dropped when its Philox word is below `round(p * 2^32)`. Its index is its place in row-major
-    (N, C, H, W) order, whatever the memory format; with shard = (dim, start, size), its place in the whole
-    tensor whose dimension dim has that size, of which this one is `[start, start + shape[dim])`.
+    (N, C, H, W) order, whatever the memory format; with shard = (dim, start, size), or several of them, its place
+    in the whole tensor whose dimension dim has that size, of which this one is `[start, start + shape[dim])`.
     """
     shape = tuple(shape)
     whole, start = list(shape), [0] * len(shape)
-    if shard is not None:
-        dim, first, size = shard
-        whole[dim], start[dim] = size, first
+    if shard:
+        for dim, first, size in [shard] if isinstance(shard[0], int) else shard:
+            whole[dim], start[dim] = size, first
     index = torch.zeros((), dtype=torch.int64, device=device)
     for extent, first, size in zip(shape, start, whole, strict=True):
         place = torch.arange(first, first + extent, device=device)
@@ -286,7 +286,7 @@ def dropout(
     offset: int = 0,
     *,
     scale_at: str = "training",
-    shard: tuple[int, int, int] | None = None,
+    shard: tuple[int, int, int] | Sequence[tuple[int, int, int]] | None = None,
 ) -> Tensor:
     """Set each element to zero with probability p, by `dropout_keep`; any shape.
 
@@ -315,7 +315,7 @@ def linear_relu_dropout(
     *,
     relu: bool = True,
     scale_at: str = "training",
-    shard: tuple[int, int, int] | None = None,
+    shard: tuple[int, int, int] | Sequence[tuple[int, int, int]] | None = None,
 ) -> Tensor:
     """`dropout(max(0, input @ weight.T + bias))`; without `relu`, `dropout(input @ weight.T + bias)`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from alexnet_kernels.backends import select
 from alexnet_kernels.ops import _common
 
 OP = "dropout"
-Shard = tuple[int, int, int]
+Shard = tuple[int, int, int] | Sequence[tuple[int, int, int]]
 
 
 def dropout(
@@ -48,7 +49,8 @@ def dropout(
         offset: the number, 64 bits, of an independent stream of the seed (a layer's or a step's, say).
         scale_at: "training" multiplies what is kept by 1 / (1 - p) (inverted dropout); "inference" leaves training
             unscaled and multiplies by 1 - p otherwise, as the paper does.
-        shard: (dim, start, size): input is [start, start + input.shape[dim]) along dim of a tensor of that size.
+        shard: (dim, start, size): input is [start, start + input.shape[dim]) along dim of a tensor of that size. Or two
+            of them, one for dimension 0: of a batch that is split over rows and over columns.
         backend: see `alexnet_kernels.backends`.
 
     Returns:
@@ -73,7 +75,8 @@ def dropout(
         if seed is None and shard is None and scale_at == "training":
             return F.dropout(input, p, training)
         key = seed_tensor(OP, seed, input.device)
-        keep = _keep(list(input.shape), drop, key, offset, list(shard or ()))
+        places = [number for one in shards_of(OP, input.shape, shard) for number in one]
+        keep = _keep(list(input.shape), drop, key, offset, places)
         output = torch.where(keep, input * scale, torch.zeros_like(input))
         return output.contiguous(memory_format=_common.memory_format_of(input))
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
@@ -83,7 +86,7 @@ def dropout(
 # An op of its own, because compilers inline the generator's arithmetic without end.
 @torch.library.custom_op("alexnet_kernels::dropout_keep", mutates_args=())
 def _keep(shape: Sequence[int], p: float, seed: Tensor, offset: int, shard: Sequence[int]) -> Tensor:
-    where = (shard[0], shard[1], shard[2]) if shard else None
+    where = [(shard[i], shard[i + 1], shard[i + 2]) for i in range(0, len(shard), 3)]
     return reference.dropout_keep(shape, p, seed, offset, where, seed.device)
 
 
@@ -102,21 +105,42 @@ def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, 
     return (p, 1.0 / (1.0 - p) if p < 1 else 1.0) if training else (0.0, 1.0)
 
 
-def layout_of(op: str, shape: torch.Size, shard: Shard | None) -> tuple[int, int, int]:
-    """(row, row_stride, base): element i of row r of a tensor of this shape is number base + r * row_stride + i."""
-    if shard is None:
-        count = math.prod(shape)
-        return count, count, 0
+def shards_of(op: str, shape: torch.Size, shard: Shard | None) -> list[tuple[int, int, int]]:
+    """The shards, their dimensions counted from 0 and rising."""
+    if not shard:
+        return []
     if not len(shape):
         raise ValueError(f"{op}: a tensor without dimensions has no shards")
-    dim, start, size = shard
-    if not -len(shape) <= dim < len(shape):
-        raise ValueError(f"{op}: shard {shard}: the tensor has dimensions 0 to {len(shape) - 1}")
-    dim %= len(shape)
-    if start < 0 or start + shape[dim] > size:
-        raise ValueError(f"{op}: shard {shard}: [{start}, {start + shape[dim]}) is not inside [0, {size})")
+    given: list[Any] = [shard] if isinstance(shard[0], int) else list(shard)
+    shards: list[tuple[int, int, int]] = []
+    for dim, start, size in given:
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"{op}: shard {(dim, start, size)}: the tensor has dimensions 0 to {len(shape) - 1}")
+        dim %= len(shape)
+        if start < 0 or start + shape[dim] > size:
+            raise ValueError(
+                f"{op}: shard {(dim, start, size)}: [{start}, {start + shape[dim]}) is not inside [0, {size})"
+            )
+        shards.append((dim, start, size))
+    shards.sort()
+    dims = [dim for dim, _, _ in shards]
+    if len(dims) > 2 or len(set(dims)) < len(dims) or (len(dims) == 2 and dims[0] != 0):
+        raise ValueError(f"{op}: shard must be of one dimension, or of dimension 0 and another, not of {dims}")
+    return shards
+
+
+def layout_of(op: str, shape: torch.Size, shard: Shard | None) -> tuple[int, int, int]:
+    """(row, row_stride, base): element i of row r of a tensor of this shape is number base + r * row_stride + i."""
+    shards = shards_of(op, shape, shard)
+    if not shards:
+        count = math.prod(shape)
+        return count, count, 0
+    dim, start, size = shards[-1]
     inner = math.prod(shape[dim + 1 :])
-    return shape[dim] * inner, size * inner, start * inner
+    base = start * inner
+    if len(shards) == 2:
+        base += shards[0][1] * math.prod(shape[1:dim]) * size * inner
+    return shape[dim] * inner, size * inner, base
 
 
 def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:

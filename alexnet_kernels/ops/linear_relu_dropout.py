@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alexnet_kernels.backends import select
 from alexnet_kernels.ops import _common
-from alexnet_kernels.ops.dropout import Shard, dropout, factor_of, layout_of, seed_tensor
+from alexnet_kernels.ops.dropout import Shard, dropout, factor_of, layout_of, seed_tensor, shards_of
 
 OP = "linear_relu_dropout"
 
@@ -63,7 +63,7 @@ def linear_relu_dropout(
         return dropout(output, p, training, seed, offset, scale_at=scale_at, shard=shard, backend="native")
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     row, row_stride, base = layout_of(OP, shape, shard)
-    if shard is None or shard[0] % len(shape) == 0:
+    if row == row_stride or not any(dim for dim, _, _ in shards_of(OP, shape, shard)):
         # One run of elements: the kernel takes it a row of the output at a time.
         row = row_stride = shape[-1]
     output = _common.kernels(chosen).linear_relu_dropout(

@@ -1,0 +1,104 @@
+"""What a training step sends, from the sizes of the layers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.nn import LocalResponseNorm
+from alexnet_kernels.parallel.plan import PLANS
+
+__all__ = ["step_traffic"]
+
+
+def step_traffic(
+    model: AlexNet,
+    plan: str,
+    batch_size: int,
+    data: int = 1,
+    towers: int = 2,
+    *,
+    image_size: int | None = None,
+    activation_bytes: int = 4,
+    gather_logits: bool = True,
+) -> dict[str, int]:
+    """Bytes that one rank sends in a training step (forward and backward), by what they are for.
+
+    Args:
+        model: of one device; the device may be "meta".
+        plan: in `PLANS`.
+        batch_size: images of a step, over all ranks; data * towers divides it.
+        data, towers: sizes of the mesh.
+        image_size: height and width of the images; None for the preset's.
+        activation_bytes: of an activation on its way: 4, 8 (float64), or 2 (bfloat16 activations or traffic).
+        gather_logits: as for `parallelize`.
+
+    The tensors of a layer travel once forward and, as gradients, once back. An all-reduce is counted as a ring's.
+    Gradients of parameters are of the parameters' dtype.
+    """
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}")
+    rows = batch_size // data
+    size = model.input_size if image_size is None else image_size
+    sent: dict[str, int] = {}
+    linears = [layer for layer in model.classifier.children() if isinstance(layer, nn.Linear)]
+    if plan == "towers" and towers > 1:
+        for name, elements in _between_towers(model, size, towers).items():
+            sent[name] = 2 * rows * elements * activation_bytes
+    if plan != "data" and towers > 1:
+        for number, layer in enumerate(linears, 6):
+            # In the hybrid plan fc6 is given a part of the images with every input, else all with a part.
+            sent[f"fc{number}"] = 2 * (towers - 1) * rows * layer.in_features // towers * activation_bytes
+        each = -(-linears[-1].out_features // towers)
+        if gather_logits and plan == "towers":
+            sent["logits"] = (towers - 1) * rows * each * activation_bytes
+        elif gather_logits:
+            sent["logits"] = 2 * (towers - 1) * rows // towers * each * activation_bytes
+        else:
+            ring = 2 * (towers - 1) * rows * max(4, activation_bytes)
+            sent["loss"] = ring // towers + 2 * ring // towers
+            sent["labels"] = (towers - 1) * rows // towers * 8 if plan == "hybrid" else 0
+    sent["gradients"] = sum(_gradients(model, plan, data, towers))
+    return {name: count for name, count in sent.items() if count}
+
+
+def _between_towers(model: AlexNet, size: int, towers: int) -> dict[str, int]:
+    """Elements of one image that a tower sends forward."""
+    elements: dict[str, int] = {}
+    x = torch.empty(1, 3, size, size, device="meta")
+    number = 0
+    for layer in model.features.children():
+        child: Any = layer
+        if isinstance(child, nn.Conv2d):
+            number += 1
+            if number > 1 and child.groups == 1:
+                elements[f"conv{number}"] = (towers - 1) * x[0].numel() // towers
+        if isinstance(child, LocalResponseNorm) and child.groups == 1:
+            elements[f"norm{number}"] = (towers - 1) * (child.size // 2) * x[0, 0].numel()
+        x = _convolved(child, x) if isinstance(child, nn.Conv2d) else child(x)
+    return elements
+
+
+def _convolved(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    sides = [
+        (extent + 2 * pad - kernel) // step + 1
+        for extent, pad, kernel, step in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+    ]
+    return torch.empty(1, conv.out_channels, *sides, device="meta")
+
+
+def _gradients(model: AlexNet, plan: str, data: int, towers: int) -> list[int]:
+    """Bytes of each parameter's all-reduce."""
+    result = []
+    for part, container in (("features", model.features), ("classifier", model.classifier)):
+        for layer in container.modules():
+            for param in layer.parameters(recurse=False):
+                elements, ranks = param.numel(), data * towers
+                if plan == "towers" or (plan == "hybrid" and part == "classifier"):
+                    # Rank 0's part, the largest.
+                    elements, ranks = -(-len(param) // towers) * param[0].numel(), data
+                result.append(2 * (ranks - 1) * elements * param.element_size() // ranks)
+    return result

@@ -1,0 +1,100 @@
+"""Checkpoints of a parallel model, which a model on another number of ranks, or on one, can read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+__all__ = ["export", "full_state_dict", "load", "save"]
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | Path) -> None:
+    """Writes a distributed checkpoint, a new folder; each rank writes what it has.
+
+    The folder takes its name once it is whole: a process that dies leaves none of that name. Every rank calls it,
+    with one path on a file system that all of them see. Raises ValueError if the path exists.
+    """
+    path = Path(path)
+    _on_all(f"{path} exists: name another folder" if path.exists() else "")
+    temporary = path.with_name(f".{path.name}.tmp")
+    if _rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _barrier()
+    dcp.save(_state(model, optimizer), checkpoint_id=str(temporary))
+    _barrier()
+    if _rank() == 0:
+        os.replace(temporary, path)
+    _barrier()
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | Path) -> None:
+    """Reads what `save` wrote, on any number of ranks and by any plan, into the model and the optimizer.
+
+    Every rank calls it. Raises ValueError if there is no such checkpoint.
+    """
+    path = Path(path)
+    _on_all("" if (path / ".metadata").is_file() else f"{path} is no checkpoint of parallel.save")
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=str(path))
+    optimizers = [] if optimizer is None else [optimizer]
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    values, states = get_state_dict(model, [] if optimizer is None else [optimizer])
+    return {"model": values, "optimizer": states}
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the model on one device, on every rank, its tensors on the CPU. Every rank calls it."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def export(model: nn.Module, path: str | Path) -> None:
+    """Writes the whole model's state_dict as one safetensors file, which `alexnet(weights=path)` reads.
+
+    Every rank calls it, rank 0 writes. Raises ValueError if the path exists, MissingPackage without safetensors.
+    """
+    from alexnet_kernels.training.errors import require
+
+    require("a safetensors file", "safetensors")
+    from safetensors.torch import save as serialize
+
+    path = Path(path)
+    _on_all(f"{path} exists: name another file" if path.exists() else "")
+    state = full_state_dict(model)
+    if _rank() == 0:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(serialize(state, {"format": "pt"}))
+        os.replace(temporary, path)
+    _barrier()
+
+
+def _on_all(problem: str) -> None:
+    """ValueError on every rank if rank 0 has a problem."""
+    problems = [problem]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problems, 0)
+    if problems[0]:
+        raise ValueError(problems[0])
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,256 @@
+"""AlexNet's layers on one rank of several. `parallelize` makes them of a model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from alexnet_kernels import nn as modules
+from alexnet_kernels.ops.conv2d_relu import conv2d_relu
+from alexnet_kernels.ops.dropout import dropout
+from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout
+from alexnet_kernels.ops.local_response_norm import local_response_norm
+from alexnet_kernels.ops.lrn_max_pool2d import lrn_max_pool2d
+from alexnet_kernels.parallel.collectives import Exchange, Side, exchanged
+
+__all__ = ["Conv2d", "Dropout", "Linear", "LocalResponseNorm"]
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class Conv2d(nn.Conv2d):
+    """A tower's filters, over its own channels or (`both`) over every tower's."""
+
+    name: str
+    tower: Side
+    both: bool
+    local_groups: int
+    traffic: torch.dtype | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute_run("C", [self], input)
+
+    def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+        relu = "R" in run
+        weight, bias = _local(self.weight), _local(self.bias)
+        arguments: Any = (self.stride, self.padding)
+        if not self.both or self.tower.size == 1:
+            return conv2d_relu(x, weight, bias, *arguments, self.local_groups, relu=relu)
+        last = _channels_last(x)
+        exchange = Exchange(self.name, self.tower, self.traffic)
+        unfinished, finish = exchanged(x.permute(0, 2, 3, 1) if last else x, exchange)
+        filters = weight.split(x.shape[1], 1)
+        output = conv2d_relu(x, filters[self.tower.rank], bias, *arguments, relu=False)
+        parts = finish(unfinished)
+        for rank in range(self.tower.size):
+            if rank != self.tower.rank:
+                part = parts[rank].permute(0, 3, 1, 2) if last else parts[rank]
+                output = output + conv2d_relu(part, filters[rank], None, *arguments, relu=False)
+        return F.relu(output) if relu else output
+
+
+class LocalResponseNorm(modules.LocalResponseNorm):
+    """Normalisation whose window crosses the border of two towers.
+
+    Each tower normalises its channels, and those next to the border once more beside their neighbours.
+    """
+
+    name: str
+    tower: Side
+    traffic: torch.dtype | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute_run("N", [self], input)
+
+    def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+        norm = self.size, self.alpha, self.beta, self.k
+
+        def compute(part: Tensor) -> Tensor:
+            if "P" not in run:
+                return local_response_norm(part, *norm)
+            pool = children[run.index("P")]
+            window = pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode
+            return lrn_max_pool2d(part, *norm, 1, *window, relu="R" in run)
+
+        if self.tower.size == 1 or self.size == 1:
+            return compute(x)
+        memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
+        channels, first = x.shape[1], self.tower.rank == 0
+        # Channel i's window is i - left ... i + right.
+        left, right = self.size // 2, (self.size - 1) // 2
+        edge = x[:, channels - left :] if first else x[:, :left]
+        exchange = Exchange(self.name, self.tower, self.traffic)
+        unfinished, finish = exchanged(edge.contiguous(), exchange)
+        output = compute(x)
+        theirs = finish(unfinished)[1 if first else 0]
+        # Kernels want eight channels.
+        halo = right if first else left
+        if not halo:
+            return output
+        own = min(channels, -(-(left + right + halo) // 8) * 8 - halo)
+        if first:
+            strip = torch.cat([x[:, channels - own :], theirs[:, :halo]], 1)
+            border = compute(strip.contiguous(memory_format=memory_format))[:, own - halo : own]
+            parts = [output[:, : channels - halo], border]
+        else:
+            strip = torch.cat([theirs, x[:, :own]], 1)
+            border = compute(strip.contiguous(memory_format=memory_format))[:, halo : 2 * halo]
+            parts = [border, output[:, halo:]]
+        return torch.cat(parts, 1).contiguous(memory_format=memory_format)
+
+
+class Dropout(modules.Dropout):
+    """Drops what the layer of one device would drop of these images and neurons."""
+
+    rows: tuple[int, int]
+    """(index, count): the part of the batch."""
+    columns: tuple[int, int]
+    """(index, count): the part of the neurons."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training and self.scale_at == "training":
+            return input
+        return dropout(input, self.p, self.training, scale_at=self.scale_at, shard=self.shard(input.shape))
+
+    def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+        return self(x)
+
+    def shard(self, shape: torch.Size) -> list[tuple[int, int, int]]:
+        places = enumerate((self.rows, self.columns))
+        return [(dim, index * shape[dim], count * shape[dim]) for dim, (index, count) in places]
+
+
+class Linear(nn.Linear):
+    """A tower's neurons. They see every tower's inputs, or (`gathers_rows`) the inputs of every rank's images."""
+
+    name: str
+    tower: Side
+    gathers_rows: bool
+    logits: str
+    """What becomes of the outputs: "" stays in the tower; "columns" and "rows" bring every class together, of the
+    images that the tower sees or of the rank's own."""
+    traffic: torch.dtype | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self._gathered(input)
+        return _whole_logits(output, self) if self.logits and self.tower.size > 1 else output
+
+    def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+        drop = children[2] if run == "LRD" else None
+        if not self.gathers_rows and self.tower.size > 1:
+            output = F.relu(self._gathered(x))
+            return output if drop is None else drop(output)
+        weight, bias, x = _local(self.weight), _local(self.bias), self._rows(x)
+        if drop is None:
+            return linear_relu_dropout(x, weight, bias, 0.0, False)
+        shard = drop.shard(torch.Size([x.shape[0], weight.shape[0]]))
+        return linear_relu_dropout(x, weight, bias, drop.p, drop.training, scale_at=drop.scale_at, shard=shard)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if not self.gathers_rows or self.tower.size == 1:
+            return x
+        unfinished, finish = exchanged(x, Exchange(self.name, self.tower, self.traffic))
+        return finish(unfinished).flatten(0, 1)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        weight, bias = _local(self.weight), _local(self.bias)
+        if self.gathers_rows or self.tower.size == 1:
+            return F.linear(self._rows(x), weight, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return _GatheredLinear.apply(x, weight, bias, Exchange(self.name, self.tower, self.traffic))
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """Linear over every tower's inputs: its own product overlaps the exchange, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> Tensor:
+        ctx.exchange, ctx.bias = exchange, bias is not None
+        received = exchange.start(x)
+        columns = weight.split(x.shape[1], 1)
+        rank = exchange.side.rank
+        output = F.linear(x, columns[rank], bias)
+        exchange.wait()
+        for other in range(exchange.side.size):
+            if other != rank:
+                output.addmm_(received[other].to(x.dtype), columns[other].t())
+        ctx.save_for_backward(x, received, weight)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, received, weight = ctx.saved_tensors
+        rank, size, inputs = ctx.exchange.side.rank, ctx.exchange.side.size, x.shape[1]
+        columns = weight.split(inputs, 1)
+        parts = grad.new_zeros(size, *x.shape)
+        for other in range(size):
+            if other != rank:
+                torch.mm(grad, columns[other], out=parts[other])
+        ctx.exchange.send(parts)
+        grad_input = grad @ columns[rank]
+        grad_weight = torch.empty_like(weight)
+        for other in range(size):
+            part = x if other == rank else received[other].to(x.dtype)
+            grad_weight[:, other * inputs : (other + 1) * inputs] = grad.t() @ part
+        grad_bias = grad.sum(0) if ctx.bias else None
+        back = ctx.exchange.receive()
+        for other in range(size):
+            if other != rank:
+                grad_input += back[other]
+        return grad_input, grad_weight, grad_bias, None
+
+
+def _whole_logits(logits: Tensor, layer: Linear) -> Tensor:
+    sizes = [_share(layer.out_features, rank, layer.tower.size) for rank in range(layer.tower.size)]
+    padded = F.pad(logits, (0, sizes[0] - logits.shape[1]))
+    whole = _Logits.apply(padded, Exchange("logits", layer.tower, layer.traffic), layer.logits == "rows")
+    return torch.cat([whole[rank, :, :size] for rank, size in enumerate(sizes)], 1)
+
+
+def _share(count: int, rank: int, size: int) -> int:
+    """DTensor's Shard: rank's part of count."""
+    each = -(-count // size)
+    return min(each, max(0, count - rank * each))
+
+
+class _Logits(torch.autograd.Function):
+    """[n, C] of each rank to [T, n, C], or, for rows, to [T, n / T, C] of this rank's images.
+
+    Every rank goes on with the same loss, or with one of T parts of it: nothing is summed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, exchange: Exchange, rows: bool) -> Tensor:
+        ctx.exchange, ctx.rows = exchange, rows
+        if rows:
+            exchange.send(logits.unflatten(0, (exchange.side.size, -1)))
+            return exchange.receive().to(logits.dtype)
+        received = exchange.start(logits)
+        exchange.wait()
+        return received.to(logits.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if not ctx.rows:
+            return grad[ctx.exchange.side.rank], None, None
+        ctx.exchange.send(grad / ctx.exchange.side.size)
+        return ctx.exchange.receive().to(grad.dtype).flatten(0, 1), None, None
+
+
+modules._KINDS.update({Conv2d: "C", LocalResponseNorm: "N", Linear: "L", Dropout: "D"})

@@ -1,0 +1,125 @@
+"""AlexNet on 2 and 4 processes over gloo against the same network on one device."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import parallel_ranks
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alexnet_kernels import AlexNet, parallel
+from alexnet_kernels.optim import SGD
+
+NAMES = ["-".join(map(str, case)) for case in parallel_ranks.CASES]
+# Ten steps let float32's rounding grow.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the ranks of 2 and, after them, of 4 processes found."""
+    result = {}
+    for world in (2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(parallel_ranks.run, (world, port, str(folder)), world)
+        result[world] = json.loads((folder / f"{world}.json").read_text())
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_compute_what_one_device_computes(world, name, found):
+    if name not in found[world]["cases"]:
+        pytest.skip("float32 is run on two ranks")
+    case, dtype = found[world]["cases"][name], name.rsplit("-", 1)[1]
+    for what in ("forward", "gradient", "weight"):
+        assert case[what] < TOLERANCE[dtype], what
+    assert case["masks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_sent_are_those_of_the_arithmetic(world, name, found):
+    if name not in found[world]["cases"]:
+        pytest.skip("float32 is run on two ranks")
+    case = found[world]["cases"][name]
+    assert {key: count for key, count in case["traffic"].items() if count} == case["arithmetic"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("plan", "plan must be one of towers, hybrid, data, not 'rows'"),
+        ("one tower", "preset 'torchvision' has 1 tower, the mesh 2; plans 'hybrid' and 'data' take it"),
+        ("batch norm", "batch normalisation's statistics"),
+        ("presets", "ranks 0 and 1 have different networks"),
+        ("seeds", "ranks 0 and 1 have different random states"),
+        ("traffic", "traffic must be None, torch.bfloat16 or torch.float16"),
+        ("traffic of one rank", "ranks 0 and 1 have different arguments"),
+        ("uneven", "every rank must be given as many images"),
+        ("not parallel", "the model is not parallel"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_every_rank(what, words, found):
+    for refusals in found[2]["everyone's refusals"]:
+        assert refusals[what].startswith("ValueError")
+        assert words in refusals[what]
+
+
+@pytest.mark.slow
+def test_rounded_traffic_is_half_as_much(found):
+    assert 0 < found[2]["rounded"]["distance"] < 0.02
+    model = parallel_ranks.network("paper", torch.float32)
+    step = parallel.step_traffic(model, "towers", 4, image_size=parallel_ranks.SIZE, activation_bytes=2)
+    logits = step.pop("logits")
+    assert found[2]["rounded"]["sent"] == sum(step.values()) // 2 + logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_of_parts_add_up_before_they_are_reduced(world, found):
+    assert found[world]["accumulated"] < 1e-12
+
+
+@pytest.mark.slow
+def test_checkpoints_go_between_one_two_and_four_ranks(found, folder):
+    assert "exists" in found[2]["checkpoints"]["again"]
+    assert "no checkpoint" in found[4]["checkpoints"]["missing"]
+    two, four = load_file(folder / "two.safetensors"), load_file(folder / "four.safetensors")
+    model = parallel_ranks.network("paper", torch.float32)
+    optimizer = SGD(model.parameters(), 0.01)
+    parallel.load(model, optimizer, folder / "four")
+    moved = False
+    for name, value in model.state_dict().items():
+        assert torch.equal(two[name], four[name])
+        assert torch.equal(value, two[name])
+    for state in optimizer.state.values():
+        moved = moved or bool(state["momentum_buffer"].abs().max() > 0)
+    assert moved
+
+
+def test_the_arithmetic_of_the_paper():
+    """Of the whole network, 128 images on two GPUs: docs/parallel.md."""
+    model = AlexNet(device="meta")
+    sent = parallel.step_traffic(model, "towers", 128, activation_bytes=2)
+    assert sent["conv3"] == 2 * 128 * 128 * 13 * 13 * 2
+    assert sent["norm1"] == 2 * 128 * 2 * 55 * 55 * 2
+    assert sent["fc6"] == 2 * 128 * 4608 * 2
+    assert "gradients" not in sent
+    data = parallel.step_traffic(model, "data", 128, activation_bytes=2)
+    assert data == {"gradients": 60_965_224 * 4}
