@@ -28,8 +28,8 @@ class SGD(torch.optim.Optimizer):
         master_weights: keep a float32 copy of each bfloat16 or float16 parameter, take the step there and round. True,
             False (the parameters themselves are stepped and rounded), or None: True where there are such parameters.
 
-    Momentum is float32 wherever a parameter has a master, else of the parameter's dtype. DTensors are stepped shard by shard, and
-    their momentum is a DTensor. Sparse gradients are refused.
+    Momentum is float32 wherever a parameter has a master, else of the parameter's dtype. DTensors are stepped
+    shard by shard, and their momentum is a DTensor. Sparse gradients are refused.
 
     Source: Krizhevsky et al. 2012, section 5.
     """

@@ -268,7 +268,8 @@ def dropout_keep(
     shape = tuple(shape)
     whole, start = list(shape), [0] * len(shape)
     if shard:
-        for dim, first, size in [shard] if isinstance(shard[0], int) else shard:
+        shards: Sequence = [shard] if isinstance(shard[0], int) else shard
+        for dim, first, size in shards:
             whole[dim], start[dim] = size, first
     index = torch.zeros((), dtype=torch.int64, device=device)
     for extent, first, size in zip(shape, start, whole, strict=True):

@@ -46,7 +46,7 @@ class Conv2d(nn.Conv2d):
         weight, bias = _local(self.weight), _local(self.bias)
         arguments: Any = (self.stride, self.padding)
         if not self.both or self.tower.size == 1:
-            return conv2d_relu(x, weight, bias, *arguments, self.local_groups, relu=relu)
+            return conv2d_relu(x, weight, bias, *arguments, groups=self.local_groups, relu=relu)
         last = _channels_last(x)
         exchange = Exchange(self.name, self.tower, self.traffic)
         unfinished, finish = exchanged(x.permute(0, 2, 3, 1) if last else x, exchange)
