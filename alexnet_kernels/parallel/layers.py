@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,19 +44,19 @@ class Conv2d(nn.Conv2d):
     def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
         relu = "R" in run
         weight, bias = _local(self.weight), _local(self.bias)
-        arguments: Any = (self.stride, self.padding)
+        stride, padding = self.stride, cast(Any, self.padding)
         if not self.both or self.tower.size == 1:
-            return conv2d_relu(x, weight, bias, *arguments, groups=self.local_groups, relu=relu)
+            return conv2d_relu(x, weight, bias, stride, padding, self.local_groups, relu=relu)
         last = _channels_last(x)
         exchange = Exchange(self.name, self.tower, self.traffic)
         unfinished, finish = exchanged(x.permute(0, 2, 3, 1) if last else x, exchange)
         filters = weight.split(x.shape[1], 1)
-        output = conv2d_relu(x, filters[self.tower.rank], bias, *arguments, relu=False)
+        output = conv2d_relu(x, filters[self.tower.rank], bias, stride, padding, relu=False)
         parts = finish(unfinished)
         for rank in range(self.tower.size):
             if rank != self.tower.rank:
                 part = parts[rank].permute(0, 3, 1, 2) if last else parts[rank]
-                output = output + conv2d_relu(part, filters[rank], None, *arguments, relu=False)
+                output = output + conv2d_relu(part, filters[rank], None, stride, padding, relu=False)
         return F.relu(output) if relu else output
 
 
