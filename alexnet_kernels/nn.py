@@ -264,7 +264,7 @@ def _takes(run: str, x: object) -> bool:
 def _compute(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     for child in children:
         # A layer of several processes knows what the run is on one of them.
-        if hasattr(child, "compute_run"):
+        if hasattr(type(child), "compute_run"):
             return child.compute_run(run, children, x)
     if run == "R":
         return F.relu(x)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from alexnet_kernels import ops
-from alexnet_kernels.ops._common import LOW_PRECISION
+from alexnet_kernels.ops._common import LOW_PRECISION, local
 
 
 class SGD(torch.optim.Optimizer):
@@ -85,10 +84,10 @@ class SGD(torch.optim.Optimizer):
             for (first, mastered, _), params in batches.items():
                 states = [self.state[param] for param in params]
                 ops.sgd_step(
-                    _local(params),
-                    _local([param.grad for param in params if param.grad is not None]),
-                    _local([state["momentum_buffer"] for state in states]),
-                    _local([state["master"] for state in states]) if mastered else [],
+                    [local(param) for param in params],
+                    [local(param.grad) for param in params if param.grad is not None],
+                    [local(state["momentum_buffer"]) for state in states],
+                    [local(state["master"]) for state in states] if mastered else [],
                     first_step=first,
                     **self._settings(group),
                 )
@@ -114,7 +113,3 @@ class SGD(torch.optim.Optimizer):
             for name, value in saved.get(key, {}).items():
                 if isinstance(value, Tensor) and "master" in saved[key]:
                     self.state[param][name] = value.to(device=param.device, dtype=torch.float32, copy=True)
-
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

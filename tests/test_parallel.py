@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +29,29 @@ def found(folder: Path) -> dict[int, dict[str, Any]]:
     """What the ranks of 2 and, after them, of 4 processes found."""
     result = {}
     for world in (2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(parallel_ranks.run, (world, port, str(folder)), world)
+        torch.multiprocessing.spawn(parallel_ranks.run, (world, str(folder)), world)
         result[world] = json.loads((folder / f"{world}.json").read_text())
     return result
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_compute_what_one_device_computes(world, name, found):
+@pytest.fixture(params=[(world, name) for world in (2, 4) for name in NAMES], ids=lambda p: f"{p[0]}-{p[1]}")
+def case(request: pytest.FixtureRequest, found: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks found of one network, plan and dtype."""
+    world, name = request.param
     if name not in found[world]["cases"]:
         pytest.skip("float32 is run on two ranks")
-    case, dtype = found[world]["cases"][name], name.rsplit("-", 1)[1]
+    return {**found[world]["cases"][name], "dtype": name.rsplit("-", 1)[1]}
+
+
+@pytest.mark.slow
+def test_ranks_compute_what_one_device_computes(case):
     for what in ("forward", "gradient", "weight"):
-        assert case[what] < TOLERANCE[dtype], what
+        assert case[what] < TOLERANCE[case["dtype"]], what
     assert case["masks"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world", [2, 4])
-def test_bytes_sent_are_those_of_the_arithmetic(world, name, found):
-    if name not in found[world]["cases"]:
-        pytest.skip("float32 is run on two ranks")
-    case = found[world]["cases"][name]
+def test_bytes_sent_are_those_of_the_arithmetic(case):
     assert {key: count for key, count in case["traffic"].items() if count} == case["arithmetic"]
 
 

@@ -80,6 +80,12 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if slice_of_channels_last else torch.contiguous_format
 
 
+def local(tensor: Any) -> Any:
+    """A DTensor's part on this rank; anything else itself."""
+    # torch may be built without torch.distributed.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def empty_like(tensor: Tensor, shape: Sequence[Any] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in the memory format results take, for fakes."""
     return torch.empty(

@@ -65,7 +65,7 @@ def dropout(
     _common.check_tensor(OP, "input", input)
     _common.check_floating(OP, "input", input)
     drop, scale = factor_of(OP, p, training, scale_at)
-    layout = layout_of(OP, input.shape, shard)
+    shards = shards_of(OP, input.shape, shard)
     if drop == 0 and scale == 1:
         return input
     chosen = select(OP, input, backend)
@@ -75,12 +75,12 @@ def dropout(
         if seed is None and shard is None and scale_at == "training":
             return F.dropout(input, p, training)
         key = seed_tensor(OP, seed, input.device)
-        places = [number for one in shards_of(OP, input.shape, shard) for number in one]
+        places = [number for one in shards for number in one]
         keep = _keep(list(input.shape), drop, key, offset, places)
         output = torch.where(keep, input * scale, torch.zeros_like(input))
         return output.contiguous(memory_format=_common.memory_format_of(input))
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
-    return _common.kernels(chosen).dropout(input, drop, scale, key, offset, *layout)
+    return _common.kernels(chosen).dropout(input, drop, scale, key, offset, *layout_of(input.shape, shards))
 
 
 # An op of its own, because compilers inline the generator's arithmetic without end.
@@ -129,9 +129,8 @@ def shards_of(op: str, shape: torch.Size, shard: Shard | None) -> list[tuple[int
     return shards
 
 
-def layout_of(op: str, shape: torch.Size, shard: Shard | None) -> tuple[int, int, int]:
+def layout_of(shape: torch.Size, shards: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
     """(row, row_stride, base): element i of row r of a tensor of this shape is number base + r * row_stride + i."""
-    shards = shards_of(op, shape, shard)
     if not shards:
         count = math.prod(shape)
         return count, count, 0

@@ -62,8 +62,8 @@ def linear_relu_dropout(
         output = F.relu(output) if relu else output
         return dropout(output, p, training, seed, offset, scale_at=scale_at, shard=shard, backend="native")
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
-    row, row_stride, base = layout_of(OP, shape, shard)
-    if row == row_stride or not any(dim for dim, _, _ in shards_of(OP, shape, shard)):
+    row, row_stride, base = layout_of(shape, shards_of(OP, shape, shard))
+    if row == row_stride or shape.numel() == row:
         # One run of elements: the kernel takes it a row of the output at a time.
         row = row_stride = shape[-1]
     output = _common.kernels(chosen).linear_relu_dropout(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import torch
 from torch import nn
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.nn import LocalResponseNorm
+from alexnet_kernels.parallel.collectives import part_of
 from alexnet_kernels.parallel.plan import PLANS
 
 __all__ = ["step_traffic"]
@@ -52,7 +53,7 @@ def step_traffic(
         for number, layer in enumerate(linears, 6):
             # In the hybrid plan fc6 is given a part of the images with every input, else all with a part.
             sent[f"fc{number}"] = 2 * (towers - 1) * rows * layer.in_features // towers * activation_bytes
-        each = -(-linears[-1].out_features // towers)
+        each = part_of(linears[-1].out_features, 0, towers).stop
         if gather_logits and plan == "towers":
             sent["logits"] = (towers - 1) * rows * each * activation_bytes
         elif gather_logits:
@@ -68,26 +69,19 @@ def step_traffic(
 def _between_towers(model: AlexNet, size: int, towers: int) -> dict[str, int]:
     """Elements of one image that a tower sends forward."""
     elements: dict[str, int] = {}
-    x = torch.empty(1, 3, size, size, device="meta")
+    features = copy.deepcopy(model.features).to("meta").eval()
+    weight = next(features.parameters())
+    x = torch.empty(1, weight.shape[1], size, size, dtype=weight.dtype, device="meta")
     number = 0
-    for layer in model.features.children():
-        child: Any = layer
+    for child in features.children():
         if isinstance(child, nn.Conv2d):
             number += 1
             if number > 1 and child.groups == 1:
                 elements[f"conv{number}"] = (towers - 1) * x[0].numel() // towers
         if isinstance(child, LocalResponseNorm) and child.groups == 1:
             elements[f"norm{number}"] = (towers - 1) * (child.size // 2) * x[0, 0].numel()
-        x = _convolved(child, x) if isinstance(child, nn.Conv2d) else child(x)
+        x = child(x)
     return elements
-
-
-def _convolved(conv: Any, x: torch.Tensor) -> torch.Tensor:
-    sides = [
-        (extent + 2 * pad - kernel) // step + 1
-        for extent, pad, kernel, step in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
-    ]
-    return torch.empty(1, conv.out_channels, *sides, device="meta")
 
 
 def _gradients(model: AlexNet, plan: str, data: int, towers: int) -> list[int]:
@@ -99,6 +93,6 @@ def _gradients(model: AlexNet, plan: str, data: int, towers: int) -> list[int]:
                 elements, ranks = param.numel(), data * towers
                 if plan == "towers" or (plan == "hybrid" and part == "classifier"):
                     # Rank 0's part, the largest.
-                    elements, ranks = -(-len(param) // towers) * param[0].numel(), data
+                    elements, ranks = part_of(len(param), 0, towers).stop * param[0].numel(), data
                 result.append(2 * (ranks - 1) * elements * param.element_size() // ranks)
     return result

@@ -67,6 +67,7 @@ def export(model: nn.Module, path: str | Path) -> None:
 
     Every rank calls it, rank 0 writes. Raises ValueError if the path exists, MissingPackage without safetensors.
     """
+    from alexnet_kernels.training.checkpoint import atomic_file
     from alexnet_kernels.training.errors import require
 
     require("a safetensors file", "safetensors")
@@ -76,9 +77,8 @@ def export(model: nn.Module, path: str | Path) -> None:
     _on_all(f"{path} exists: name another file" if path.exists() else "")
     state = full_state_dict(model)
     if _rank() == 0:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(serialize(state, {"format": "pt"}))
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            file.write(serialize(state, {"format": "pt"}))
     _barrier()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Exchange", "Side", "all_reduce", "count_traffic", "exchanged"]
+__all__ = ["Exchange", "Side", "all_reduce", "count_traffic", "exchanged", "part_of"]
 
 _counters: list[Counter[str]] = []
 
@@ -44,6 +44,12 @@ class Side:
     group: Any
     rank: int
     size: int
+
+
+def part_of(count: int, rank: int, size: int) -> slice:
+    """A rank's part of `count` things, as DTensor's Shard cuts them: the last ones may have fewer, or none."""
+    each = -(-count // size)
+    return slice(min(rank * each, count), min((rank + 1) * each, count))
 
 
 def all_reduce(name: str, tensor: Tensor, side: Side, op: Any = dist.ReduceOp.SUM, wait: bool = True) -> Any:

@@ -8,25 +8,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alexnet_kernels import nn as modules
+from alexnet_kernels.ops._common import local, memory_format_of
 from alexnet_kernels.ops.conv2d_relu import conv2d_relu
 from alexnet_kernels.ops.dropout import dropout
 from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout
 from alexnet_kernels.ops.local_response_norm import local_response_norm
 from alexnet_kernels.ops.lrn_max_pool2d import lrn_max_pool2d
-from alexnet_kernels.parallel.collectives import Exchange, Side, exchanged
+from alexnet_kernels.parallel.collectives import Exchange, Side, exchanged, part_of
 
 __all__ = ["Conv2d", "Dropout", "Linear", "LocalResponseNorm"]
-
-
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class Conv2d(nn.Conv2d):
@@ -43,11 +35,11 @@ class Conv2d(nn.Conv2d):
 
     def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
         relu = "R" in run
-        weight, bias = _local(self.weight), _local(self.bias)
+        weight, bias = local(self.weight), local(self.bias)
         stride, padding = self.stride, cast(Any, self.padding)
         if not self.both or self.tower.size == 1:
             return conv2d_relu(x, weight, bias, stride, padding, self.local_groups, relu=relu)
-        last = _channels_last(x)
+        last = memory_format_of(x) == torch.channels_last
         exchange = Exchange(self.name, self.tower, self.traffic)
         unfinished, finish = exchanged(x.permute(0, 2, 3, 1) if last else x, exchange)
         filters = weight.split(x.shape[1], 1)
@@ -85,7 +77,7 @@ class LocalResponseNorm(modules.LocalResponseNorm):
 
         if self.tower.size == 1 or self.size == 1:
             return compute(x)
-        memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
+        memory_format = memory_format_of(x)
         channels, first = x.shape[1], self.tower.rank == 0
         # Channel i's window is i - left ... i + right.
         left, right = self.size // 2, (self.size - 1) // 2
@@ -119,8 +111,6 @@ class Dropout(modules.Dropout):
     """(index, count): the part of the neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training and self.scale_at == "training":
-            return input
         return dropout(input, self.p, self.training, scale_at=self.scale_at, shard=self.shard(input.shape))
 
     def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
@@ -151,7 +141,7 @@ class Linear(nn.Linear):
         if not self.gathers_rows and self.tower.size > 1:
             output = F.relu(self._gathered(x))
             return output if drop is None else drop(output)
-        weight, bias, x = _local(self.weight), _local(self.bias), self._rows(x)
+        weight, bias, x = local(self.weight), local(self.bias), self._rows(x)
         if drop is None:
             return linear_relu_dropout(x, weight, bias, 0.0, False)
         shard = drop.shard(torch.Size([x.shape[0], weight.shape[0]]))
@@ -164,7 +154,7 @@ class Linear(nn.Linear):
         return finish(unfinished).flatten(0, 1)
 
     def _gathered(self, x: Tensor) -> Tensor:
-        weight, bias = _local(self.weight), _local(self.bias)
+        weight, bias = local(self.weight), local(self.bias)
         if self.gathers_rows or self.tower.size == 1:
             return F.linear(self._rows(x), weight, bias)
         if torch.is_autocast_enabled(x.device.type):
@@ -216,16 +206,10 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 def _whole_logits(logits: Tensor, layer: Linear) -> Tensor:
-    sizes = [_share(layer.out_features, rank, layer.tower.size) for rank in range(layer.tower.size)]
-    padded = F.pad(logits, (0, sizes[0] - logits.shape[1]))
+    parts = [part_of(layer.out_features, rank, layer.tower.size) for rank in range(layer.tower.size)]
+    padded = F.pad(logits, (0, parts[0].stop - logits.shape[1]))
     whole = _Logits.apply(padded, Exchange("logits", layer.tower, layer.traffic), layer.logits == "rows")
-    return torch.cat([whole[rank, :, :size] for rank, size in enumerate(sizes)], 1)
-
-
-def _share(count: int, rank: int, size: int) -> int:
-    """DTensor's Shard: rank's part of count."""
-    each = -(-count // size)
-    return min(each, max(0, count - rank * each))
+    return torch.cat([whole[rank, :, : part.stop - part.start] for rank, part in enumerate(parts)], 1)
 
 
 class _Logits(torch.autograd.Function):

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.nn import Dropout, LocalResponseNorm
+from alexnet_kernels.ops._common import local
 from alexnet_kernels.parallel import layers
-from alexnet_kernels.parallel.collectives import Side, all_reduce
+from alexnet_kernels.parallel.collectives import Side, all_reduce, part_of
 
 __all__ = ["PLANS", "Parallelism", "parallelism_of", "parallelize"]
 
@@ -88,9 +89,8 @@ class Parallelism:
                 return
             if not self._pending:
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
-            grad = param.grad
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
-            self._pending.append((all_reduce("gradients", local, side, wait=False), local, parts))
+            grad = local(param.grad)
+            self._pending.append((all_reduce("gradients", grad, side, wait=False), grad, parts))
 
         parameter.register_post_accumulate_grad_hook(reduce)
 
@@ -185,8 +185,7 @@ def parallelize(
                 elif split.data.size > 1:
                     split.reduce_gradient(new, split.data, split.data.size)
     last = [layer for layer in model.classifier.children() if isinstance(layer, nn.Linear)][-1]
-    each = -(-last.out_features // split.tower.size)
-    split.first_class = min(split.tower.rank * each, last.out_features)
+    split.first_class = part_of(last.out_features, split.tower.rank, split.tower.size).start
     setattr(model, "parallelism", split)  # noqa: B010 (which nn.Module types as a Tensor or Module)
     model.register_forward_pre_hook(split.check_batch)
     return model
@@ -248,14 +247,11 @@ def _distributed(param: nn.Parameter, split: Parallelism, shard: bool) -> nn.Par
     dense = value.permute(0, 2, 3, 1) if value.dim() == 4 else value
     dist.broadcast(dense, dist.get_global_rank(split.all.group, 0), group=split.all.group)
     placements: list[Any] = [Replicate()] * split.mesh.ndim
-    local = value
+    part = value
     if shard and split.tower.size > 1:
         placements[(split.mesh.mesh_dim_names or ()).index("tower")] = Shard(0)
-        each = -(-len(value) // split.tower.size)
-        local = value[each * split.tower.rank : each * (split.tower.rank + 1)].clone()
-    tensor = DTensor.from_local(
-        local, split.mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
-    )
+        part = value[part_of(len(value), split.tower.rank, split.tower.size)].clone()
+    tensor = DTensor.from_local(part, split.mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
     return nn.Parameter(tensor, param.requires_grad)
 
 
