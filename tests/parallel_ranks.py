@@ -153,8 +153,32 @@ def accumulated(mesh: Any) -> float:
     return max(distance(a.grad.full_tensor(), b.grad) for a, b in pairs)
 
 
+def save_one(path: Path) -> None:
+    """One process's checkpoint after a step, and beside it, in a plain file, what it holds."""
+    model = network("paper", torch.float32)
+    optimizer = SGD(model.parameters(), 0.01)
+    torch.manual_seed(2)
+    model(torch.randn(4, 3, SIZE, SIZE)).sum().backward()
+    optimizer.step()
+    parallel.save(model, optimizer, path)
+    momentum = [optimizer.state[param]["momentum_buffer"] for param in model.parameters()]
+    torch.save({"model": model.state_dict(), "momentum": momentum}, path.with_suffix(".pt"))
+
+
+def reads_one(mesh: Any, folder: Path) -> bool:
+    """Whether the ranks read what one process wrote: the weights, and the momentum, which moves them once more."""
+    many = parallel.parallelize(network("paper", torch.float32), mesh, "towers")
+    optimizer = SGD(many.parameters(), 0.01)
+    parallel.load(many, optimizer, folder / "one")
+    written = torch.load(folder / "one.pt", weights_only=True)
+    same = all(torch.equal(value, written["model"][key]) for key, value in parallel.full_state_dict(many).items())
+    for param, expected in zip(many.parameters(), written["momentum"], strict=True):
+        same &= torch.equal(optimizer.state[param]["momentum_buffer"].full_tensor(), expected)
+    return same
+
+
 def checkpoints(mesh: Any, folder: Path) -> dict[str, Any]:
-    """2 ranks write "two"; 4 ranks read it, write "four" and export."""
+    """2 ranks read "one" and write "two"; 4 ranks read that, write "four" and export."""
     two = dist.get_world_size() == 2
     model = parallel.parallelize(network("paper", torch.float32), mesh, "towers" if two else "hybrid")
     optimizer = SGD(model.parameters(), 0.01)
@@ -164,7 +188,8 @@ def checkpoints(mesh: Any, folder: Path) -> dict[str, Any]:
         optimizer.step()
         parallel.save(model, optimizer, folder / "two")
         parallel.export(model, folder / "two.safetensors")
-        return {"again": message(lambda: parallel.save(model, optimizer, folder / "two"))}
+        again = message(lambda: parallel.save(model, optimizer, folder / "two"))
+        return {"again": again, "of one process": reads_one(mesh, folder)}
     with torch.no_grad():
         for param in model.parameters():
             param.zero_()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import parallel_ranks
@@ -27,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[int, dict[str, Any]]:
     """What the ranks of 2 and, after them, of 4 processes found."""
+    parallel_ranks.save_one(folder / "one")
     result = {}
     for world in (2, 4):
         torch.multiprocessing.spawn(parallel_ranks.run, (world, str(folder)), world)
@@ -93,6 +97,7 @@ def test_gradients_of_parts_add_up_before_they_are_reduced(world, found):
 
 @pytest.mark.slow
 def test_checkpoints_go_between_one_two_and_four_ranks(found, folder):
+    assert found[2]["checkpoints"]["of one process"]
     assert "exists" in found[2]["checkpoints"]["again"]
     assert "no checkpoint" in found[4]["checkpoints"]["missing"]
     two, four = load_file(folder / "two.safetensors"), load_file(folder / "four.safetensors")
@@ -118,3 +123,31 @@ def test_the_arithmetic_of_the_paper():
     assert "gradients" not in sent
     data = parallel.step_traffic(model, "data", 128, activation_bytes=2)
     assert data == {"gradients": 60_965_224 * 4}
+
+
+@pytest.fixture(scope="module")
+def scaling() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "scaling.py"
+    spec = importlib.util.spec_from_file_location("scaling", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_scaling_page_is_what_the_arithmetic_says(scaling, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    scaling.main()
+    path = Path(scaling.__file__).parent / "results" / "scaling.md"
+    assert capsys.readouterr().out == path.read_text(), "run benchmarks/scaling.py > benchmarks/results/scaling.md"
+
+
+def test_plans_change_places_at_the_crossover(scaling):
+    model = AlexNet(device="meta")
+    rates = scaling.Rates(4e14, 4e12, 4e11, 5e10, 1e-5)
+    images = scaling.crossover(model, "towers", "hybrid", 8, 2, rates)
+    for count, slower in ((images - 1, True), (images, False)):
+        towers, hybrid = (scaling.step(model, plan, count, 8, 2, rates).whole for plan in ("towers", "hybrid"))
+        assert (hybrid > towers) == slower
+    free = scaling.Rates(4e14, 1e30, 1e30, 1e30, 0.0)
+    assert scaling.crossover(model, "towers", "data", 8, 2, free) is not None
