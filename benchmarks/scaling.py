@@ -56,7 +56,7 @@ def step(model: AlexNet, plan: str, images: int, data: int, towers: int, rates: 
     nodes = math.ceil(ranks / NODE)
     link = rates.network if nodes > 1 else rates.node
     parameters = count_parameters(model)
-    features = sum(p.numel() for p in model.features.parameters())
+    features = count_parameters(model.features)
     own = {"towers": parameters / towers, "hybrid": features + (parameters - features) / towers, "data": parameters}
     # A weight, its gradient and its momentum are float32: three are read, two written.
     compute = 6 * count_macs(model) * images / rates.flops + 20 * own[plan] / rates.memory
@@ -74,8 +74,10 @@ def crossover(model: AlexNet, first: str, second: str, data: int, towers: int, r
         one, other = (step(model, plan, images, data, towers, rates).whole for plan in (first, second))
         return other <= one
 
-    if ahead(low) or not ahead(high):
-        return low if ahead(low) else None
+    if ahead(low):
+        return low
+    if not ahead(high):
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ahead(middle) else (middle, high)

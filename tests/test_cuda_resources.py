@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from helpers import benchmark
 
 from alexnet_kernels import _library
 
@@ -17,17 +15,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cuda_resources.py"
 COMMITTED = SCRIPT.parent / "results" / "cuda_resources.json"
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_resources", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_resources"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda_resources = load()
+cuda_resources = benchmark("cuda_resources")
 needs_kernels = pytest.mark.skipif(
     ("max_pool2d", "CUDA") not in _library.KERNELS
     or cuda_resources.find_cuobjdump() is None

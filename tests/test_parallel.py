@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import parallel_ranks
 import pytest
 import torch
+from helpers import benchmark
 from safetensors.torch import load_file
 
 from alexnet_kernels import AlexNet, parallel
@@ -127,12 +127,7 @@ def test_the_arithmetic_of_the_paper():
 
 @pytest.fixture(scope="module")
 def scaling() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "scaling.py"
-    spec = importlib.util.spec_from_file_location("scaling", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("scaling")
 
 
 def test_the_scaling_page_is_what_the_arithmetic_says(scaling, capsys, monkeypatch):
