@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,10 +24,12 @@ import torch
 
 from alexnet_kernels import __version__, _library, backends
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
+from alexnet_kernels.parallel.plan import PLANS
 from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
 from alexnet_kernels.training.settings import Settings, default_recipe, recipe_names, settings_of
 
 if TYPE_CHECKING:
+    from alexnet_kernels.training.processes import Parallel
     from alexnet_kernels.training.run import Result
 
 __all__ = ["main"]
@@ -41,6 +44,24 @@ _SETTINGS = tuple(setting.name for setting in fields(Settings))
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, or the process's; returns its exit status."""
     options = _parser().parse_args(argv)
+    options.arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None or not getattr(options, "parallel", None) or "RANK" not in os.environ:
+        return _status_of(options)
+    status = 1
+    try:
+        status = _status_of(options)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Threads of gloo's that still let go of tensors while Python shuts down abort the process, now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _status_of(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except (InputError, MissingPackage) as error:
@@ -58,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"{PROGRAM}: error: {rank}{message}", file=sys.stderr, flush=True)
     return status
 
 
@@ -159,6 +181,20 @@ def _train_parser(commands: Any) -> None:
     add("--save-every", type=_positive, default=1000, metavar="N",
         help="steps between checkpoints inside an epoch (default: 1000; one after each epoch, too)")  # fmt: skip
     _where(train)
+    processes = train.add_argument_group(
+        "several processes",
+        "One network on several GPUs or processor cores, here or, started by torchrun, on several "
+        "machines. See docs/parallel.md.",
+    )
+    add = processes.add_argument
+    add("--parallel", choices=PLANS,
+        help="towers: filters and neurons in two halves, as in the paper; hybrid: images for the convolutions, neurons "
+        "for fc6 to fc8; data: images")  # fmt: skip
+    add("--processes", type=_positive, metavar="N", help="(default: one a GPU, without GPUs two)")
+    add("--towers", type=_positive, default=2, metavar="N", help="processes that share a network (default: 2)")
+    add("--traffic", choices=("bf16", "16"), help="bits of activations between processes (default: as computed)")
+    add("--timeout", type=_duration, default=600.0, metavar="TIME",
+        help="without a finished step, after which a run is taken to hang (default: 10m)")  # fmt: skip
     settings = train.add_argument_group(
         "settings", "What the result depends on. A recipe fills them in, an option replaces the recipe's value."
     )
@@ -252,7 +288,7 @@ def _use_backend(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace) -> Settings:
     values = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    recipe = options.recipe or default_recipe(options.data is None, options.preset)
+    recipe = options.recipe or default_recipe(options.data is None, options.preset, options.parallel is not None)
     return settings_of(recipe, **values)
 
 
@@ -277,6 +313,13 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
 def _train(options: argparse.Namespace) -> int:
     _use_backend(options)
     require(f"{PROGRAM} train", "PIL", "rich", "matplotlib", "torchmetrics", "yaml", "tensorboard", "lightning")
+    parallel = _parallel(options)
+    if parallel is not None and "RANK" not in os.environ:
+        return _launch(options, parallel)
+    return _run(options, parallel)
+
+
+def _run(options: argparse.Namespace, parallel: Parallel | None) -> int:
     settings = _settings(options) if options.resume is None else _resumed_settings(options)
 
     from rich.console import Console
@@ -296,10 +339,40 @@ def _train(options: argparse.Namespace) -> int:
         save_every=options.save_every,
         accumulate=options.accumulate,
         bad_images=options.bad_images,
+        parallel=parallel,
         console=console,
     )
-    _summary(result, console)
+    if int(os.environ.get("RANK", "0")) == 0 or parallel is None:
+        _summary(result, console, parallel)
     return 130 if result.stopped == "interrupted" else 0
+
+
+def _parallel(options: argparse.Namespace) -> Parallel | None:
+    from alexnet_kernels.training.processes import Parallel
+
+    if options.parallel is None:
+        for name, default in (("processes", None), ("towers", 2), ("traffic", None)):
+            if getattr(options, name) != default:
+                raise InputError(f"--{name} needs --parallel")
+        return None
+    if options.device.startswith("cuda:"):
+        raise InputError(f"--device {options.device} can't be used with --parallel, whose processes take a GPU each")
+    return Parallel(options.parallel, options.towers, options.traffic, options.timeout)
+
+
+def _launch(options: argparse.Namespace, parallel: Parallel) -> int:
+    """The run in processes of this machine; what can be refused is refused before any starts."""
+    from alexnet_kernels.training.inference import pick_device
+    from alexnet_kernels.training.processes import launch
+
+    gpus = torch.cuda.device_count() if pick_device(options.device).type == "cuda" else 0
+    count = options.processes or gpus or 2
+    if gpus and count > gpus:
+        raise InputError(f"--processes {count} need as many GPUs, there are {gpus}; --device cpu needs none")
+    parallel.check(count)
+    # Refuses what doesn't hang on the images.
+    _ = _settings(options) if options.resume is None else _resumed_settings(options)
+    return launch(count, options.arguments)
 
 
 def _keep_freed_memory() -> None:
@@ -314,7 +387,7 @@ def _keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)
 
 
-def _summary(result: Result, console: Any) -> None:
+def _summary(result: Result, console: Any, parallel: Parallel | None) -> None:
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -343,7 +416,8 @@ def _summary(result: Result, console: Any) -> None:
             if (result.folder / name).exists():
                 say(f"  {result.folder / name}  {what}")
     if result.stopped is not None:
-        say(f"{result.stopped}; go on with: {PROGRAM} train --resume {result.folder}")
+        how = "" if parallel is None else f" --parallel {parallel.plan}"
+        say(f"{result.stopped}; go on with: {PROGRAM} train --resume {result.folder}{how}")
 
 
 def _time(seconds: float) -> str:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+
+from alexnet_kernels.parallel.collectives import part_of
 
 __all__ = ["export", "full_state_dict", "load", "save"]
 
@@ -56,10 +58,28 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the model on one device, on every rank, its tensors on the CPU. Every rank calls it."""
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-    }
+    return {name: whole(value).contiguous() for name, value in model.state_dict().items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    """The value of a tensor on the mesh, on every rank, on the CPU, in its parts' memory format."""
+    value = value.detach()
+    if isinstance(value, DTensor):
+        part = value.to_local()
+        last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+        value = value.full_tensor().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return value.cpu()
+
+
+def part_like(value: Tensor, like: DTensor) -> DTensor:
+    """A whole tensor, placed and laid out as `like` is, whose shape it has."""
+    mesh, part, near = like.device_mesh, value, like.to_local()
+    for dim, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            own = part_of(len(value), mesh.get_local_rank(dim), mesh.size(dim))
+            part = value[own]
+    local = torch.empty_like(near, dtype=value.dtype, memory_format=torch.preserve_format).copy_(part)
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def export(model: nn.Module, path: str | Path) -> None:

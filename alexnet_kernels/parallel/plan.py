@@ -19,7 +19,7 @@ from alexnet_kernels.ops._common import local
 from alexnet_kernels.parallel import layers
 from alexnet_kernels.parallel.collectives import Side, all_reduce, part_of
 
-__all__ = ["PLANS", "Parallelism", "parallelism_of", "parallelize"]
+__all__ = ["PLANS", "Parallelism", "parallelism_of", "parallelize", "problem"]
 
 PLANS = ("towers", "hybrid", "data")
 
@@ -166,10 +166,13 @@ def parallelize(
     whole = mesh.size() == dist.get_world_size()
     ranks = dist.group.WORLD if whole else dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
     split = Parallelism(plan, mesh, ranks)
-    problem = _problem(model, split)
-    _agree(model, split, (plan, str(traffic), gather_logits, tuple(mesh.shape), problem))
-    if problem:
-        raise ValueError(f"parallelize: {problem}")
+    device = next(model.parameters()).device.type
+    reason = problem(model, plan, split.tower.size)
+    if device != mesh.device_type:
+        reason = f"the model is on {device}, the mesh on {mesh.device_type}"
+    _agree(model, split, (plan, str(traffic), gather_logits, tuple(mesh.shape), reason))
+    if reason:
+        raise ValueError(f"parallelize: {reason}")
 
     for part, container in (("features", model.features), ("classifier", model.classifier)):
         shard = plan == "towers" or (plan == "hybrid" and part == "classifier")
@@ -191,16 +194,14 @@ def parallelize(
     return model
 
 
-def _problem(model: AlexNet, split: Parallelism) -> str:
+def problem(model: AlexNet, plan: str, towers: int) -> str:
     """Why the model can't be split so, or an empty string."""
-    spec, towers = model._spec, split.tower.size
+    spec = model._spec
+    towers = 1 if plan == "data" else towers
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return "batch normalisation's statistics would be those of a part of the batch"
-    device = next(model.parameters()).device.type
-    if device != split.mesh.device_type:
-        return f"the model is on {device}, the mesh on {split.mesh.device_type}"
-    if split.name == "towers" and towers not in (1, spec.groups):
+    if plan == "towers" and towers not in (1, spec.groups):
         other = "" if spec.groups > 1 else "; plans 'hybrid' and 'data' take it"
         return f"preset {model.preset!r} has {spec.groups} tower{'s' * (spec.groups > 1)}, the mesh {towers}{other}"
     known = (nn.Conv2d, nn.Linear, nn.LocalResponseNorm, nn.Dropout)
@@ -211,7 +212,7 @@ def _problem(model: AlexNet, split: Parallelism) -> str:
     linears = [layer for layer in model.classifier.children() if isinstance(layer, nn.Linear)]
     if any(layer.out_features % towers for layer in linears[:-1]):
         return f"{linears[0].out_features} neurons don't split into {towers} towers"
-    if split.name == "towers":
+    if plan == "towers":
         for module in model.features.children():
             if isinstance(module, nn.Conv2d) and module.out_channels % towers:
                 return f"{module.out_channels} filters don't split into {towers} towers"

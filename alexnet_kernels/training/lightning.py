@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,21 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 from torchmetrics import Metric, SumMetric
 
 from alexnet_kernels.models import AlexNet
+from alexnet_kernels.ops._common import local
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import checkpoint, images
 from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.metrics import accuracies
+from alexnet_kernels.training.processes import Team
+from alexnet_kernels.training.settings import Settings
 
 __all__ = ["AtomicCheckpointIO", "Bar", "Board", "Classifier", "Images", "Saver", "Stopped"]
 
 
 CHECKED = 100
 """Steps after which the losses are looked at."""
+_ONE_SIGNAL = 3.0
+"""Seconds within which two signals to one of several processes are taken for one."""
 
 
 class Stopped(Exception):
@@ -44,13 +49,14 @@ class Stopped(Exception):
 
 
 class Metrics(nn.Module):
-    """Mean loss, top-1 and top-5 since the last reset."""
+    """Mean loss, top-1 and top-5 since the last reset, of the images of all processes."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, team: Team | None = None) -> None:
         super().__init__()
+        self.team = team or Team()
         # MeanMetric leaves its weights out where it keeps NaN.
-        self.loss = SumMetric(nan_strategy="disable")
-        self.count = SumMetric(nan_strategy="disable")
+        self.loss = SumMetric(nan_strategy="disable", sync_on_compute=False)
+        self.count = SumMetric(nan_strategy="disable", sync_on_compute=False)
         self.top1, self.top5 = accuracies(num_classes)
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -59,24 +65,42 @@ class Metrics(nn.Module):
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
-    def compute(self, prefix: str) -> dict[str, float]:
-        if not self.loss.update_called:
-            return dict.fromkeys((f"{prefix}_loss", f"{prefix}_top1", f"{prefix}_top5"), math.nan)
-        return {
-            f"{prefix}_loss": float(self.loss.compute() / self.count.compute()),
-            f"{prefix}_top1": float(self.top1.compute()),
-            f"{prefix}_top5": float(self.top5.compute()),
-        }
+    def compute(self, prefix: str, everyone: bool = True) -> dict[str, float]:
+        """{<prefix>_loss, _top1, _top5}; all processes call it, unless `everyone` is False and it looks at this
+        one's images only."""
+        counted: list[Any] = [self.loss.sum_value, self.count.sum_value]
+        for metric in (self.top1, self.top5):
+            state: dict[str, Any] = metric.metric_state
+            counted += [state["tp"], state["tp"] + state["fn"]]
+        sums = [float(value.sum()) for value in counted]
+        if everyone:
+            sums = self.team.sum(sums)
+        loss, count, *right = sums
+        names = (f"{prefix}_loss", f"{prefix}_top1", f"{prefix}_top5")
+        if not count:
+            return dict.fromkeys(names, math.nan)
+        return dict(zip(names, (loss / count, right[0] / right[1], right[2] / right[3]), strict=True))
 
     def reset(self) -> None:
         for _, metric in self._metrics():
             metric.reset()
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What was counted so far."""
-        return {name: dict(metric.metric_state) for name, metric in self._metrics()}
+        """What all processes have counted so far; all call it."""
+        own: dict[str, dict[str, Any]] = {name: dict(metric.metric_state) for name, metric in self._metrics()}
+        if self.team.size > 1:
+            parts = [(values, part) for values in own.values() for part in values]
+            flat = torch.cat([values[part].flatten().double().cpu() for values, part in parts])
+            sums = torch.tensor(self.team.sum(flat.tolist()), dtype=torch.float64) / self.team.duplicates
+            sizes = [values[part].numel() for values, part in parts]
+            for (values, part), total in zip(parts, sums.split(sizes), strict=True):
+                values[part] = total.view(values[part].shape).to(values[part].dtype)
+        return own
 
     def set_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """What was counted before counts as one process's, and that of its duplicates."""
+        if self.team.rows[0] > 0:
+            return
         for name, metric in self._metrics():
             for part, value in state[name].items():
                 setattr(metric, part, value.to(metric.device))
@@ -89,17 +113,20 @@ class Classifier(pl.LightningModule):
     """Trains an AlexNet on batches of an ImageSet, augmenting them on their device.
 
     Crops and dropout masks are functions of the seed, the epoch and the step, so that a resumed run draws
-    what the whole one would.
+    what the whole one would, and each of several processes what one would.
     """
 
-    def __init__(self, model: AlexNet, header: checkpoint.Header, bad_images: str = "refuse") -> None:
+    def __init__(
+        self, model: AlexNet, header: checkpoint.Header, bad_images: str = "refuse", team: Team | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.header = header
+        self.team = team or Team()
         self.bad_images = bad_images
         self.bad: set[str] = set()
-        self.train_metrics = Metrics(len(header.classes))
-        self.val_metrics = Metrics(len(header.classes))
+        self.train_metrics = Metrics(len(header.classes), self.team)
+        self.val_metrics = Metrics(len(header.classes), self.team)
         self.crops = header.crops()
         self.epoch_images = 0
         self.epoch_seconds = 0.0
@@ -152,13 +179,21 @@ class Classifier(pl.LightningModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         parts = self.header.settings.accumulate
-        for pixels, labels in zip(batch["images"].chunk(parts), batch["labels"].chunk(parts), strict=True):
-            logits = self.model(pixels).float()
-            loss = F.cross_entropy(logits, labels)
-            self.manual_backward(loss * (len(labels) / count))
+        chunks = list(zip(batch["images"].chunk(parts), batch["labels"].chunk(parts), strict=True))
+        for pixels, labels in chunks:
+            with self._gradients_stay() if labels is not chunks[-1][1] else nullcontext():
+                logits = self.model(pixels).float()
+                loss = F.cross_entropy(logits, labels)
+                self.manual_backward(loss * (len(labels) / count))
             self.train_metrics.update(loss.detach(), logits.detach(), labels)
         optimizer.step()
-        self.epoch_images += count
+        self.epoch_images += count * self.team.rows[1]
+        self.team.moved()
+
+    def _gradients_stay(self) -> Any:
+        """A block whose gradients are summed over the processes with those that follow it."""
+        parallelism = getattr(self.model, "parallelism", None)
+        return nullcontext() if parallelism is None else parallelism.no_sync()
 
     def on_validation_epoch_start(self) -> None:
         self.val_metrics.reset()
@@ -169,7 +204,12 @@ class Classifier(pl.LightningModule):
         if not len(labels):
             return
         logits = self.model(batch["images"]).float()
-        self.val_metrics.update(F.cross_entropy(logits, labels), logits, labels)
+        self.team.moved()
+        # What only fills up a process's part isn't counted.
+        own = self.trainer.val_dataloaders.own(batch_idx)  # type: ignore[union-attr]
+        logits, labels = logits[:own], labels[:own]
+        if len(labels):
+            self.val_metrics.update(F.cross_entropy(logits, labels), logits, labels)
 
     def on_train_epoch_end(self) -> None:
         row: dict[str, float] = {"epoch": self.current_epoch + 1, "step": self.global_step}
@@ -190,8 +230,9 @@ class Classifier(pl.LightningModule):
         """RunError if a loss of this epoch, a weight or its momentum is not finite; waits for the device."""
         state = self.trainer.optimizers[0].state.values()
         tensors = [*self.model.parameters(), *(values["momentum_buffer"] for values in state)]
-        norms = torch.stack(torch._foreach_norm(tensors))
-        if not math.isfinite(self.train_metrics.compute("train")["train_loss"]) or not norms.isfinite().all():
+        norms = torch.stack(torch._foreach_norm([local(tensor.detach()) for tensor in tensors]))
+        lost = not math.isfinite(self.train_metrics.compute("train")["train_loss"])
+        if self.team.highest(int(lost or not norms.isfinite().all())):
             raise self.diverged()
 
     def diverged(self) -> RunError:
@@ -205,16 +246,24 @@ class Classifier(pl.LightningModule):
         """Of each parameter, the mean magnitude of its elements and of its last step's: {name, w, dw, ratio}."""
         optimizer = self.trainer.optimizers[0]
         names = {param: name for name, param in self.model.named_parameters()}
-        rows = []
+        found: list[tuple[str, float]] = []
+        sums: list[Tensor] = []
         for group in optimizer.param_groups:
             # The paper's momentum is the step itself.
             factor = 1.0 if group["rule"] == "paper" else group["lr"]
             for param in group["params"]:
                 if param not in optimizer.state:
                     continue
-                w = float(param.detach().abs().mean())
-                dw = factor * float(optimizer.state[param]["momentum_buffer"].abs().mean())
-                rows.append({"name": names[param], "w": w, "dw": dw, "ratio": dw / w if w else math.nan})
+                found.append((names[param], factor))
+                for tensor in (param.detach(), optimizer.state[param]["momentum_buffer"]):
+                    sums.append(local(tensor).abs().sum(dtype=torch.float64))
+                sums.append(torch.tensor(float(local(param).numel()), dtype=torch.float64, device=sums[-1].device))
+        rows = []
+        totals = self.team.sum(torch.stack(sums).tolist() if sums else [])
+        for i, (name, factor) in enumerate(found):
+            total_w, total_dw, count = totals[3 * i : 3 * i + 3]
+            w, dw = total_w / count, factor * total_dw / count
+            rows.append({"name": name, "w": w, "dw": dw, "ratio": dw / w if w else math.nan})
         order = {name: i for i, name in enumerate(names.values())}
         return sorted(rows, key=lambda row: order[row["name"]])
 
@@ -262,16 +311,53 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Batches(DataLoader):
-    """Batches of an ImageSet, in order or shuffled; resumes between two batches of an epoch."""
+class Shares(BatchSampler):
+    """Of each batch the places that are one process's: the index-th of equal parts, of each accumulated part of it.
 
-    def __init__(self, dataset: images.StoredImages, batch_size: int, workers: int, seed: int | None = None) -> None:
+    A batch that doesn't split is filled up with its last place.
+    """
+
+    def __init__(
+        self, sampler: Any, batch_size: int, drop_last: bool, rows: tuple[int, int] = (0, 1), accumulate: int = 1
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.rows, self.accumulate = rows, accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        index, parts = self.rows
+        for places in super().__iter__():
+            if parts == 1:
+                yield places
+                continue
+            length = -(-len(places) // self.accumulate)
+            own: list[int] = []
+            for start in range(0, len(places), length):
+                chunk = places[start : start + length]
+                share = -(-len(chunk) // parts)
+                taken = chunk[index * share : (index + 1) * share]
+                own += taken + [chunk[-1]] * (share - len(taken))
+            yield own
+
+
+class Batches(DataLoader):
+    """Batches of an ImageSet, in order or shuffled, or a process's parts of them; resumes between two batches of an
+    epoch."""
+
+    def __init__(
+        self,
+        dataset: images.StoredImages,
+        batch_size: int,
+        workers: int,
+        seed: int | None = None,
+        rows: tuple[int, int] = (0, 1),
+        accumulate: int = 1,
+    ) -> None:
         shuffled = seed is not None
         sampler = Shuffled(len(dataset), seed) if seed is not None else SequentialSampler(dataset)
         whole = shuffled and len(dataset) >= batch_size
         super().__init__(
             dataset,
-            batch_sampler=BatchSampler(sampler, batch_size, drop_last=whole),
+            batch_sampler=Shares(sampler, batch_size, whole, rows, accumulate),
             num_workers=0 if dataset.pixels is not None else workers,
             collate_fn=_as_is,
             worker_init_fn=_leave_signals_to_the_run,
@@ -286,6 +372,14 @@ class Batches(DataLoader):
             self.done += 1
             yield batch
 
+    def own(self, batch: int) -> int:
+        """How many of a process's places of this batch, in order, are not there to fill it up."""
+        shares: Any = self.batch_sampler
+        index, parts = shares.rows
+        count = min(shares.batch_size, len(self.dataset) - batch * shares.batch_size)  # type: ignore[arg-type]
+        share = -(-count // parts)
+        return min(max(count - index * share, 0), share)
+
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.done}
 
@@ -299,17 +393,23 @@ class Images(pl.LightningDataModule):
     """A training and a validation set."""
 
     def __init__(
-        self, train: images.StoredImages, val: images.StoredImages, batch_size: int, workers: int, seed: int
+        self,
+        train: images.StoredImages,
+        val: images.StoredImages,
+        settings: Settings,
+        workers: int,
+        rows: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
-        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.settings, self.workers, self.rows = settings, workers, rows
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.train, self.batch_size, self.workers, self.seed)
+        settings = self.settings
+        return Batches(self.train, settings.batch_size, self.workers, settings.seed, self.rows, settings.accumulate)
 
     def val_dataloader(self) -> Batches:
-        return Batches(self.val, max(self.batch_size, 100), self.workers)
+        return Batches(self.val, max(self.settings.batch_size, 100), self.workers, rows=self.rows)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -327,13 +427,16 @@ class Saver(Checkpoint):
 
     last.ckpt is written after every epoch and every `every` steps. SIGINT and SIGTERM inside `signals`, and the
     passing of max_seconds, save it after the step and raise `Stopped`; a second signal interrupts at once. What
-    is not finite is never saved.
+    is not finite is never saved. Of several processes all stop together, and rank 0 writes.
     """
 
-    def __init__(self, folder: Path, max_seconds: float | None = None, every: int = 1000) -> None:
-        self.folder, self.every = folder, every
+    def __init__(
+        self, folder: Path, max_seconds: float | None = None, every: int = 1000, team: Team | None = None
+    ) -> None:
+        self.folder, self.every, self.team = folder, every, team or Team()
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.asked: str | None = None
+        self.asked_at = 0.0
         self.taken = False
 
     @contextmanager
@@ -358,14 +461,19 @@ class Saver(Checkpoint):
             signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.asked is not None:
+            # torchrun adds a signal of its own to the terminal's.
+            if self.team.size > 1 and now - self.asked_at < _ONE_SIGNAL:
+                return
             raise KeyboardInterrupt
-        self.asked = "interrupted"
+        self.asked, self.asked_at = "interrupted", now
 
     def _stop_reason(self) -> str | None:
         if self.asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self.asked = "out of time"
-        return self.asked
+        reasons = (None, "out of time", "interrupted")
+        return reasons[self.team.highest(reasons.index(self.asked))]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -387,10 +495,11 @@ class Saver(Checkpoint):
         assert isinstance(pl_module, Classifier)
         header = pl_module.header
         trainer.save_checkpoint(self.folder / "last.ckpt")
-        if header.best() is header.history[-1]:
-            checkpoint.link(self.folder / "last.ckpt", self.folder / "best.ckpt")
-        write_csv(header.history, self.folder / "metrics.csv")
-        write_csv(header.layers, self.folder / "layers.csv")
+        if self.team.rank == 0:
+            if header.best() is header.history[-1]:
+                checkpoint.link(self.folder / "last.ckpt", self.folder / "best.ckpt")
+            write_csv(header.history, self.folder / "metrics.csv")
+            write_csv(header.layers, self.folder / "layers.csv")
         if len(header.history) < header.settings.epochs and (reason := self._stop_reason()):
             raise Stopped(reason)
 
@@ -405,7 +514,10 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 class Board(Callback):
-    """TensorBoard's events: losses and rate as they go, each epoch's figures, each layer's |w| and |dw| / |w|."""
+    """TensorBoard's events: losses and rate as they go, each epoch's figures, each layer's |w| and |dw| / |w|.
+
+    Of several processes rank 0 writes them.
+    """
 
     def __init__(self, folder: Path, every: int = 20) -> None:
         self.folder, self.every = folder, every
@@ -414,6 +526,8 @@ class Board(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if not trainer.is_global_zero:
+            return
         # What a killed run wrote after its last checkpoint is written again.
         self.writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step + 1)
 
@@ -432,10 +546,11 @@ class Board(Callback):
         self._write("epoch", values, trainer.global_step)
         for row in pl_module.layer_figures():
             self._write(row["name"], {"w": row["w"], "dw over w": row["ratio"]}, trainer.global_step)
-        self.writer.flush()
+        if self.writer is not None:
+            self.writer.flush()
 
     def _write(self, group: str, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
+        for name, value in values.items() if self.writer is not None else ():
             self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def pictures(self, paths: Sequence[Path], step: int) -> None:
@@ -485,7 +600,7 @@ class Bar(Callback):
             description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
             completed=trainer.global_step,
             status=f"{pl_module.epoch_images / max(pl_module.epoch_seconds, 1e-9):.0f} images/s  "
-            + _status(pl_module.train_metrics.compute("train"), "train"),
+            + _status(pl_module.train_metrics.compute("train", everyone=False), "train"),
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

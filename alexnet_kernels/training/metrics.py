@@ -16,7 +16,14 @@ def accuracies(
     class's images."""
 
     def top(k: int) -> MulticlassAccuracy:
-        return MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average=average, validate_args=False)
+        return MulticlassAccuracy(
+            num_classes,
+            top_k=min(k, num_classes),
+            average=average,
+            validate_args=False,
+            # Where there are several processes, their sums are taken in one exchange.
+            sync_on_compute=False,
+        )
 
     return top(1), top(5)
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from alexnet_kernels import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
+from alexnet_kernels.parallel.plan import problem
 from alexnet_kernels.training import checkpoint, images, inference, pictures
 from alexnet_kernels.training.augmentation import Statistics, stored_size
 from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.lightning import AtomicCheckpointIO, Bar, Board, Classifier, Images, Saver, Stopped
+from alexnet_kernels.training.processes import Parallel, Team, join
 from alexnet_kernels.training.settings import Settings, save_recipe
 
 __all__ = ["Result", "train"]
@@ -64,6 +67,7 @@ def train(
     accumulate: int | None = None,
     bad_images: str = "refuse",
     in_memory: int = images.IN_MEMORY,
+    parallel: Parallel | None = None,
     console: Console | None = None,
 ) -> Result:
     """Train an AlexNet, leaving its checkpoints, metrics.csv and pictures in a folder.
@@ -74,22 +78,54 @@ def train(
             images of the package.
         out: the run's folder, which must not exist; None for the next free runs/<preset>-<n>.
         resume: a checkpoint, or the folder of a run, to go on with in that folder. With the same device and
-            number of threads the weights come out, on a CPU, as those of a run that never stopped.
+            number of threads the weights come out, on a CPU, as those of a run that never stopped. Another number of
+            processes, or one, may go on with it.
         device: auto (CUDA if there is a device), cpu, cuda or cuda:<n>.
         workers: processes that read images where a set is too large to be held in memory.
         max_seconds: ends the run after the step that passes them.
         save_every: steps between checkpoints inside an epoch; one is written after every epoch, too.
         accumulate: in place of the settings' own, for a resumed run that lacks memory.
         bad_images: "refuse" or "skip".
-        in_memory: bytes up to which images are held in memory.
+        in_memory: bytes up to which images are held in memory, by all processes of a machine together.
+        parallel: how the network is split over processes, each of which makes this call, with torchrun's environment
+            variables (see `processes.launch`); None for one process.
         console: for progress; None prints nothing.
 
     Raises:
         InputError: settings, images or checkpoint that can't be used.
         RunError: a loss that is not finite, a checkpoint that can't be written, no memory left.
     """
-    began = time.monotonic()
     console = console or Console(quiet=True)
+    options: dict[str, Any] = {
+        "resume": resume, "workers": workers, "max_seconds": max_seconds, "save_every": save_every,
+        "accumulate": accumulate, "bad_images": bad_images,
+    }  # fmt: skip
+    if parallel is None:
+        return _train(settings, data, out, in_memory, device, console, Team(), **options)
+    with join(parallel, device) as team:
+        if team.rank > 0:
+            console = Console(quiet=True)
+        device = f"cuda:{team.local_rank}" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        return _train(settings, data, out, in_memory // team.local_size, device, console, team, **options)
+
+
+def _train(
+    settings: Settings,
+    data: str | Path | None,
+    out: str | Path | None,
+    in_memory: int,
+    device: str,
+    console: Console,
+    team: Team,
+    *,
+    resume: str | Path | None,
+    workers: int,
+    max_seconds: float | None,
+    save_every: int,
+    accumulate: int | None,
+    bad_images: str,
+) -> Result:
+    began = time.monotonic()
     resumed: checkpoint.Header | None = None
     if resume is not None:
         resume = checkpoint.find(resume, "last.ckpt")
@@ -99,54 +135,61 @@ def train(
             raise InputError(f"{resume} has finished its {settings.epochs} epochs: there is nothing to resume")
         if accumulate is not None:
             settings = resumed.settings = replace(settings, accumulate=accumulate)
-        _remove_temporaries(resume.parent)
+        if team.rank == 0:
+            _remove_temporaries(resume.parent)
         if data is None and resumed.data:
             data = resumed.data
     target = inference.pick_device(device)
     if settings.precision == "16" and target.type != "cuda":
         raise InputError("--precision 16 needs a CUDA device; --precision bf16 and 32 run everywhere")
     _check_size(settings)
-    if resume is None and out is not None:
+    _check_split(settings, team)
+    if resume is None and out is not None and team.rank == 0:
         _refuse_existing(Path(out))
 
-    sets = _read(data or images.SHIPPED, settings.image_size, bad_images, in_memory, console)
+    sets = _read(data or images.SHIPPED, settings.image_size, bad_images, in_memory, console, team)
     header = _header(settings, data, sets[0], resumed)
+    _check_sets(header, sets, bad_images, resumed, team)
     torch.manual_seed(settings.seed)
     model = header.model()
     parameters = count_parameters(model)
-    folder = resume.parent if resume is not None else _new_folder(out, settings.preset)
-    if resume is None:
+
+    def make_folder() -> Path:
+        folder = _new_folder(out, settings.preset)
         save_recipe(settings, folder / "recipe.yaml")
-    introduction = _introduction(settings, sets, parameters, target, folder)
+        return folder
+
+    folder = team.folder = resume.parent if resume is not None else team.from_first(make_folder)
+    introduction = _introduction(settings, sets, parameters, target, folder, team)
     console.print(introduction, highlight=False, soft_wrap=True, markup=False)
 
-    module = Classifier(model.to(memory_format=torch.channels_last), header, bad_images)
-    saver = Saver(folder, None if max_seconds is None else max_seconds - (time.monotonic() - began), save_every)
+    module = Classifier(model.to(memory_format=torch.channels_last), header, bad_images, team)
+    saver = Saver(folder, None if max_seconds is None else max_seconds - (time.monotonic() - began), save_every, team)
     board = Board(folder / "tensorboard")
     stopped: str | None = None
     with _quiet():
         trainer = pl.Trainer(
             accelerator="gpu" if target.type == "cuda" else "cpu",
-            devices=[target.index or 0] if target.type == "cuda" else 1,
             precision=_PRECISIONS[settings.precision],
             max_epochs=settings.epochs,
             callbacks=[Bar(console), board, saver],
-            plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
+            **_processes(team, target),
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        module_data = Images(sets[0], sets[1], settings.batch_size, workers, settings.seed)
+        module_data = Images(sets[0], sets[1], settings, workers, team.rows)
         try:
-            with saver.signals(), _explained(folder):
+            with saver.signals(), _explained(folder, team):
                 trainer.fit(module, module_data, ckpt_path=resume)
         except Stopped as reason:
             stopped = str(reason)
     skipped = sorted({*sets[0].bad, *sets[1].bad, *module.bad})
-    if header.history:
-        with _explained(folder):
+    team.leave()
+    if header.history and team.rank == 0:
+        with _explained(folder, team):
             board.pictures(_draw(module, sets, folder, target), trainer.global_step)
     best = header.best() if header.history else {}
     return Result(
@@ -168,6 +211,77 @@ def _check_size(settings: Settings) -> None:
         raise InputError(
             f"--image-size {settings.image_size} is too small for preset {settings.preset!r}: {smallest} at least"
         )
+
+
+def _check_split(settings: Settings, team: Team) -> None:
+    """InputError unless the network and a batch split over the processes, which all want the same."""
+    parallel = team.parallel
+    if parallel is None:
+        return
+    model = AlexNet(2, settings.network(), width=settings.width, device="meta")
+    if reason := problem(model, parallel.plan, parallel.towers):
+        raise InputError(f"--parallel {parallel.plan}: {reason}")
+    if settings.precision == "16":
+        raise InputError("--precision 16 can't be used with --parallel; bf16, which needs no loss scaling, can")
+    parts = team.rows[1] * settings.accumulate
+    if settings.batch_size % parts:
+        accumulated = f" x --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+        raise InputError(
+            f"--batch-size {settings.batch_size} doesn't split evenly over the {team.rows[1]} parts that "
+            f"--parallel {parallel.plan} on {team.size} processes makes of a batch{accumulated}"
+        )
+    mine = {**settings.to_dict(), **asdict(parallel), "version": __version__}
+    team.check_same(**mine, torch=torch.__version__.split("+")[0])
+
+
+def _check_sets(
+    header: checkpoint.Header,
+    sets: Sequence[images.StoredImages],
+    bad_images: str,
+    resumed: checkpoint.Header | None,
+    team: Team,
+) -> None:
+    """InputError unless all processes read the same images, and go on from the same state."""
+    if team.size == 1:
+        return
+    if team.rows[1] > 1:
+        if len(sets[0]) < header.settings.batch_size:
+            raise InputError(
+                f"--batch-size {header.settings.batch_size}: there are {len(sets[0])} training images, fewer than a "
+                "batch, which don't split evenly over processes"
+            )
+        if bad_images == "skip" and any(isinstance(set_, images.ImageSet) and set_.pixels is None for set_ in sets):
+            raise InputError(
+                "--bad-images skip, of images that are read as they are needed, would give processes unequal parts: "
+                "`alexnet-kernels prepare` leaves unreadable images out beforehand"
+            )
+    team.check_same(
+        training_images=(len(sets[0]), header.fingerprint),
+        validation_images=(len(sets[1]), hashlib.sha256("\n".join(sets[1].files).encode()).hexdigest()),
+        state_to_resume=None if resumed is None else (len(resumed.history), repr(resumed.history[-1:])),
+    )
+
+
+def _processes(team: Team, device: torch.device) -> dict[str, Any]:
+    """What Lightning's trainer is told of devices and processes."""
+    if team.parallel is None:
+        return {
+            "devices": [device.index or 0] if device.type == "cuda" else 1,
+            "plugins": [AtomicCheckpointIO()],
+        }
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+
+    from alexnet_kernels.training.strategy import AlexNetStrategy
+
+    parallel = team.parallel
+    traffic = {"bf16": torch.bfloat16, "16": torch.float16}.get(parallel.traffic or "")
+    return {
+        "devices": team.local_size,
+        "num_nodes": team.size // team.local_size,
+        "strategy": AlexNetStrategy(parallel.plan, parallel.towers, traffic),
+        "plugins": [AtomicCheckpointIO(), TorchElasticEnvironment()],
+        "use_distributed_sampler": False,
+    }
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -204,7 +318,7 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(folder: Path, team: Team) -> Iterator[None]:
     """Failures of the machine in one line, and what is left of the run."""
     try:
         yield
@@ -224,11 +338,7 @@ def _explained(folder: Path) -> Iterator[None]:
             reason = f"a process that reads images ended: {images.reason(error)}; try fewer --workers"
         else:
             raise
-        last = folder / "last.ckpt"
-        kept = ""
-        if last.exists():
-            kept = f"; {last} is intact, go on from it with --resume {folder}"
-        raise RunError(reason + kept) from error
+        raise RunError(reason + team.kept()) from error
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -236,16 +346,21 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _read(
-    path: str | Path, crop: int, bad_images: str, in_memory: int, console: Console
+    path: str | Path, crop: int, bad_images: str, in_memory: int, console: Console, team: Team
 ) -> Sequence[images.StoredImages]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading images", total=None)
+
+        def advance(count: int) -> None:
+            team.moved()
+            progress.advance(task, count)
+
         sets = images.open_data(
             path,
             stored_size(crop),
             bad_images=bad_images,
             in_memory=in_memory,
-            progress=lambda count: progress.advance(task, count),
+            progress=advance,
         )
     if len(sets[0].classes) < 2:
         raise InputError(f"--data {path}: two classes at least are needed, there is only {sets[0].classes[0]!r}")
@@ -282,11 +397,19 @@ def _header(
 
 
 def _introduction(
-    settings: Settings, sets: Sequence[images.StoredImages], parameters: int, device: torch.device, folder: Path
+    settings: Settings,
+    sets: Sequence[images.StoredImages],
+    parameters: int,
+    device: torch.device,
+    folder: Path,
+    team: Team,
 ) -> str:
     train_set, val_set = sets
+    where = f"on {device}"
+    if team.parallel is not None:
+        where = f"{team.parallel.plan} of {team.size} processes on {device.type}"
     return (
-        f"AlexNet, preset {settings.preset}, {parameters:,} parameters, on {device} in {settings.precision}"
+        f"AlexNet, preset {settings.preset}, {parameters:,} parameters, {where} in {settings.precision}"
         f"{' bit' if settings.precision.isdigit() else ''}\n"
         f"{len(train_set):,} training and {len(val_set):,} validation images of "
         f"{len(train_set.classes)} classes, "

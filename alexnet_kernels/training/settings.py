@@ -251,6 +251,8 @@ def save_recipe(settings: Settings, path: Path) -> None:
     path.write_text("# Every setting of this run.\n" + yaml.safe_dump(content, sort_keys=False))
 
 
-def default_recipe(shipped: bool, preset: str | None) -> str:
-    """For the package's images, or for others: the preset's own."""
-    return "quick" if shipped else preset or "paper"
+def default_recipe(shipped: bool, preset: str | None, parallel: bool = False) -> str:
+    """For the package's images, with towers where they are to be split, or for others: the preset's own."""
+    if shipped:
+        return "cifar" if parallel else "quick"
+    return preset or "paper"

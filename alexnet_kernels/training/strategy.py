@@ -1,0 +1,120 @@
+"""`alexnet_kernels.parallel` as a strategy of PyTorch Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.parallel import PLANS, parallelize
+from alexnet_kernels.parallel.checkpoint import part_like, whole
+
+__all__ = ["AlexNetStrategy"]
+
+
+class AlexNetStrategy(DDPStrategy):
+    """Splits the AlexNet in a LightningModule over the trainer's devices, see `parallelize`.
+
+        Trainer(strategy=AlexNetStrategy("towers"), accelerator="gpu", devices=2)
+
+    Every process needs the same seed, `seed_everything(0)`, and equal parts of each batch: the loaders that Lightning
+    gives a sampler to have them. Checkpoints are those of a run on one device, whatever the plan, and can be resumed
+    on any number of devices.
+
+    Args:
+        plan: "towers", "hybrid" or "data".
+        towers: neighbouring ranks that share the network; the number of ranks is a multiple of it.
+        traffic: torch.bfloat16 or torch.float16 for activations between ranks; None: as they are.
+        options: of Lightning's DDPStrategy, such as timeout and process_group_backend.
+
+    Raises ValueError for another plan and, as training starts, for a module without one AlexNet, a number of ranks
+    that is no multiple of towers, and where `parallelize` does.
+    """
+
+    def __init__(
+        self, plan: str = "towers", towers: int = 2, traffic: torch.dtype | None = None, **options: Any
+    ) -> None:
+        if plan not in PLANS:
+            raise ValueError(f"AlexNetStrategy: plan must be one of {', '.join(PLANS)}, not {plan!r}")
+        if towers < 1:
+            raise ValueError(f"AlexNetStrategy: towers must be at least 1, not {towers}")
+        super().__init__(**options)
+        self.plan, self.towers, self.traffic = plan, towers, traffic
+        self._network: AlexNet | None = None
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which part of the images is this rank's."""
+        if self.plan == "towers":
+            return {"num_replicas": self.world_size // self.towers, "rank": self.global_rank // self.towers}
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        found = [module for module in self.model.modules() if isinstance(module, AlexNet)]
+        if len(found) != 1:
+            raise ValueError(f"AlexNetStrategy: a module with one AlexNet is expected, this one has {len(found)}")
+        if self.world_size % self.towers:
+            raise ValueError(f"AlexNetStrategy: {self.world_size} ranks are no multiple of {self.towers} towers")
+        shape = (self.world_size // self.towers, self.towers)
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "tower"))
+        self._network = parallelize(found[0], mesh, self.plan, traffic=self.traffic)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:  # type: ignore[override]
+        assert self._network is not None
+        with self._network.parallelism.no_sync():  # type: ignore[operator,union-attr]
+            yield
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole module's, on the CPU."""
+        return {name: _whole(value) for name, value in super().lightning_module_state_dict().items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The whole optimizer's, on the CPU."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        content = optimizer.state_dict()
+        state = {
+            key: {name: _whole(value) for name, value in values.items()} for key, values in content["state"].items()
+        }
+        return {**content, "state": state}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, content in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            order = [key for group in content["param_groups"] for key in group["params"]]
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            state = {}
+            for key, param in zip(order, params, strict=True):
+                if key in content["state"]:
+                    values = content["state"][key].items()
+                    state[key] = {name: _part(value, param) for name, value in values}
+            optimizer.load_state_dict({**content, "state": state})
+
+    def teardown(self) -> None:
+        # Parts of a network stay on their ranks' devices: those of the mesh.
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def _whole(value: Any) -> Any:
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _part(value: Any, param: Tensor) -> Any:
+    """This rank's part of what has a parameter's shape."""
+    if isinstance(value, Tensor) and isinstance(param, DTensor) and value.shape == param.shape:
+        return part_like(value, param)
+    return value
