@@ -163,3 +163,83 @@ def test_refuses_before_training(arguments: list[str], message: str, data: Path,
     assert message in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def torchrun(script: Path, *arguments: object) -> tuple[int, str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+HANGING = """
+import os, sys, time
+from alexnet_kernels import cli
+from alexnet_kernels.training.lightning import Classifier
+
+def waits_for_ever():
+    time.sleep(1000)
+
+step = Classifier.training_step
+def training_step(self, batch, batch_idx):
+    if os.environ["RANK"] == "1" and self.global_step == 5:
+        waits_for_ever()
+    return step(self, batch, batch_idx)
+
+Classifier.training_step = training_step
+sys.exit(cli.main())
+"""
+
+
+def test_hanging_rank_ends_the_run_under_torchrun_too(data: Path, tmp_path: Path) -> None:
+    script = tmp_path / "hanging.py"
+    script.write_text(HANGING)
+    status, output = torchrun(
+        script, "train", "--data", data, "--out", tmp_path / "run", "--parallel", "towers", "--timeout", "10s", *TINY
+    )
+    assert status != 0
+    assert "no step ended for 10 s: rank 1 in waits_for_ever (hanging.py:7)" in output
+    assert "last.ckpt is intact" in output
+
+
+OWN_MODULE = """
+import sys
+import lightning.pytorch as pl, torch
+from alexnet_kernels import AlexNet
+from alexnet_kernels.optim import SGD
+from alexnet_kernels.training.strategy import AlexNetStrategy
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        # Lightning seeds the generators anew where there are several processes: other masks.
+        self.net = AlexNet(4, "paper", 0.0, 0.04)
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return SGD(self.parameters(), 0.01)
+
+pl.seed_everything(0)
+images, labels = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
+module = Module()
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+split = {"strategy": AlexNetStrategy("towers"), "devices": 2} if sys.argv[2] == "2" else {"devices": 1}
+trainer = pl.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+                     accumulate_grad_batches=2, enable_progress_bar=False, **split)
+trainer.fit(module, loader)
+trainer.save_checkpoint(sys.argv[1])
+"""
+
+
+def test_strategy_takes_a_module_of_the_users(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN_MODULE)
+    status, output = torchrun(script, tmp_path / "two.ckpt", 2)
+    assert status == 0, output
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one.ckpt"), "1"], check=True, capture_output=True)
+    one, two = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("one", "two"))
+    assert one["global_step"] == two["global_step"] == 2
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-3, atol=1e-5)
