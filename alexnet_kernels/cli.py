@@ -24,12 +24,12 @@ import torch
 
 from alexnet_kernels import __version__, _library, backends
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
-from alexnet_kernels.parallel.plan import PLANS
+from alexnet_kernels.parallel import PLANS
 from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
+from alexnet_kernels.training.processes import TIMEOUT, Parallel, launch
 from alexnet_kernels.training.settings import Settings, default_recipe, recipe_names, settings_of
 
 if TYPE_CHECKING:
-    from alexnet_kernels.training.processes import Parallel
     from alexnet_kernels.training.run import Result
 
 __all__ = ["main"]
@@ -193,7 +193,7 @@ def _train_parser(commands: Any) -> None:
     add("--processes", type=_positive, metavar="N", help="(default: one a GPU, without GPUs two)")
     add("--towers", type=_positive, default=2, metavar="N", help="processes that share a network (default: 2)")
     add("--traffic", choices=("bf16", "16"), help="bits of activations between processes (default: as computed)")
-    add("--timeout", type=_duration, default=600.0, metavar="TIME",
+    add("--timeout", type=_duration, default=TIMEOUT, metavar="TIME",
         help="without a finished step, after which a run is taken to hang (default: 10m)")  # fmt: skip
     settings = train.add_argument_group(
         "settings", "What the result depends on. A recipe fills them in, an option replaces the recipe's value."
@@ -348,8 +348,6 @@ def _run(options: argparse.Namespace, parallel: Parallel | None) -> int:
 
 
 def _parallel(options: argparse.Namespace) -> Parallel | None:
-    from alexnet_kernels.training.processes import Parallel
-
     if options.parallel is None:
         for name, default in (("processes", None), ("towers", 2), ("traffic", None)):
             if getattr(options, name) != default:
@@ -363,7 +361,6 @@ def _parallel(options: argparse.Namespace) -> Parallel | None:
 def _launch(options: argparse.Namespace, parallel: Parallel) -> int:
     """The run in processes of this machine; what can be refused is refused before any starts."""
     from alexnet_kernels.training.inference import pick_device
-    from alexnet_kernels.training.processes import launch
 
     gpus = torch.cuda.device_count() if pick_device(options.device).type == "cuda" else 0
     count = options.processes or gpus or 2
@@ -416,7 +413,7 @@ def _summary(result: Result, console: Any, parallel: Parallel | None) -> None:
             if (result.folder / name).exists():
                 say(f"  {result.folder / name}  {what}")
     if result.stopped is not None:
-        how = "" if parallel is None else f" --parallel {parallel.plan}"
+        how = "" if parallel is None else parallel.option()
         say(f"{result.stopped}; go on with: {PROGRAM} train --resume {result.folder}{how}")
 
 

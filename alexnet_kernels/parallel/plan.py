@@ -19,9 +19,14 @@ from alexnet_kernels.ops._common import local
 from alexnet_kernels.parallel import layers
 from alexnet_kernels.parallel.collectives import Side, all_reduce, part_of
 
-__all__ = ["PLANS", "Parallelism", "parallelism_of", "parallelize", "problem"]
+__all__ = ["PLANS", "Parallelism", "parallelism_of", "parallelize", "problem", "rows_of"]
 
 PLANS = ("towers", "hybrid", "data")
+
+
+def rows_of(plan: str, rank: int, ranks: int, towers: int) -> tuple[int, int]:
+    """(index, count): which of equal parts of a batch the rank is given; towers are neighbouring ranks."""
+    return (rank // towers, ranks // towers) if plan == "towers" else (rank, ranks)
 
 
 class Parallelism:
@@ -50,7 +55,7 @@ class Parallelism:
         self.data = sides["data"]
         self.all = Side(ranks, sides["data"].rank * sides["tower"].size + sides["tower"].rank, mesh.size())
         self.tower = Side(None, 0, 1) if name == "data" else sides["tower"]
-        self.rows = (self.data.rank, self.data.size) if name == "towers" else (self.all.rank, self.all.size)
+        self.rows = rows_of(name, self.all.rank, self.all.size, sides["tower"].size)
         self.first_class = 0
         self._shape: tuple[Any, ...] | None = None
         self._sync = True

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training.augmentation import Crops, Statistics
-from alexnet_kernels.training.errors import InputError, RunError, require
+from alexnet_kernels.training.errors import InputError, RunError, first_line, require
 from alexnet_kernels.training.settings import Settings
 
 __all__ = ["Header", "Network", "atomic_file", "export", "load", "load_network", "save"]
@@ -178,7 +178,7 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
         kept = "; the previous one is intact" if Path(path).exists() else ""
-        raise RunError(f"checkpoint {path} could not be written: {_first_line(error)}{kept}") from error
+        raise RunError(f"checkpoint {path} could not be written: {first_line(error)}{kept}") from error
 
 
 def link(source: Path, path: Path) -> None:
@@ -195,10 +195,6 @@ def link(source: Path, path: Path) -> None:
         return
     os.replace(temporary, path)
     _sync_folder(path.parent)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def find(path: str | Path, name: str) -> Path:
@@ -248,7 +244,7 @@ def _header_errors(path: str | Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"checkpoint {path} can't be used: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"checkpoint {path} lacks a part of its description: {_first_line(error)}") from error
+        raise InputError(f"checkpoint {path} lacks a part of its description: {first_line(error)}") from error
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-__all__ = ["InputError", "MissingPackage", "RunError", "require"]
+__all__ = ["InputError", "MissingPackage", "RunError", "first_line", "require"]
 
 
 class InputError(ValueError):
@@ -17,6 +17,11 @@ class RunError(RuntimeError):
 
 class MissingPackage(ImportError):
     """A package of the `train` extra that isn't installed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}

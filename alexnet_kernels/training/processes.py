@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from alexnet_kernels.parallel.plan import PLANS
-from alexnet_kernels.training.errors import InputError, RunError
+from alexnet_kernels.parallel.plan import PLANS, rows_of
+from alexnet_kernels.training.errors import InputError, RunError, first_line
 
 __all__ = ["TIMEOUT", "Parallel", "Team", "join", "launch"]
 
@@ -65,11 +65,9 @@ class Parallel:
                 f"got {processes}"
             )
 
-    def rows(self, rank: int, processes: int) -> tuple[int, int]:
-        """(index, count): which of equal parts of a batch is the rank's."""
-        if self.plan == "towers":
-            return rank // self.towers, processes // self.towers
-        return rank, processes
+    def option(self) -> str:
+        """What a command that goes on with the run ends with."""
+        return f" --parallel {self.plan}"
 
 
 class Team:
@@ -153,7 +151,7 @@ class Team:
         if self.folder is None or not (self.folder / "last.ckpt").exists():
             return ""
         last = self.folder / "last.ckpt"
-        how = "" if self.parallel is None else f" --parallel {self.parallel.plan}"
+        how = "" if self.parallel is None else self.parallel.option()
         return f"; {last} is intact, go on from it with --resume {self.folder}{how}"
 
 
@@ -180,7 +178,7 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
     parallel.check(team.size)
     if team.size % team.local_size:
         raise InputError(f"{team.size} processes in all are no multiple of the {team.local_size} on this machine")
-    team.rows = parallel.rows(team.rank, team.size)
+    team.rows = rows_of(parallel.plan, team.rank, team.size, parallel.towers)
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         if team.local_size > torch.cuda.device_count():
@@ -193,7 +191,7 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
             # After the watch, whose message is the better one, has had its time.
             dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout + 60))
         except RuntimeError as error:
-            raise RunError(f"the {team.size} processes of the run did not meet: {_first_line(error)}") from error
+            raise RunError(f"the {team.size} processes of the run did not meet: {first_line(error)}") from error
         yield team
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         failure = watch.fail(error)
@@ -203,10 +201,6 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
         raise RunError(failure["reason"] + team.kept()) from error
     finally:
         watch.stop()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Watch(threading.Thread):
@@ -250,7 +244,7 @@ class Watch(threading.Thread):
                     time.sleep(BEAT / 4)
                 if found is not None:
                     return found
-            text = _first_line(error)
+            text = first_line(error)
             if not isinstance(error, InputError | RunError):
                 text = f"{type(error).__name__}: {text}"
             if isinstance(error, KeyboardInterrupt):

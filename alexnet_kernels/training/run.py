@@ -257,7 +257,7 @@ def _check_sets(
             )
     team.check_same(
         training_images=(len(sets[0]), header.fingerprint),
-        validation_images=(len(sets[1]), hashlib.sha256("\n".join(sets[1].files).encode()).hexdigest()),
+        validation_images=(len(sets[1]), _fingerprint(sets[1])),
         state_to_resume=None if resumed is None else (len(resumed.history), repr(resumed.history[-1:])),
     )
 
@@ -368,10 +368,15 @@ def _read(
     return sets
 
 
+def _fingerprint(image_set: images.StoredImages) -> str:
+    """Of the images' names, in order."""
+    return hashlib.sha256("\n".join(image_set.files).encode()).hexdigest()
+
+
 def _header(
     settings: Settings, data: str | Path | None, train_set: images.StoredImages, resumed: checkpoint.Header | None
 ) -> checkpoint.Header:
-    fingerprint = hashlib.sha256("\n".join(train_set.files).encode()).hexdigest()
+    fingerprint = _fingerprint(train_set)
     if resumed is None:
         statistics = train_set.statistics
         if statistics is None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.parallel import PLANS, parallelize
 from alexnet_kernels.parallel.checkpoint import part_like, whole
+from alexnet_kernels.parallel.plan import rows_of
 
 __all__ = ["AlexNetStrategy"]
 
@@ -53,9 +54,8 @@ class AlexNetStrategy(DDPStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which part of the images is this rank's."""
-        if self.plan == "towers":
-            return {"num_replicas": self.world_size // self.towers, "rank": self.global_rank // self.towers}
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        index, parts = rows_of(self.plan, self.global_rank, self.world_size, self.towers)
+        return {"num_replicas": parts, "rank": index}
 
     def configure_ddp(self) -> None:
         assert self.model is not None
