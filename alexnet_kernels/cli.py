@@ -193,6 +193,11 @@ def _train_parser(commands: Any) -> None:
     add("--processes", type=_positive, metavar="N", help="(default: one a GPU, without GPUs two)")
     add("--towers", type=_positive, default=2, metavar="N", help="processes that share a network (default: 2)")
     add("--traffic", choices=("bf16", "16"), help="bits of activations between processes (default: as computed)")
+    add(
+        "--fully-sharded",
+        action="store_true",
+        help="leave each process with a part of what the data-parallel ones have in common, by FSDP2's fully_shard",
+    )
     add("--timeout", type=_duration, default=TIMEOUT, metavar="TIME",
         help="without a finished step, after which a run is taken to hang (default: 10m)")  # fmt: skip
     settings = train.add_argument_group(
@@ -349,13 +354,13 @@ def _run(options: argparse.Namespace, parallel: Parallel | None) -> int:
 
 def _parallel(options: argparse.Namespace) -> Parallel | None:
     if options.parallel is None:
-        for name, default in (("processes", None), ("towers", 2), ("traffic", None)):
+        for name, default in (("processes", None), ("towers", 2), ("traffic", None), ("fully_sharded", False)):
             if getattr(options, name) != default:
-                raise InputError(f"--{name} needs --parallel")
+                raise InputError(f"--{name.replace('_', '-')} needs --parallel")
         return None
     if options.device.startswith("cuda:"):
         raise InputError(f"--device {options.device} can't be used with --parallel, whose processes take a GPU each")
-    return Parallel(options.parallel, options.towers, options.traffic, options.timeout)
+    return Parallel(options.parallel, options.towers, options.traffic, options.fully_sharded, options.timeout)
 
 
 def _launch(options: argparse.Namespace, parallel: Parallel) -> int:

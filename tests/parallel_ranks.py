@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from alexnet_kernels.optim import SGD
 
 BATCH, CLASSES, SIZE, STEPS = 8, 7, 79, 10
 CASES = [
-    (preset, plan, gather, dtype)
+    (preset, plan, logits, parameters, dtype)
     for preset, plans in {
         "paper": ("towers", "hybrid", "data"),
         "as_run": ("towers", "hybrid"),
@@ -27,9 +31,11 @@ CASES = [
         "torchvision": ("hybrid", "data"),
     }.items()
     for plan in plans
-    for gather in (True, False)
+    for logits in ("gathered", "apart")
+    for parameters in ("replicated", "sharded")
     for dtype in ("float64", "float32")
-    if not (plan == "data" and not gather)
+    if not (plan == "data" and logits == "apart")
+    if parameters == "replicated" or (preset == "paper" and logits == "gathered" and dtype == "float64")
 ]
 
 
@@ -47,12 +53,41 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def compare(mesh: Any, preset: str, plan: str, gather: bool, name: str) -> dict[str, Any]:
+@contextmanager
+def count_fully_sharded() -> Iterator[Counter[str]]:
+    """Counts the bytes that torch's fully_shard sends inside the block, as "gradients"."""
+    counter: Counter[str] = Counter()
+
+    def counted(original: Callable[..., Any], whole: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*arguments: Any, **options: Any) -> Any:
+            size = dist.get_world_size(options.get("group"))
+            tensor = whole(*arguments, **options)
+            counter["gradients"] += (size - 1) * tensor.numel() * tensor.element_size() // size
+            return original(*arguments, **options)
+
+        return call
+
+    new = hasattr(dist, "all_gather_single")
+    names = (
+        ("all_gather_single", "reduce_scatter_single") if new else ("all_gather_into_tensor", "reduce_scatter_tensor")
+    )
+    originals = [getattr(dist, name) for name in names]
+    setattr(dist, names[0], counted(originals[0], lambda output_tensor, *_, **__: output_tensor))
+    setattr(dist, names[1], counted(originals[1], lambda *arguments, input, **_: input))
+    try:
+        yield counter
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            setattr(dist, name, original)
+
+
+def compare(mesh: Any, preset: str, plan: str, logits: str, parameters: str, name: str) -> dict[str, Any]:
     """Ten steps on one device and on all ranks: the largest distances, and the traffic."""
-    dtype = getattr(torch, name)
+    dtype, gather, sharded = getattr(torch, name), logits == "gathered", parameters == "sharded"
     memory_format = torch.channels_last if name == "float64" or gather else torch.contiguous_format
     one = network(preset, dtype, memory_format)
-    many = parallel.parallelize(copy.deepcopy(one), mesh, plan, gather_logits=gather)
+    many = parallel.parallelize(copy.deepcopy(one), mesh, plan, gather_logits=gather, fully_sharded=sharded)
     x = torch.randn(BATCH, 3, SIZE, SIZE, dtype=dtype).contiguous(memory_format=memory_format)
     y = torch.randint(0, CLASSES, (BATCH,))
     index, parts = many.parallelism.rows
@@ -66,7 +101,7 @@ def compare(mesh: Any, preset: str, plan: str, gather: bool, name: str) -> dict[
         F.cross_entropy(expected, y).backward()
         torch.manual_seed(step)
         optimizers[1].zero_grad()
-        with parallel.count_traffic() as traffic:
+        with parallel.count_traffic() as traffic, count_fully_sharded() as sharded_traffic:
             actual = many(own_x)
             loss = F.cross_entropy(actual, own_y) if gather else parallel.cross_entropy(many, actual, own_y)
             loss.backward()
@@ -91,6 +126,8 @@ def compare(mesh: Any, preset: str, plan: str, gather: bool, name: str) -> dict[
     arithmetic = parallel.step_traffic(
         one, plan, BATCH, *sizes, image_size=SIZE, activation_bytes=x.element_size(), gather_logits=gather
     )
+    if sharded:
+        traffic += sharded_traffic
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {**found, "masks": masks})
     worst = {key: max(each[key] for each in everyone) for key in found}
@@ -138,10 +175,10 @@ def rounded_traffic(mesh: Any) -> dict[str, Any]:
     return {"distance": distance(result, one(x)), "sent": sum(traffic.values())}
 
 
-def accumulated(mesh: Any) -> float:
+def accumulated(mesh: Any, sharded: bool) -> float:
     """The distance between gradients of a batch and of its two halves under no_sync."""
     one = network("paper", torch.float64).eval()
-    many = parallel.parallelize(copy.deepcopy(one), mesh, "hybrid").eval()
+    many = parallel.parallelize(copy.deepcopy(one), mesh, "hybrid", fully_sharded=sharded).eval()
     x = torch.randn(8, 3, SIZE, SIZE, dtype=torch.float64)
     index, parts = many.parallelism.rows
     one(x).square().mean().backward()
@@ -180,7 +217,8 @@ def reads_one(mesh: Any, folder: Path) -> bool:
 def checkpoints(mesh: Any, folder: Path) -> dict[str, Any]:
     """2 ranks read "one" and write "two"; 4 ranks read that, write "four" and export."""
     two = dist.get_world_size() == 2
-    model = parallel.parallelize(network("paper", torch.float32), mesh, "towers" if two else "hybrid")
+    plan = "towers" if two else "hybrid"
+    model = parallel.parallelize(network("paper", torch.float32), mesh, plan, fully_sharded=not two)
     optimizer = SGD(model.parameters(), 0.01)
     if two:
         torch.manual_seed(1)
@@ -206,12 +244,12 @@ def run(rank: int, world: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tower"))
     found: dict[str, Any] = {"cases": {}}
     for case in CASES:
-        if world == 2 or case[3] == "float64":
-            found["cases"]["-".join(map(str, case))] = compare(mesh, *case)
+        if world == 2 or case[-1] == "float64":
+            found["cases"]["-".join(case)] = compare(mesh, *case)
     if world == 2:
         found["refusals"] = refusals(mesh)
         found["rounded"] = rounded_traffic(mesh)
-    found["accumulated"] = accumulated(mesh)
+    found["accumulated"] = {kind: accumulated(mesh, kind == "sharded") for kind in ("replicated", "sharded")}
     found["checkpoints"] = checkpoints(mesh, Path(folder))
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, found.get("refusals"))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from alexnet_kernels.parallel.collectives import part_of
 
@@ -67,17 +67,22 @@ def whole(value: Tensor) -> Tensor:
     if isinstance(value, DTensor):
         part = value.to_local()
         last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
-        value = value.full_tensor().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        placements = list(value.placements)
+        # The data-parallel ranks' parts of a tower's part first.
+        for dim in range(len(placements)):
+            placements[dim] = Replicate()
+            value = value.redistribute(placements=placements)
+        value = value.to_local().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return value.cpu()
 
 
 def part_like(value: Tensor, like: DTensor) -> DTensor:
     """A whole tensor, placed and laid out as `like` is, whose shape it has."""
     mesh, part, near = like.device_mesh, value, like.to_local()
-    for dim, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            own = part_of(len(value), mesh.get_local_rank(dim), mesh.size(dim))
-            part = value[own]
+    # A tower's part first, of which the data-parallel ranks have parts where they are fully sharded.
+    for dim, placement in reversed(list(enumerate(like.placements))):
+        if not placement.is_replicate():
+            part = part[part_of(len(part), mesh.get_local_rank(dim), mesh.size(dim))]
     local = torch.empty_like(near, dtype=value.dtype, memory_format=torch.preserve_format).copy_(part)
     return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 

@@ -15,6 +15,8 @@ from torch import Tensor
 __all__ = ["Exchange", "Side", "all_reduce", "count_traffic", "exchanged", "part_of"]
 
 _counters: list[Counter[str]] = []
+# Its name from torch 2.14 on, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextmanager
@@ -75,7 +77,7 @@ class Exchange:
         """Begins sending x; [T, *x.shape], rank r's at r, to be read after `wait`."""
         self._sent = x.to(self.dtype or x.dtype).contiguous()
         received = self._sent.new_empty(self.side.size, *x.shape)
-        self._work = dist.all_gather_into_tensor(_bytes(received), _bytes(self._sent), self.side.group, async_op=True)
+        self._work = _all_gather(_bytes(received), _bytes(self._sent), self.side.group, async_op=True)
         _count(self.name, (self.side.size - 1) * self._sent.numel() * self._sent.element_size())
         return received
 

@@ -138,30 +138,25 @@ class Linear(nn.Linear):
 
     def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
         drop = children[2] if run == "LRD" else None
-        if not self.gathers_rows and self.tower.size > 1:
+        if self.tower.size > 1:
             output = F.relu(self._gathered(x))
             return output if drop is None else drop(output)
-        weight, bias, x = local(self.weight), local(self.bias), self._rows(x)
+        weight, bias = local(self.weight), local(self.bias)
         if drop is None:
             return linear_relu_dropout(x, weight, bias, 0.0, False)
         shard = drop.shard(torch.Size([x.shape[0], weight.shape[0]]))
         return linear_relu_dropout(x, weight, bias, drop.p, drop.training, scale_at=drop.scale_at, shard=shard)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        if not self.gathers_rows or self.tower.size == 1:
-            return x
-        unfinished, finish = exchanged(x, Exchange(self.name, self.tower, self.traffic))
-        return finish(unfinished).flatten(0, 1)
-
     def _gathered(self, x: Tensor) -> Tensor:
         weight, bias = local(self.weight), local(self.bias)
-        if self.gathers_rows or self.tower.size == 1:
-            return F.linear(self._rows(x), weight, bias)
+        if self.tower.size == 1:
+            return F.linear(x, weight, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        function = _RowsLinear if self.gathers_rows else _GatheredLinear
         with torch.autocast(x.device.type, enabled=False):
-            return _GatheredLinear.apply(x, weight, bias, Exchange(self.name, self.tower, self.traffic))
+            return function.apply(x, weight, bias, Exchange(self.name, self.tower, self.traffic))
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -198,6 +193,48 @@ class _GatheredLinear(torch.autograd.Function):
             part = x if other == rank else received[other].to(x.dtype)
             grad_weight[:, other * inputs : (other + 1) * inputs] = grad.t() @ part
         grad_bias = grad.sum(0) if ctx.bias else None
+        back = ctx.exchange.receive()
+        for other in range(size):
+            if other != rank:
+                grad_input += back[other]
+        return grad_input, grad_weight, grad_bias, None
+
+
+class _RowsLinear(torch.autograd.Function):
+    """Linear over every rank's images: the product of its own overlaps the exchange, the weight's gradient the way
+    back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> Tensor:
+        ctx.exchange, ctx.bias = exchange, bias is not None
+        received = exchange.start(x)
+        rank, size = exchange.side.rank, exchange.side.size
+        output = x.new_empty(size, x.shape[0], weight.shape[0])
+        output[rank] = F.linear(x, weight, bias)
+        exchange.wait()
+        rows = received.to(x.dtype)
+        for other in range(size):
+            if other != rank:
+                output[other] = F.linear(rows[other], weight, bias)
+        # What was rounded for its way is exact here.
+        rows[rank] = x
+        ctx.save_for_backward(rows, weight)
+        return output.flatten(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        rank, size = ctx.exchange.side.rank, ctx.exchange.side.size
+        grads = grad.unflatten(0, (size, -1))
+        parts = torch.zeros_like(rows)
+        for other in range(size):
+            if other != rank:
+                torch.mm(grads[other], weight, out=parts[other])
+        ctx.exchange.send(parts)
+        grad_weight = grad.t() @ rows.flatten(0, 1)
+        grad_bias = grad.sum(0) if ctx.bias else None
+        grad_input = grads[rank] @ weight
         back = ctx.exchange.receive()
         for other in range(size):
             if other != rank:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from alexnet_kernels.models import AlexNet
@@ -60,16 +61,24 @@ class Parallelism:
         self._shape: tuple[Any, ...] | None = None
         self._sync = True
         self._pending: list[tuple[Any, Tensor, float]] = []
+        self._fully_sharded: list[FSDPModule] = []
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside the block add up gradients on each rank; the first one after it sums them over the
         data-parallel ranks."""
-        before, self._sync = self._sync, False
+        before = self._sync
+        self._synchronize(False)
         try:
             yield
         finally:
-            self._sync = before
+            self._synchronize(before)
+
+    def _synchronize(self, sync: bool) -> None:
+        self._sync = sync
+        for module in self._fully_sharded:
+            module.set_requires_gradient_sync(sync)
+            module.set_reshard_after_backward(sync)
 
     def check_batch(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """ValueError on every rank unless all gave images of one shape; looks when the shape changes."""
@@ -99,6 +108,31 @@ class Parallelism:
 
         parameter.register_post_accumulate_grad_hook(reduce)
 
+    def fully_shard(self, model: nn.Module, container: nn.Module, side: Side, parts: int) -> None:
+        """Leaves each rank of a side with a part of the container's parameters. Gradients are summed over the side,
+        divided by `parts`."""
+        if side is self.data and len(self.mesh.mesh_dim_names or ()) == 2:
+            mesh = self.mesh["data"]
+        else:
+            mesh = DeviceMesh.from_group(side.group, self.mesh.device_type, mesh_dim_names=("rank",))
+        # Whole again for one forward and backward pass: what is sent is as much as an all-reduce sends.
+        module = fully_shard(container, mesh=mesh, reshard_after_forward=False)
+        module.set_gradient_divide_factor(parts)
+        # gloo only sums.
+        module.set_force_sum_reduction_for_comms(self.mesh.device_type == "cpu")
+        self._fully_sharded.append(module)
+
+        def unshard(*_: Any) -> None:
+            # The classifier's, too, as the convolutions begin.
+            module.unshard(async_op=True)
+
+        def reshard(*_: Any) -> None:
+            if not torch.is_grad_enabled():
+                module.reshard()
+
+        model.register_forward_pre_hook(unshard)
+        model.register_forward_hook(reshard)
+
     def _finish(self) -> None:
         for work, grad, parts in self._pending:
             work.wait()
@@ -122,6 +156,7 @@ def parallelize(
     *,
     traffic: torch.dtype | None = None,
     gather_logits: bool = True,
+    fully_sharded: bool = False,
 ) -> AlexNet:
     """Makes the model this rank's part of it, in place; every rank of the mesh calls it.
 
@@ -144,6 +179,8 @@ def parallelize(
             between ranks; gradients of parameters stay as they are.
         gather_logits: True: the model returns [images given, classes], as on one device. False: [images seen, classes
             of this tower], for `parallel.cross_entropy`.
+        fully_sharded: True: of each parameter, its gradient and the optimizer's state, a rank also holds only a part
+            among the data-parallel ranks, by torch's `fully_shard` (FSDP2).
 
     Returns:
         The model.
@@ -175,27 +212,32 @@ def parallelize(
     reason = problem(model, plan, split.tower.size)
     if device != mesh.device_type:
         reason = f"the model is on {device}, the mesh on {mesh.device_type}"
-    _agree(model, split, (plan, str(traffic), gather_logits, tuple(mesh.shape), reason))
+    _agree(model, split, (plan, str(traffic), gather_logits, fully_sharded, tuple(mesh.shape), reason))
     if reason:
         raise ValueError(f"parallelize: {reason}")
 
+    model.register_forward_pre_hook(split.check_batch)
     for part, container in (("features", model.features), ("classifier", model.classifier)):
         shard = plan == "towers" or (plan == "hybrid" and part == "classifier")
         _layers(container, split, part, traffic, gather_logits)
+        # Ranks with the same parameters, and the number of means that their gradients are a sum of.
+        side, parts = split.data, split.data.size
+        if plan == "data":
+            side, parts = split.all, split.all.size
+        elif not shard:
+            side = split.all
+        fully = fully_sharded and side.size > 1
         for module in container.modules():
             for name, param in list(module.named_parameters(recurse=False)):
-                new = _distributed(param, split, shard)
+                new = _distributed(param, split, shard, fully)
                 setattr(module, name, new)
-                if part == "features" and plan == "hybrid":
-                    split.reduce_gradient(new, split.all, split.data.size)
-                elif plan == "data":
-                    split.reduce_gradient(new, split.all, split.all.size)
-                elif split.data.size > 1:
-                    split.reduce_gradient(new, split.data, split.data.size)
+                if side.size > 1 and not fully:
+                    split.reduce_gradient(new, side, parts)
+        if fully:
+            split.fully_shard(model, container, side, parts)
     last = [layer for layer in model.classifier.children() if isinstance(layer, nn.Linear)][-1]
     split.first_class = part_of(last.out_features, split.tower.rank, split.tower.size).start
     setattr(model, "parallelism", split)  # noqa: B010 (which nn.Module types as a Tensor or Module)
-    model.register_forward_pre_hook(split.check_batch)
     return model
 
 
@@ -245,19 +287,24 @@ def _agree(model: AlexNet, split: Parallelism, arguments: tuple[Any, ...]) -> No
             raise ValueError(f"parallelize: ranks 0 and {', '.join(map(str, differing))} have different {key}")
 
 
-def _distributed(param: nn.Parameter, split: Parallelism, shard: bool) -> nn.Parameter:
-    """Rank 0's values, or this rank's part of them, as a DTensor."""
-    value = param.detach().contiguous(
-        memory_format=torch.channels_last if param.dim() == 4 else torch.contiguous_format
-    )
-    dense = value.permute(0, 2, 3, 1) if value.dim() == 4 else value
+def _distributed(param: nn.Parameter, split: Parallelism, shard: bool, fully: bool) -> nn.Parameter:
+    """Rank 0's values, or this rank's part of them, as a DTensor; as `fully_shard` expects them, which makes DTensors
+    of the rest."""
+    last = param.dim() == 4 and not fully
+    value = param.detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    dense = value.permute(0, 2, 3, 1) if last else value
     dist.broadcast(dense, dist.get_global_rank(split.all.group, 0), group=split.all.group)
-    placements: list[Any] = [Replicate()] * split.mesh.ndim
+    mesh, names = split.mesh, split.mesh.mesh_dim_names or ()
+    placements: list[Any] = [Replicate()] * mesh.ndim
     part = value
     if shard and split.tower.size > 1:
-        placements[(split.mesh.mesh_dim_names or ()).index("tower")] = Shard(0)
+        placements[names.index("tower")] = Shard(0)
         part = value[part_of(len(value), split.tower.rank, split.tower.size)].clone()
-    tensor = DTensor.from_local(part, split.mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+        if fully:
+            mesh, placements = mesh["tower"], [Shard(0)]
+    elif fully:
+        return nn.Parameter(value, param.requires_grad)
+    tensor = DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
     return nn.Parameter(tensor, param.requires_grad)
 
 

@@ -35,6 +35,8 @@ _GRACE = 2.0
 """Seconds that a process has to end by itself once the run has failed; its children's, to the one that started
 them, five times as many."""
 _FAILURE = "failure"
+_LAUNCHED = "alexnet-kernels"
+"""The run id of processes that `launch` started."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Parallel:
     towers: int = 2
     traffic: str | None = None
     """bf16 or 16: bits of the activations on their way between processes; None: as they are."""
+    fully_sharded: bool = False
+    """Whether a process holds only a part of what the data-parallel ones have in common."""
     timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
@@ -67,7 +71,14 @@ class Parallel:
 
     def option(self) -> str:
         """What a command that goes on with the run ends with."""
-        return f" --parallel {self.plan}"
+        words = f" --parallel {self.plan}"
+        if os.environ.get("TORCHELASTIC_RUN_ID") == _LAUNCHED:
+            words += f" --processes {os.environ['WORLD_SIZE']}"
+        if self.towers != 2:
+            words += f" --towers {self.towers}"
+        if self.traffic is not None:
+            words += f" --traffic {self.traffic}"
+        return words + " --fully-sharded" * self.fully_sharded
 
 
 class Team:
@@ -369,7 +380,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_RUN_ID": "alexnet-kernels",
+        "TORCHELASTIC_RUN_ID": _LAUNCHED,
         # Rank 0, too, finds the store instead of making it: it outlives all of them.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }

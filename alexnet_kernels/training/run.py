@@ -278,7 +278,7 @@ def _processes(team: Team, device: torch.device) -> dict[str, Any]:
     return {
         "devices": team.local_size,
         "num_nodes": team.size // team.local_size,
-        "strategy": AlexNetStrategy(parallel.plan, parallel.towers, traffic),
+        "strategy": AlexNetStrategy(parallel.plan, parallel.towers, traffic, parallel.fully_sharded),
         "plugins": [AtomicCheckpointIO(), TorchElasticEnvironment()],
         "use_distributed_sampler": False,
     }

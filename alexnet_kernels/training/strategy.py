@@ -34,6 +34,7 @@ class AlexNetStrategy(DDPStrategy):
         plan: "towers", "hybrid" or "data".
         towers: neighbouring ranks that share the network; the number of ranks is a multiple of it.
         traffic: torch.bfloat16 or torch.float16 for activations between ranks; None: as they are.
+        fully_sharded: whether a rank holds only a part of what the data-parallel ranks have in common.
         options: of Lightning's DDPStrategy, such as timeout and process_group_backend.
 
     Raises ValueError for another plan and, as training starts, for a module without one AlexNet, a number of ranks
@@ -41,14 +42,19 @@ class AlexNetStrategy(DDPStrategy):
     """
 
     def __init__(
-        self, plan: str = "towers", towers: int = 2, traffic: torch.dtype | None = None, **options: Any
+        self,
+        plan: str = "towers",
+        towers: int = 2,
+        traffic: torch.dtype | None = None,
+        fully_sharded: bool = False,
+        **options: Any,
     ) -> None:
         if plan not in PLANS:
             raise ValueError(f"AlexNetStrategy: plan must be one of {', '.join(PLANS)}, not {plan!r}")
         if towers < 1:
             raise ValueError(f"AlexNetStrategy: towers must be at least 1, not {towers}")
         super().__init__(**options)
-        self.plan, self.towers, self.traffic = plan, towers, traffic
+        self.plan, self.towers, self.traffic, self.fully_sharded = plan, towers, traffic, fully_sharded
         self._network: AlexNet | None = None
 
     @property
@@ -66,7 +72,7 @@ class AlexNetStrategy(DDPStrategy):
             raise ValueError(f"AlexNetStrategy: {self.world_size} ranks are no multiple of {self.towers} towers")
         shape = (self.world_size // self.towers, self.towers)
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "tower"))
-        self._network = parallelize(found[0], mesh, self.plan, traffic=self.traffic)
+        self._network = parallelize(found[0], mesh, self.plan, traffic=self.traffic, fully_sharded=self.fully_sharded)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:  # type: ignore[override]
