@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,10 @@ try:
     import emulation  # of CUDA, where there is a compiler and pybind11
 except ImportError:
     emulation = None
+
+# A shell starts what it runs in the background with SIGINT ignored, which processes of tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,12 @@ def shipped_images(root: Path, classes: Sequence[str], train: int, val: int) -> 
             for name in classes:
                 archive.extractall(root, [n for n in names if n.startswith(f"{split}/{name}/")][:count])
     return root
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports the package under test, not the folder it is started in. One thread: the bits of a
+    result depend on their number."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
 
 
 def figures(path: Path) -> list[dict[str, float]]:

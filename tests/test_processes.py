@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +17,12 @@ import torch
 
 pytest.importorskip("lightning")
 
-from runs import assert_same, figures, shipped_images
+from runs import assert_same, environment, figures, shipped_images
 
 from alexnet_kernels import cli
 from alexnet_kernels.training import checkpoint
 
-TINY = ["--recipe", "cifar", "--preset", "paper", "--width", "0.04", "--epochs", "2", "--batch-size", "8"]
+TINY = ["--recipe", "cifar", "--preset", "paper", "--width", "0.04", "--epochs", "3", "--batch-size", "8"]
 TINY += ["--precision", "32", "--device", "cpu"]
 CLASSES = ("airplane", "automobile", "ship")
 
@@ -31,10 +33,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "alexnet_kernels", "train", *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -82,19 +83,21 @@ def test_hybrid_trains_as_one_process(one: Path, data: Path, tmp_path: Path) -> 
     assert_close(one, run)
 
 
-def test_resumes_on_two_and_on_one(one: Path, towers: Path, data: Path, tmp_path: Path) -> None:
-    for name, again in (("two", ["--parallel", "towers"]), ("one", [])):
-        run = tmp_path / name
-        status, output = train("--data", data, "--out", run, "--parallel", "towers", "--max-time", "0.001s", *TINY)
+def test_four_fully_sharded_train_as_one_process_and_resume_on_one_and_four(
+    one: Path, data: Path, tmp_path: Path
+) -> None:
+    """Two towers of two; 15 validation images don't split evenly."""
+    four = ["--parallel", "towers", "--processes", "4", "--fully-sharded"]
+    run, on_one = tmp_path / "run", tmp_path / "one"
+    status, output = train("--data", data, "--out", run, "--max-time", "0.001s", *four, *TINY)
+    assert status == 0, output
+    assert f"--resume {run} --parallel towers --processes 4 --fully-sharded\n" in output
+    assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
+    shutil.copytree(run, on_one)
+    for folder, again in ((run, four), (on_one, [])):
+        status, output = train("--resume", folder, "--device", "cpu", *again)
         assert status == 0, output
-        assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
-        status, output = train("--resume", run, "--device", "cpu", *again)
-        assert status == 0, output
-        if again:
-            assert_same(towers / "last.ckpt", run / "last.ckpt")
-            assert figures(towers / "last.ckpt") == figures(run / "last.ckpt")
-        else:
-            assert_close(one, run)
+        assert_close(one, folder)
 
 
 def ranks(launcher: int) -> dict[str, int]:
@@ -113,24 +116,41 @@ def ranks(launcher: int) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
-def test_killed_rank_ends_the_run_with_the_reason(towers: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "rank", "status", "message"),
+    [
+        (signal.SIGKILL, "0", 1, "rank 0 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, go on"),
+        (signal.SIGKILL, "1", 1, "rank 1 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, go on"),
+        (signal.SIGSTOP, "1", 1, "rank 1 gave no sign of life for 5 s; {run}/last.ckpt is intact, go on"),
+        (signal.SIGTERM, None, 130, "interrupted; go on with: alexnet-kernels train --resume {run}"),
+    ],
+    ids=["kills rank 0", "kills rank 1", "stops rank 1", "ends all"],
+)
+def test_signal_ends_the_run_with_the_reason_and_resumed_it_comes_to_the_same_bits(
+    number: signal.Signals, rank: str | None, status: int, message: str, towers: Path, data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    longer = ["200" if argument == "2" else argument for argument in TINY]
-    launcher = start("--data", data, "--out", run, "--parallel", "towers", *longer)
+    launcher = start("--data", data, "--out", run, "--parallel", "towers", "--save-every", 1, "--timeout", "10s", *TINY)
     try:
         until = time.monotonic() + 120
+        processes: dict[str, int] = {}
         while not (run / "last.ckpt").exists() and time.monotonic() < until and launcher.poll() is None:
-            time.sleep(0.1)
-        os.kill(ranks(launcher.pid)["1"], signal.SIGKILL)
+            processes = processes if len(processes) == 2 else ranks(launcher.pid)
+            time.sleep(0.02)
+        os.kill(launcher.pid if rank is None else processes[rank], number)
         began = time.monotonic()
         output = "".join(launcher.communicate(timeout=60))
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 40
     finally:
         launcher.kill()
-    assert launcher.returncode == 1
-    assert "rank 1 was ended by signal 9 (SIGKILL)" in output
-    assert "last.ckpt is intact" in output
-    assert checkpoint.load(run / "last.ckpt")[0].history
+    assert launcher.returncode == status, output
+    assert message.format(run=run) in output, output
+    assert "Traceback" not in output
+    assert not any(Path(f"/proc/{process}").exists() for process in processes.values())
+    status, output = train("--resume", run, "--device", "cpu", "--parallel", "towers")
+    assert status == 0, output
+    assert_same(towers / "last.ckpt", run / "last.ckpt")
+    assert figures(towers / "last.ckpt") == figures(run / "last.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +185,50 @@ def test_refuses_before_training(arguments: list[str], message: str, data: Path,
     assert not (tmp_path / "run").exists()
 
 
-def torchrun(script: Path, *arguments: object) -> tuple[int, str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=200, check=False
+def torchrun(*arguments: object, nodes: int = 1) -> tuple[int, str]:
+    """Two processes, of one torchrun or of one each of two."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(2 // nodes)]
+    if nodes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        command += ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "127.0.0.1"]
+    command += map(str, arguments)
+    started = [
+        subprocess.Popen(
+            command, env=environment(), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(nodes)
+    ]
+    output = "".join(process.communicate(timeout=200)[0] for process in started)
+    return max(process.returncode for process in started), output
+
+
+def test_two_nodes_come_to_the_bits_of_one(towers: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    status, output = torchrun(
+        "-m", "alexnet_kernels", "train", "--data", data, "--out", run, "--parallel", "towers", *TINY, nodes=2
     )
-    return done.returncode, done.stdout + done.stderr
+    assert status == 0, output
+    assert_same(towers / "last.ckpt", run / "last.ckpt")
+
+
+DIFFERENT = """
+import os, sys
+from alexnet_kernels import cli
+
+sys.exit(cli.main([*sys.argv[1:], "--lr", "0.0" + os.environ["RANK"] + "1"]))
+"""
+
+
+def test_processes_with_different_settings_are_refused(data: Path, tmp_path: Path) -> None:
+    script = tmp_path / "different.py"
+    script.write_text(DIFFERENT)
+    run = tmp_path / "run"
+    status, output = torchrun(script, "train", "--data", data, "--out", run, "--parallel", "towers", *TINY)
+    assert status != 0
+    assert "the processes differ in lr: rank 0 has 0.001, rank 1 0.011" in output
+    assert not run.exists()
 
 
 HANGING = """
@@ -214,8 +271,7 @@ from alexnet_kernels.training.strategy import AlexNetStrategy
 class Module(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        # Lightning seeds the generators anew where there are several processes: other masks.
-        self.net = AlexNet(4, "paper", 0.0, 0.04)
+        self.net = AlexNet(4, "paper", 0.5, 0.04)
     def training_step(self, batch, batch_idx):
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
     def configure_optimizers(self):
@@ -226,6 +282,8 @@ images, labels = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
 module = Module()
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
 split = {"strategy": AlexNetStrategy("towers"), "devices": 2} if sys.argv[2] == "2" else {"devices": 1}
+# Both towers see every image, in the loader's order.
+split["use_distributed_sampler"] = False
 trainer = pl.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
                      accumulate_grad_batches=2, enable_progress_bar=False, **split)
 trainer.fit(module, loader)
@@ -238,7 +296,8 @@ def test_strategy_takes_a_module_of_the_users(tmp_path: Path) -> None:
     script.write_text(OWN_MODULE)
     status, output = torchrun(script, tmp_path / "two.ckpt", 2)
     assert status == 0, output
-    subprocess.run([sys.executable, str(script), str(tmp_path / "one.ckpt"), "1"], check=True, capture_output=True)
+    command = [sys.executable, str(script), str(tmp_path / "one.ckpt"), "1"]
+    subprocess.run(command, check=True, capture_output=True, env=environment(), cwd="/")
     one, two = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("one", "two"))
     assert one["global_step"] == two["global_step"] == 2
     for key, value in one["state_dict"].items():

@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("lightning")
 
 from runs import assert_same as assert_same_checkpoints
-from runs import figures, shipped_images
+from runs import environment, figures, shipped_images
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, images
@@ -72,11 +72,6 @@ Classifier.training_step = slow
 from alexnet_kernels.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def environment() -> dict[str, str]:
-    """One thread: the bits of a result depend on their number."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -30,7 +30,8 @@ TIMEOUT = 600.0
 BEAT = 1.0
 """Seconds between two signs of life."""
 SILENCE = 20.0
-"""Seconds without one after which a process is taken for dead."""
+"""Seconds without one after which a process is taken for dead; half the time without progress if that is less, so that
+it is found first."""
 _GRACE = 2.0
 """Seconds that a process has to end by itself once the run has failed; its children's, to the one that started
 them, five times as many."""
@@ -201,6 +202,7 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
         try:
             # After the watch, whose message is the better one, has had its time.
             dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout + 60))
+            watch.began.wait(watch.silence)
         except RuntimeError as error:
             raise RunError(f"the {team.size} processes of the run did not meet: {first_line(error)}") from error
         yield team
@@ -225,11 +227,14 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.team = team
         self.moves = 0
+        self.began = threading.Event()
+        """The first sign of life is there."""
         self.ended = threading.Event()
         """The main thread is on its way out."""
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         assert team.parallel is not None
         self.timeout = team.parallel.timeout
+        self.silence = min(SILENCE, self.timeout / 2)
         self.main = threading.main_thread().ident
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._prefix = f"alexnet_kernels/{restart}"
@@ -250,7 +255,7 @@ class Watch(threading.Thread):
         with contextlib.suppress(RuntimeError):
             if not isinstance(error, InputError | RunError | KeyboardInterrupt | SystemExit):
                 # An exchange that broke off is what another's end looks like from here; who it was is soon known.
-                until = time.monotonic() + (SILENCE + 3 * BEAT if _of_an_exchange(error) else 0)
+                until = time.monotonic() + (self.silence + 3 * BEAT if _of_an_exchange(error) else 0)
                 while (found := self._found()) is None and time.monotonic() < until:
                     time.sleep(BEAT / 4)
                 if found is not None:
@@ -286,6 +291,8 @@ class Watch(threading.Thread):
         following = (team.rank + 1) % team.size
         beats, heard, heard_at = 0, None, time.monotonic()
         moves, moved_at = self.moves, time.monotonic()
+        store.set(f"beat/{team.rank}", str(beats))
+        self.began.set()
         while not self._stopped.wait(BEAT):
             beats += 1
             store.set(f"beat/{team.rank}", str(beats))
@@ -297,8 +304,8 @@ class Watch(threading.Thread):
                 last = store.get(f"beat/{following}")
                 if last != heard:
                     heard, heard_at = last, now
-                elif now - heard_at > SILENCE:
-                    reason = f"rank {following} gave no sign of life for {SILENCE:.0f} s"
+                elif now - heard_at > self.silence:
+                    reason = f"rank {following} gave no sign of life for {self.silence:g} s"
                     self._post({"status": 1, "rank": following, "reason": reason})
             if self.moves != moves:
                 moves, moved_at = self.moves, now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,15 @@ class AlexNetStrategy(DDPStrategy):
         """Which part of the images is this rank's."""
         index, parts = rows_of(self.plan, self.global_rank, self.world_size, self.towers)
         return {"num_replicas": parts, "rank": index}
+
+    def setup_distributed(self) -> None:
+        # Lightning would seed the generators anew, as it doesn't on one device: dropout's masks would be others.
+        seed = os.environ.pop("PL_GLOBAL_SEED", None) if self._start_method == "popen" else None
+        try:
+            super().setup_distributed()
+        finally:
+            if seed is not None:
+                os.environ["PL_GLOBAL_SEED"] = seed
 
     def configure_ddp(self) -> None:
         assert self.model is not None
