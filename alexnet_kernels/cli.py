@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -371,9 +371,10 @@ def _launch(options: argparse.Namespace, parallel: Parallel) -> int:
     count = options.processes or gpus or 2
     if gpus and count > gpus:
         raise InputError(f"--processes {count} need as many GPUs, there are {gpus}; --device cpu needs none")
-    parallel.check(count)
-    # Refuses what doesn't hang on the images.
-    _ = _settings(options) if options.resume is None else _resumed_settings(options)
+    settings = _settings(options) if options.resume is None else _resumed_settings(options)
+    if options.accumulate is not None:
+        settings = replace(settings, accumulate=options.accumulate)
+    parallel.check(count, settings)
     return launch(count, options.arguments)
 
 

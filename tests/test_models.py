@@ -146,6 +146,7 @@ class TestSizes:
         model = unfuse(small(preset=preset))
         size = list(model.min_size)
         assert model(torch.randn(1, 3, *size)).shape == (1, 10)
+        assert small(preset=preset)(torch.randn(1, 3, *size)).shape == (1, 10)
         size[axis] -= 1
         with pytest.raises(RuntimeError, match=r"too small|Kernel size can't be greater"):
             model.features(torch.randn(1, 3, *size))

@@ -57,7 +57,8 @@ def max_pool2d(
 
     Raises:
         TypeError: input isn't a floating-point tensor, or a size isn't integer.
-        ValueError: another rank, or an image smaller than the window.
+        ValueError: another rank, or an image smaller than the window (with ceil_mode, than the least part of one that
+            torch takes).
 
     Source: Krizhevsky et al. 2012, section 3.4.
     """
@@ -91,12 +92,13 @@ def check_pool(op: str, input: Tensor, window: Window, ceil_mode: bool) -> list:
     _common.check_images(op, input)
     shape = list(input.shape[:2])
     for size, kernel, stride, pad in zip(input.shape[2:], *window, strict=True):
-        if size + 2 * pad < kernel:
+        windows = reference.pool_output_size(size, kernel, stride, pad, ceil_mode)
+        if windows < 1:
             raise ValueError(
                 f"{op}: an image of {input.shape[2]} x {input.shape[3]} is smaller than the window "
                 f"{window.kernel_size[0]} x {window.kernel_size[1]} (padding {window.padding})"
             )
-        shape.append(reference.pool_output_size(size, kernel, stride, pad, ceil_mode))
+        shape.append(windows)
     return shape
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from alexnet_kernels.parallel.plan import PLANS, rows_of
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.parallel.plan import PLANS, problem, rows_of
 from alexnet_kernels.training.errors import InputError, RunError, first_line
+from alexnet_kernels.training.settings import Settings
 
 __all__ = ["TIMEOUT", "Parallel", "Team", "join", "launch"]
 
@@ -62,12 +64,26 @@ class Parallel:
         if self.timeout <= 0:
             raise InputError(f"--timeout must be positive, got {self.timeout}")
 
-    def check(self, processes: int) -> None:
-        """InputError for a number of processes that the plan doesn't split over."""
+    def check(self, processes: int, settings: Settings | None = None) -> None:
+        """InputError for a number of processes, a network or a batch that the plan doesn't split."""
         if processes % self.towers:
             raise InputError(
                 f"--parallel {self.plan} of {self.towers} towers needs a multiple of {self.towers} processes, "
                 f"got {processes}"
+            )
+        if settings is None:
+            return
+        model = AlexNet(2, settings.network(), width=settings.width, device="meta")
+        if reason := problem(model, self.plan, self.towers):
+            raise InputError(f"--parallel {self.plan}: {reason}")
+        if settings.precision == "16":
+            raise InputError("--precision 16 can't be used with --parallel; bf16, which needs no loss scaling, can")
+        parts = rows_of(self.plan, 0, processes, self.towers)[1]
+        if settings.batch_size % (parts * settings.accumulate):
+            accumulated = f" x --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+            raise InputError(
+                f"--batch-size {settings.batch_size} doesn't split evenly over the {parts} parts that "
+                f"--parallel {self.plan} on {processes} processes makes of a batch{accumulated}"
             )
 
     def option(self) -> str:
@@ -93,6 +109,11 @@ class Team:
         self.folder: Path | None = None
         """The run's, for messages."""
         self.watch: Watch | None = None
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun has started the same command anew, after a failure."""
+        return self.parallel is not None and _restarts() > 0
 
     @property
     def duplicates(self) -> int:
@@ -201,7 +222,10 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         try:
             # After the watch, whose message is the better one, has had its time.
-            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout + 60))
+            timeout = timedelta(seconds=parallel.timeout + 60)
+            dist.init_process_group(
+                backend, store=_store(team, timeout), rank=team.rank, world_size=team.size, timeout=timeout
+            )
             watch.began.wait(watch.silence)
         except RuntimeError as error:
             raise RunError(f"the {team.size} processes of the run did not meet: {first_line(error)}") from error
@@ -214,6 +238,15 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
         raise RunError(failure["reason"] + team.kept()) from error
     finally:
         watch.stop()
+
+
+def _store(team: Team, timeout: timedelta) -> Any:
+    """Where the processes meet: torchrun's or `launch`'s, or else rank 0's."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = team.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(address, port, team.size, hosts, timeout, multi_tenant=True)
+    # Of processes started anew: torch's own would find the addresses of those that are gone.
+    return dist.PrefixStore(f"attempt/{_restarts()}", store)
 
 
 class Watch(threading.Thread):
@@ -231,13 +264,12 @@ class Watch(threading.Thread):
         """The first sign of life is there."""
         self.ended = threading.Event()
         """The main thread is on its way out."""
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         assert team.parallel is not None
         self.timeout = team.parallel.timeout
         self.silence = min(SILENCE, self.timeout / 2)
         self.main = threading.main_thread().ident
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._prefix = f"alexnet_kernels/{restart}"
+        self._prefix = f"alexnet_kernels/{_restarts()}"
         self._address = (address, port)
         self._store: Any = None
         self._stopped = threading.Event()
@@ -347,6 +379,10 @@ class Watch(threading.Thread):
         text = f"alexnet-kernels: error: rank {self.team.rank} ends: {failure['reason']}{self.team.kept()}\n"
         os.write(2, text.encode())
         os._exit(failure["status"])
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _of_an_exchange(error: BaseException) -> bool:

@@ -20,7 +20,6 @@ from rich.progress import Progress
 
 from alexnet_kernels import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
-from alexnet_kernels.parallel.plan import problem
 from alexnet_kernels.training import checkpoint, images, inference, pictures
 from alexnet_kernels.training.augmentation import Statistics, stored_size
 from alexnet_kernels.training.errors import InputError, RunError
@@ -76,7 +75,8 @@ def train(
         settings: what the result depends on; with resume, the checkpoint's own are taken.
         data: what `prepare` made, or an ImageFolder tree with train/ and val/, or a zip of one; None for the
             images of the package.
-        out: the run's folder, which must not exist; None for the next free runs/<preset>-<n>.
+        out: the run's folder, which must not exist; None for the next free runs/<preset>-<n>. Processes that torchrun
+            starts anew go on with the run in it.
         resume: a checkpoint, or the folder of a run, to go on with in that folder. With the same device and
             number of threads the weights come out, on a CPU, as those of a run that never stopped. Another number of
             processes, or one, may go on with it.
@@ -127,6 +127,8 @@ def _train(
 ) -> Result:
     began = time.monotonic()
     resumed: checkpoint.Header | None = None
+    if resume is None and out is not None and team.restarted and (Path(out) / "last.ckpt").exists():
+        resume = out
     if resume is not None:
         resume = checkpoint.find(resume, "last.ckpt")
         resumed = checkpoint.load(resume, mmap=True)[0]
@@ -144,7 +146,7 @@ def _train(
         raise InputError("--precision 16 needs a CUDA device; --precision bf16 and 32 run everywhere")
     _check_size(settings)
     _check_split(settings, team)
-    if resume is None and out is not None and team.rank == 0:
+    if resume is None and out is not None and team.rank == 0 and not team.restarted:
         _refuse_existing(Path(out))
 
     sets = _read(data or images.SHIPPED, settings.image_size, bad_images, in_memory, console, team)
@@ -155,7 +157,7 @@ def _train(
     parameters = count_parameters(model)
 
     def make_folder() -> Path:
-        folder = _new_folder(out, settings.preset)
+        folder = _new_folder(out, settings.preset, team.restarted and out is not None)
         save_recipe(settings, folder / "recipe.yaml")
         return folder
 
@@ -218,18 +220,7 @@ def _check_split(settings: Settings, team: Team) -> None:
     parallel = team.parallel
     if parallel is None:
         return
-    model = AlexNet(2, settings.network(), width=settings.width, device="meta")
-    if reason := problem(model, parallel.plan, parallel.towers):
-        raise InputError(f"--parallel {parallel.plan}: {reason}")
-    if settings.precision == "16":
-        raise InputError("--precision 16 can't be used with --parallel; bf16, which needs no loss scaling, can")
-    parts = team.rows[1] * settings.accumulate
-    if settings.batch_size % parts:
-        accumulated = f" x --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        raise InputError(
-            f"--batch-size {settings.batch_size} doesn't split evenly over the {team.rows[1]} parts that "
-            f"--parallel {parallel.plan} on {team.size} processes makes of a batch{accumulated}"
-        )
+    parallel.check(team.size, settings)
     mine = {**settings.to_dict(), **asdict(parallel), "version": __version__}
     team.check_same(**mine, torch=torch.__version__.split("+")[0])
 
@@ -292,13 +283,14 @@ def _refuse_existing(folder: Path) -> None:
         raise InputError(f"--out {folder} exists: name another folder{hint}")
 
 
-def _new_folder(out: str | Path | None, preset: str) -> Path:
+def _new_folder(out: str | Path | None, preset: str, begun: bool) -> Path:
+    """The run's folder; it may exist only where the run was begun before."""
     number = 0
     while True:
         number += 1
         folder = Path(out) if out is not None else Path("runs") / f"{preset}-{number}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=begun)
         except FileExistsError:
             if out is not None:
                 _refuse_existing(folder)

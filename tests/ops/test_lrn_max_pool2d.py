@@ -65,6 +65,7 @@ def check_lrn_max_pool2d(x: torch.Tensor, options: dict, backend: str | None = N
     ((2, 24, 6, 8), {"kernel_size": 2, **STRONG}),
     ((2, 24, 5, 6), {"stride": 1, "padding": 1, **STRONG}),
     ((2, 24, 8, 8), {"ceil_mode": True, "relu": True, **STRONG}),
+    ((2, 24, 2, 2), {"ceil_mode": True, **STRONG}),
     ((2, 19, 9, 11), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), **STRONG}),
     ((1, 19, 9, 9), {"kernel_size": 1, "stride": 3, **STRONG}),
     ((2, 24, 5, 5), {"beta": 0.31, **STRONG}),

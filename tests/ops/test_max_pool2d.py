@@ -30,6 +30,7 @@ SHAPES = cases(
     ((2, 9, 8, 8), {"ceil_mode": True}),
     ((2, 9, 8, 7), {"ceil_mode": True, "padding": 1}),
     ((2, 9, 6, 7), {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}),
+    ((2, 17, 2, 5), {"ceil_mode": True}),
     ((2, 33, 9, 11), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}),
     ((2, 3, 9, 12), {"kernel_size": (1, 4), "stride": (2, 3), "padding": (0, 2), "relu": True}),
     ((1, 3, 20, 19), {"kernel_size": 16, "stride": 3, "padding": 8}),
