@@ -24,7 +24,8 @@ def count_traffic() -> Iterator[Counter[str]]:
     """Counts the bytes that this rank sends inside the block, by what they are for: "conv3", "gradients"...
 
     An all-gather or all-to-all over T ranks sends what a rank has to T - 1 others; an all-reduce counts as a ring's,
-    2 (T - 1) / T of its tensor.
+    2 (T - 1) / T of its tensor. What `fully_sharded` parameters send is not counted: as much as their gradients'
+    all-reduce.
     """
     counter: Counter[str] = Counter()
     _counters.append(counter)
