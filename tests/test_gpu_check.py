@@ -21,6 +21,8 @@ from alexnet_kernels.testing import cases, gpu_check, progress, timing
 from alexnet_kernels.testing.exercise import exercise
 from alexnet_kernels.testing.timing import DeviceLost, Failure, Timing, copy_rate, input_sets, measure
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 

@@ -34,6 +34,8 @@ from alexnet_kernels.training.settings import settings_of
 
 SIZE = 24
 
+pytestmark = pytest.mark.slow
+
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 5, size[0] // 5, 3), dtype=np.uint8)

@@ -25,6 +25,8 @@ TINY = ["--recipe", "cifar", "--preset", "paper", "--width", "0.04", "--epochs",
 TINY += ["--precision", "32", "--device", "cpu"]
 CLASSES = ("airplane", "automobile", "ship")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

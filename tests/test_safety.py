@@ -31,6 +31,8 @@ from alexnet_kernels.training.settings import save_recipe, settings_of
 
 TINY = settings_of("quick", epochs=3, batch_size=4, image_size=64, width=0.04, precision="32")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:

@@ -19,7 +19,10 @@ from alexnet_kernels.ops import _common
 
 PACKAGE = Path(alexnet_kernels.__file__).parent
 
-pytestmark = pytest.mark.skipif(not _library.TRITON_INSTALLED, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _library.TRITON_INSTALLED, reason="triton is not installed"),
+]
 interpreted = pytest.mark.skipif(not _library.INTERPRETED, reason="TRITON_INTERPRET is not set")
 
 # Traces each operator on fake CUDA tensors as torch.compile does, and prints what is left of it in the graph. Triton
