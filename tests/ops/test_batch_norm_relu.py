@@ -113,8 +113,8 @@ def test_large_mean_does_not_cancel(memory_format, device, backend):
     options = {"running_mean": None, "running_var": None, "training": True}
     out = batch_norm_relu(**values, **options, backend=backend)
     expected = definition(**{k: v.double() for k, v in values.items()}, **options)
-    # The rounding of the mean itself: 300 * 2^-24 against a deviation of 1. On one thread PyTorch's own kernel adds up a
-    # channel's values one after the other.
+    # The rounding of the mean itself: 300 * 2^-24 against a deviation of 1. On one thread PyTorch's own kernel adds up
+    # the values of a channel one after the other.
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-3 if backend == "native" else 2e-4)
 
 
