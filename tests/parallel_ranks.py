@@ -35,7 +35,6 @@ CASES = [
     for parameters in ("replicated", "sharded")
     for dtype in ("float64", "float32")
     if not (plan == "data" and logits == "apart")
-    if dtype == "float64" or preset in ("paper", "as_run")
     if parameters == "replicated" or (preset == "paper" and logits == "gathered" and dtype == "float64")
 ]
 

@@ -242,9 +242,8 @@ def join(parallel: Parallel, device: str = "auto") -> Iterator[Team]:
 
 def _store(team: Team, timeout: timedelta) -> Any:
     """Where the processes meet: torchrun's or `launch`'s, or else rank 0's."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = team.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(address, port, team.size, hosts, timeout, multi_tenant=True)
+    store = dist.TCPStore(*_address(), team.size, hosts, timeout, multi_tenant=True)
     # Of processes started anew: torch's own would find the addresses of those that are gone.
     return dist.PrefixStore(f"attempt/{_restarts()}", store)
 
@@ -268,9 +267,8 @@ class Watch(threading.Thread):
         self.timeout = team.parallel.timeout
         self.silence = min(SILENCE, self.timeout / 2)
         self.main = threading.main_thread().ident
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._prefix = f"alexnet_kernels/{_restarts()}"
-        self._address = (address, port)
+        self._address = _address()
         self._store: Any = None
         self._stopped = threading.Event()
         self.start()
@@ -379,6 +377,10 @@ class Watch(threading.Thread):
         text = f"alexnet-kernels: error: rank {self.team.rank} ends: {failure['reason']}{self.team.kept()}\n"
         os.write(2, text.encode())
         os._exit(failure["status"])
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _restarts() -> int:
