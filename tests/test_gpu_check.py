@@ -36,7 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any
     """(exit status, gpu_check.json, gpu_check.md, what was printed) of a short run of everything."""
     out = tmp_path_factory.mktemp("check") / "out"
     command = [sys.executable, "-m", "alexnet_kernels.testing.gpu_check", "--device", "cpu", "--out", str(out)]
-    command += ["--minutes", "0.7", "--tests", str(ROOT / "tests")]
+    command += ["--minutes", "4", "--tests", str(ROOT / "tests")]
     package = Path(cases.__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(package)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out.parent)
