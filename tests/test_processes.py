@@ -77,9 +77,13 @@ def test_towers_train_as_one_process(one: Path, towers: Path) -> None:
     assert {path.name for path in one.iterdir()} == {path.name for path in towers.iterdir()}
 
 
-def test_hybrid_trains_as_one_process(one: Path, data: Path, tmp_path: Path) -> None:
+def test_hybrid_stopped_after_a_step_trains_as_one_process(one: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, output = train("--data", data, "--out", run, "--parallel", "hybrid", *TINY)
+    status, output = train("--data", data, "--out", run, "--parallel", "hybrid", "--max-time", "0.001s", *TINY)
+    assert status == 0, output
+    assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
+    assert f"{run} --parallel hybrid --processes 2" in output
+    status, output = train("--resume", run, "--device", "cpu", "--parallel", "hybrid")
     assert status == 0, output
     assert_close(one, run)
 
