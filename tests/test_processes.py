@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,27 +78,28 @@ def test_towers_train_as_one_process(one: Path, towers: Path) -> None:
     assert {path.name for path in one.iterdir()} == {path.name for path in towers.iterdir()}
 
 
-def test_hybrid_stopped_after_a_step_trains_as_one_process(one: Path, data: Path, tmp_path: Path) -> None:
+def test_hybrid_trains_as_one_process(one: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, output = train("--data", data, "--out", run, "--parallel", "hybrid", "--max-time", "0.001s", *TINY)
-    assert status == 0, output
-    assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
-    assert f"{run} --parallel hybrid --processes 2" in output
-    status, output = train("--resume", run, "--device", "cpu", "--parallel", "hybrid")
+    status, output = train("--data", data, "--out", run, "--parallel", "hybrid", *TINY)
     assert status == 0, output
     assert_close(one, run)
 
 
-def test_four_fully_sharded_go_on_where_one_process_stopped(one: Path, data: Path, tmp_path: Path) -> None:
+def test_four_fully_sharded_train_as_one_process_and_resume_on_one_and_four(
+    one: Path, data: Path, tmp_path: Path
+) -> None:
     """Two towers of two; 15 validation images don't split evenly."""
-    run = tmp_path / "run"
-    status, output = train("--data", data, "--out", run, "--max-time", "0.001s", *TINY)
-    assert status == 0, output
-    assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
     four = ["--parallel", "towers", "--processes", "4", "--fully-sharded"]
-    status, output = train("--resume", run, "--device", "cpu", *four)
+    run, on_one = tmp_path / "run", tmp_path / "one"
+    status, output = train("--data", data, "--out", run, "--max-time", "0.001s", *four, *TINY)
     assert status == 0, output
-    assert_close(one, run)
+    assert f"--resume {run} --parallel towers --processes 4 --fully-sharded\n" in output
+    assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
+    shutil.copytree(run, on_one)
+    for folder, again in ((run, four), (on_one, [])):
+        status, output = train("--resume", folder, "--device", "cpu", *again)
+        assert status == 0, output
+        assert_close(one, folder)
 
 
 def ranks(launcher: int) -> dict[str, int]:
@@ -120,17 +122,13 @@ def ranks(launcher: int) -> dict[str, int]:
     ("number", "rank", "status", "message"),
     [
         (signal.SIGKILL, "0", 1, "rank 0 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, go on"),
+        (signal.SIGKILL, "1", 1, "rank 1 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, go on"),
         (signal.SIGSTOP, "1", 1, "rank 1 gave no sign of life for 5 s; {run}/last.ckpt is intact, go on"),
-        (
-            signal.SIGTERM,
-            None,
-            130,
-            "interrupted; go on with: {go_on} {run} --parallel towers --processes 2",
-        ),
+        (signal.SIGTERM, None, 130, "interrupted; go on with: {go_on} --parallel towers --processes 2\n"),
     ],
-    ids=["kills rank 0", "stops rank 1", "ends all"],
+    ids=["kills rank 0", "kills rank 1", "stops rank 1", "ends all"],
 )
-def test_signal_ends_the_run_with_the_reason_and_what_is_left_goes_on(
+def test_signal_ends_the_run_with_the_reason_and_resumed_it_comes_to_the_same_bits(
     number: signal.Signals, rank: str | None, status: int, message: str, towers: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -148,18 +146,13 @@ def test_signal_ends_the_run_with_the_reason_and_what_is_left_goes_on(
     finally:
         launcher.kill()
     assert launcher.returncode == status, output
-    assert message.format(run=run, go_on="alexnet-kernels train --resume") in output, output
+    assert message.format(run=run, go_on=f"alexnet-kernels train --resume {run}") in output, output
     assert "Traceback" not in output
     assert not any(Path(f"/proc/{process}").exists() for process in processes.values())
-    if number == signal.SIGKILL:
-        status, output = train("--resume", run, "--device", "cpu", "--parallel", "towers")
-        assert status == 0, output
-        assert_same(towers / "last.ckpt", run / "last.ckpt")
-        assert figures(towers / "last.ckpt") == figures(run / "last.ckpt")
-    elif number == signal.SIGTERM:
-        status, output = train("--resume", run, "--device", "cpu")
-        assert status == 0, output
-        assert_close(towers, run)
+    status, output = train("--resume", run, "--device", "cpu", "--parallel", "towers")
+    assert status == 0, output
+    assert_same(towers / "last.ckpt", run / "last.ckpt")
+    assert figures(towers / "last.ckpt") == figures(run / "last.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -177,12 +170,20 @@ def test_signal_ends_the_run_with_the_reason_and_what_is_left_goes_on(
     ],
 )
 def test_refuses_before_it_starts(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--device", "cpu", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
 
 
 def torchrun(*arguments: object, nodes: int = 1) -> tuple[int, str]:
