@@ -1,4 +1,4 @@
-"""The command `alexnet-kernels`: prepare, train, evaluate, predict, convert, bench, info.
+"""The command `alexnet-kernels`: prepare, train, evaluate, predict, convert, bench, throughput, info.
 
 Exit status: 0; 1 for a run that failed; 2 for a mistake in what was asked; 130 where a run was interrupted.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import io
 import json
 import os
 import platform
+import re
 import sys
 import time
 import traceback
@@ -25,6 +25,7 @@ import torch
 from alexnet_kernels import __version__, _library, backends
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
 from alexnet_kernels.parallel import PLANS
+from alexnet_kernels.testing.machine import keep_freed_memory
 from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
 from alexnet_kernels.training.processes import TIMEOUT, Parallel, launch
 from alexnet_kernels.training.settings import Settings, default_recipe, recipe_names, settings_of
@@ -137,27 +138,56 @@ def _parser() -> argparse.ArgumentParser:
     _bad_images(prepare, "skip")
     prepare.set_defaults(run=_prepare)
 
-    bench = commands.add_parser(
-        "bench",
+    _bench_parser(commands)
+
+    throughput = commands.add_parser(
+        "throughput",
         help="images/s of reading, augmentation and training, each by itself",
         description="Measures the input side of training and, beside it, the network's step, each by itself.",
     )
-    bench.add_argument("--data", metavar="PATH", help="as for train (default: the package's images)")
-    bench.add_argument("--recipe", metavar="NAME", help="as for train")
-    bench.add_argument("--preset", choices=tuple(PRESETS), help="the network (default: the recipe's)")
-    bench.add_argument("--image-size", type=_positive, metavar="PIXELS", help="of the input (default: the recipe's)")
-    bench.add_argument("--batch-size", type=_positive, metavar="N", help="(default: the recipe's)")
-    bench.add_argument("--workers", type=_count, metavar="N", help="as for train")
-    bench.add_argument("--seconds", type=_duration, default=5.0, metavar="TIME", help="of each part (default: 5s)")
-    bench.add_argument("--json", action="store_true", help="print JSON")
-    _bad_images(bench)
-    _where(bench)
-    bench.set_defaults(run=_bench)
+    throughput.add_argument("--data", metavar="PATH", help="as for train (default: the package's images)")
+    throughput.add_argument("--recipe", metavar="NAME", help="as for train")
+    throughput.add_argument("--preset", choices=tuple(PRESETS), help="the network (default: the recipe's)")
+    throughput.add_argument(
+        "--image-size", type=_positive, metavar="PIXELS", help="of the input (default: the recipe's)"
+    )
+    throughput.add_argument("--batch-size", type=_positive, metavar="N", help="(default: the recipe's)")
+    throughput.add_argument("--workers", type=_count, metavar="N", help="as for train")
+    throughput.add_argument("--seconds", type=_duration, default=5.0, metavar="TIME", help="of each part (default: 5s)")
+    throughput.add_argument("--json", action="store_true", help="print JSON")
+    _bad_images(throughput)
+    _where(throughput)
+    throughput.set_defaults(run=_throughput)
 
     info = commands.add_parser("info", help="versions, device, backends of each op, presets")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
     return parser
+
+
+def _bench_parser(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="every op and network against its peers",
+        description="Times every op at AlexNet's layers, and whole networks, beside PyTorch's operators, "
+        "torch.compile, torchvision, ONNX Runtime and what else is installed, after checking that all compute the "
+        "same. The exit status is 1 if one of this package's is wrong or can't run.",
+    )
+    add = bench.add_argument
+    add("what", nargs="*", metavar="ops|nets", help="(default: both)")
+    add("--only", metavar="REGEX", help="rows whose name it finds; --list prints the names")
+    add("--list", action="store_true", help="print the rows and their variants, and measure nothing")
+    add("--batches", type=_numbers, metavar="N,N", help="(default: 1,32; on a GPU 1,32,128,256,1024)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<n> (default: auto)")
+    add("--seconds", type=_duration, default=1.0, metavar="TIME",
+        help="of a row's variants together, each direction (default: 1s); two rounds of each at the least")  # fmt: skip
+    add("--rounds", type=_positive, default=15, metavar="N", help="at most (default: 15)")
+    add("--smoke", action="store_true", help="every op, network and peer once, small: whether they work")
+    add("--out", type=Path, metavar="PREFIX", help="write PREFIX.json, PREFIX.md and pictures, PREFIX_*.png")
+    add("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
+        help="print what changed between two .json files; the exit status is 1 if something got slower")  # fmt: skip
+    add("--threshold", type=float, default=0.1, metavar="PART", help="of --compare: a change to tell (default: 0.1)")
+    bench.set_defaults(run=_bench)
 
 
 def _train_parser(commands: Any) -> None:
@@ -332,7 +362,7 @@ def _run(options: argparse.Namespace, parallel: Parallel | None) -> int:
     from alexnet_kernels.training.run import train
 
     console = Console()
-    _keep_freed_memory()
+    keep_freed_memory()
     result = train(
         settings,
         options.data,
@@ -376,18 +406,6 @@ def _launch(options: argparse.Namespace, parallel: Parallel) -> int:
         settings = replace(settings, accumulate=options.accumulate)
     parallel.check(count, settings)
     return launch(count, options.arguments)
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next step, which takes the same hundreds of megabytes again.
-
-    Fresh pages from the system cost a fault each, a third of the time of a step on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
 
 
 def _summary(result: Result, console: Any, parallel: Parallel | None) -> None:
@@ -597,15 +615,70 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from alexnet_kernels.testing import bench, tables
+    from alexnet_kernels.training import inference
+
+    if options.compare:
+        try:
+            reports = [bench.load(path) for path in options.compare]
+        except bench.FormatError as error:
+            raise InputError(f"--compare {error}") from None
+        lines, slower = tables.compare(reports[0], reports[1], options.threshold)
+        print("\n".join(lines))
+        return 1 if slower else 0
+    for kind in options.what:
+        if kind not in bench.KINDS:
+            raise InputError(f"{kind!r} is not one of {', '.join(bench.KINDS)}")
+    if options.batches is not None and not (options.batches and min(options.batches)):
+        raise InputError("--batches: numbers of at least 1 expected")
+    device = inference.pick_device(options.device)
+    if device.type not in bench.BATCHES:
+        raise InputError(f"--device {options.device}: cpu or cuda expected")
+    try:
+        chosen = bench.select(
+            bench.rows(device, options.what or bench.KINDS, options.batches, options.smoke), options.only
+        )
+    except re.error as error:
+        raise InputError(f"--only {options.only!r} is not a regular expression: {error}") from None
+    if not chosen:
+        raise InputError(f"--only {options.only!r} finds no row; --list prints their names")
+    if options.list:
+        for row in chosen:
+            print(f"{row.name}: {', '.join(row.variants(device))}")
+        return 0
+    if options.out is not None:
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {options.out}: {error.strerror}") from None
+    report = bench.run(
+        device,
+        chosen,
+        seconds=0.01 if options.smoke else options.seconds,
+        rounds=1 if options.smoke else options.rounds,
+        small=options.smoke,
+        out=options.out,
+        say=lambda line: print(line, flush=True),
+    )
+    if options.out is not None:
+        written = [f"{options.out}.json", f"{options.out}.md", *map(str, bench.pictures(report, options.out))]
+        print(f"wrote {', '.join(written)}")
+    faults = bench.failed(report)
+    for fault in faults:
+        print(f"{PROGRAM}: error: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _throughput(options: argparse.Namespace) -> int:
     _use_backend(options)
-    require(f"{PROGRAM} bench", "PIL", "torchmetrics", "yaml", "lightning")
+    require(f"{PROGRAM} throughput", "PIL", "torchmetrics", "yaml", "lightning")
     from alexnet_kernels.training import inference
     from alexnet_kernels.training.throughput import throughput
 
     given = {name: getattr(options, name) for name in ("preset", "image_size", "batch_size")}
     recipe = options.recipe or default_recipe(options.data is None, options.preset)
     settings = settings_of(recipe, **{name: value for name, value in given.items() if value is not None})
-    _keep_freed_memory()
+    keep_freed_memory()
     result = throughput(
         settings,
         options.data,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import commit, cpu
 
+from alexnet_kernels.testing.machine import commit, cpu
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.run import train

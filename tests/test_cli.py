@@ -334,11 +334,11 @@ class TestPredict:
         fails(capsys, ["predict", str(run)], "required: image")
 
 
-class TestBench:
+class TestThroughput:
     ARGUMENTS = ("--image-size", "64", "--batch-size", "4", "--seconds", "0.05s")
 
     def test_measures_every_part(self, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["bench", "--data", str(data), "--preset", "batchnorm", *self.ARGUMENTS]) == 0
+        assert main(["throughput", "--data", str(data), "--preset", "batchnorm", *self.ARGUMENTS]) == 0
         out = capsys.readouterr().out
         assert f"12 images of {data}, held in memory; batches of 4, 64 x 64, on cpu" in out
         rates = re.findall(r"^ +([\d,]+)  (\S+)", out, flags=re.MULTILINE)
@@ -347,15 +347,15 @@ class TestBench:
         assert "training step of preset batchnorm" in out
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["bench", *self.ARGUMENTS, "--json"]) == 0
+        assert main(["throughput", *self.ARGUMENTS, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert (result["images"], result["batch_size"], result["workers"]) == (4000, 4, 0)
         assert min(result[name] for name in ("read", "augment", "input", "step")) > 0
 
     def test_mistakes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        fails(capsys, ["bench", "--data", str(tmp_path)], "no train/", "empty")
-        fails(capsys, ["bench", "--recipe", "nice"], "there is no such recipe")
-        fails(capsys, ["bench", "--seconds", "0"], "--seconds", "is not a time")
+        fails(capsys, ["throughput", "--data", str(tmp_path)], "no train/", "empty")
+        fails(capsys, ["throughput", "--recipe", "nice"], "there is no such recipe")
+        fails(capsys, ["throughput", "--seconds", "0"], "--seconds", "is not a time")
 
 
 class TestInfo:

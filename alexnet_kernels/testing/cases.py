@@ -1,8 +1,9 @@
-"""Every op at AlexNet's layers: inputs, definition, peers, and the fewest bytes and operations it needs."""
+"""Every op at AlexNet's layers: inputs, definition, peers, and the least work it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
+from alexnet_kernels.testing import roofline
+from alexnet_kernels.testing.roofline import SHORT, Work
 
 Inputs = dict[str, Any]
 
@@ -20,7 +23,7 @@ OUTLIERS = 1e-3
 PEER_OUTLIERS = 5e-3
 # Of the largest element: sums of half-precision terms that PyTorch rounds between its operators.
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+OVERHEAD = "overhead"  # the layer of cases so small that what is timed is the way to the kernel
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,16 @@ class Case:
     call: Callable[[Inputs, str], Tensor]  # with a backend
     definition: Callable[[Inputs], Tensor]  # of inputs in float64
     wrt: tuple[str, ...]
-    # For one image: the fewest bytes moved and operations done, forward, and forward and backward together.
-    nbytes: tuple[float, float]
-    operations: tuple[float, float] = (0, 0)
-    constant_bytes: tuple[float, float] = (0, 0)  # of weights, whatever the batch
+    work: Work
     peers: Mapping[str, Peer] = field(default_factory=dict)
     eager: bool = True  # whether backend "native" is what PyTorch's users run; else a peer is
     tolerance: float | None = None  # of the largest element, if not the dtype's
+    core: bool = True  # whether it is one of the layers and formats that AlexNet runs in fast
 
     @property
     def name(self) -> str:
         layout = "" if self.channels_last else ", NCHW"
         return f"{self.op}, {self.layer}, {SHORT[self.dtype]}{layout}"
-
-    def floor(self, batch: int, backward: bool, copy_rate: float, gemm_rate: float) -> float:
-        """Seconds that the op takes at least on a device of these rates."""
-        return max(self.moved(batch, backward) / copy_rate, self.operations[int(backward)] * batch / gemm_rate)
-
-    def moved(self, batch: int, backward: bool) -> float:
-        return self.nbytes[int(backward)] * batch + self.constant_bytes[int(backward)]
 
 
 def backward_of(out: Tensor, inputs: Inputs, wrt: tuple[str, ...], grad: Tensor) -> tuple[Tensor, ...]:
@@ -143,7 +137,7 @@ def _images(shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool
 
 
 LRN: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
-MAPS = {"layer 1": (96, 55, 55), "layer 2": (256, 27, 27), "layer 5": (256, 13, 13)}
+MAPS = {"layer 1": (96, 55, 55), "layer 2": (256, 27, 27), "layer 5": (256, 13, 13), OVERHEAD: (16, 3, 3)}
 # Filters, channels of a filter, kernel, stride, padding, groups, size of the input.
 CONVOLUTIONS = {
     "conv1": (96, 3, 11, 4, 2, 1, 224),
@@ -163,7 +157,7 @@ PARAMETERS = (
 SEED = 7
 
 
-def _on_images(op, layer, dtype, channels_last, call, definition, nbytes, peers=None) -> Case:
+def _on_images(op, layer, dtype, channels_last, call, definition, work, peers=None) -> Case:
     make = _images(MAPS[layer], dtype, channels_last)
     return Case(
         op,
@@ -174,7 +168,7 @@ def _on_images(op, layer, dtype, channels_last, call, definition, nbytes, peers=
         call,
         definition,
         ("input",),
-        nbytes,
+        work,
         peers=peers or {},
     )
 
@@ -183,18 +177,22 @@ def _torch_lrn(x: Tensor) -> Tensor:
     return F.local_response_norm(x, **LRN)
 
 
-# PyTorch's normalisation exists in half precision on CUDA only.
-TORCH_LRN = {"F.local_response_norm": Peer(lambda x: _torch_lrn(x["input"]), cuda_only=True)}
-TORCH_LRN_POOL = {
-    "F.local_response_norm, pool": Peer(lambda x: F.max_pool2d(_torch_lrn(x["input"].relu()), 3, 2), cuda_only=True)
-}
+def _torch_lrn_pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(_torch_lrn(x.relu()), 3, 2)
 
 
-def _map_cases(dtype: torch.dtype, channels_last: bool) -> Iterator[Case]:
+def _map_cases(
+    dtype: torch.dtype, channels_last: bool, layers: Sequence[str] = ("layer 1", "layer 2", "layer 5")
+) -> Iterator[Case]:
+    """Of layer 5, pooling alone: nothing else runs there."""
     e = dtype.itemsize
+    half = dtype != torch.float32  # in which PyTorch's normalisation exists on CUDA only
+    torch_lrn = Peer(lambda x: _torch_lrn(x["input"]), cuda_only=half)
+    torch_lrn_pool = Peer(lambda x: _torch_lrn_pool(x["input"]), cuda_only=half)
     elements = {layer: c * h * w for layer, (c, h, w) in MAPS.items()}
     pooled = {layer: c * ((h - 3) // 2 + 1) ** 2 for layer, (c, h, w) in MAPS.items()}
-    for layer in ("layer 1", "layer 2"):
+    normalised = [layer for layer in layers if layer != "layer 5"]
+    for layer in normalised:
         n, m = elements[layer], pooled[layer]
         yield _on_images(
             "lrn_max_pool2d",
@@ -203,8 +201,8 @@ def _map_cases(dtype: torch.dtype, channels_last: bool) -> Iterator[Case]:
             channels_last,
             lambda x, backend: ops.lrn_max_pool2d(x["input"], **LRN, relu=True, backend=backend),
             lambda x: reference.max_pool2d(reference.local_response_norm(x["input"].relu(), **LRN)),
-            (n * e + m * (e + 1), 3 * n * e + 2 * m * (e + 1)),
-            TORCH_LRN_POOL,
+            roofline.normalisation_and_pooling(n, m, e),
+            {"F.local_response_norm, pool": torch_lrn_pool},
         )
         yield _on_images(
             "local_response_norm",
@@ -213,11 +211,10 @@ def _map_cases(dtype: torch.dtype, channels_last: bool) -> Iterator[Case]:
             channels_last,
             lambda x, backend: ops.local_response_norm(x["input"], **LRN, backend=backend),
             lambda x: reference.local_response_norm(x["input"], **LRN),
-            (2 * n * e, 5 * n * e),
-            TORCH_LRN,
+            roofline.normalisation(n, e),
+            {"F.local_response_norm": torch_lrn},
         )
-    for layer in MAPS:
-        n, m = elements[layer], pooled[layer]
+    for layer in layers:
         yield _on_images(
             "max_pool2d",
             layer,
@@ -225,10 +222,9 @@ def _map_cases(dtype: torch.dtype, channels_last: bool) -> Iterator[Case]:
             channels_last,
             lambda x, backend: ops.max_pool2d(x["input"], backend=backend),
             lambda x: reference.max_pool2d(x["input"]),
-            (n * e + m * (e + 1), 2 * n * e + 2 * m * (e + 1)),
+            roofline.pooling(elements[layer], pooled[layer], e),
         )
-    for layer in ("layer 1", "layer 2"):
-        n = elements[layer]
+    for layer in normalised:
         yield _on_images(
             "batch_norm_relu",
             layer,
@@ -236,38 +232,36 @@ def _map_cases(dtype: torch.dtype, channels_last: bool) -> Iterator[Case]:
             channels_last,
             lambda x, backend: ops.batch_norm_relu(x["input"], None, None, training=True, backend=backend),
             lambda x: reference.batch_norm_relu(x["input"], None, None, None, None, True)[0],
-            # The sums come before the first result, forward and backward: their inputs are read twice.
-            (3 * n * e, 8 * n * e),
+            roofline.batch_normalisation(elements[layer], e),
         )
-    n = elements["layer 2"]
-    yield _on_images(
-        "within_map_response_norm",
-        "layer 2",
-        dtype,
-        channels_last,
-        lambda x, backend: ops.within_map_response_norm(x["input"], backend=backend),
-        lambda x: reference.within_map_response_norm(x["input"], 5, 1e-3, 0.75, 1.0),
-        (2 * n * e, 5 * n * e),
-    )
+    for layer in normalised[-1:]:
+        yield _on_images(
+            "within_map_response_norm",
+            layer,
+            dtype,
+            channels_last,
+            lambda x, backend: ops.within_map_response_norm(x["input"], backend=backend),
+            lambda x: reference.within_map_response_norm(x["input"], 5, 1e-3, 0.75, 1.0),
+            roofline.normalisation(elements[layer], e),
+        )
 
 
-def _convolution(layer: str, dtype: torch.dtype) -> Case:
-    filters, channels, kernel, stride, padding, groups, size = CONVOLUTIONS[layer]
+def _convolution(layer: str, dtype: torch.dtype, channels_last: bool = True) -> Case:
+    filters, channels, kernel, stride, padding, groups, size = CONVOLUTIONS.get(layer, (16, 16, 3, 1, 1, 1, 3))
     out = (size + 2 * padding - kernel) // stride + 1
     options: dict[str, Any] = {"stride": stride, "padding": padding, "groups": groups}
     fan_in = channels * kernel**2
-    e = dtype.itemsize
-    weights = filters * fan_in * e
-    inputs, outputs = channels * groups * size**2 * e, filters * out**2 * e
-    macs = filters * out**2 * fan_in
-    first = layer == "conv1"  # whose input gets no gradient
+    inputs, outputs = channels * groups * size**2, filters * out**2
+    first = layer == "conv1"
+    work = roofline.convolution(inputs, outputs, filters * fan_in, outputs * fan_in, dtype.itemsize, first)
 
     def make(batch: int, device: torch.device) -> Inputs:
         x = torch.randn(batch, channels * groups, size, size, device=device).to(dtype)
         w = torch.randn(filters, channels, kernel, kernel, device=device).mul_(fan_in**-0.5).to(dtype)
         b = torch.randn(filters, device=device).to(dtype)
-        last = {"memory_format": torch.channels_last}
-        return {"input": x.contiguous(**last), "weight": w.contiguous(**last), "bias": b}
+        if channels_last:
+            x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+        return {"input": x, "weight": w, "bias": b}
 
     def fused(x: Inputs) -> Tensor:
         pairs = ([stride] * 2, [padding] * 2, [1, 1], groups)
@@ -277,22 +271,19 @@ def _convolution(layer: str, dtype: torch.dtype) -> Case:
         "conv2d_relu",
         layer,
         dtype,
-        True,
+        channels_last,
         make,
         lambda x, backend: ops.conv2d_relu(x["input"], x["weight"], x["bias"], **options, backend=backend),
         lambda x: reference.conv2d_relu(x["input"], x["weight"], x["bias"], **options),
         ("weight", "bias") if first else ("input", "weight", "bias"),
-        (inputs + outputs, (2 if first else 3) * inputs + 3 * outputs),
-        (2 * macs, 2 * macs * (2 if first else 3)),
-        (weights, (2 if first else 3) * weights),
+        work,
         {"cudnn_convolution_relu": Peer(fused, differentiable=False, cuda_only=True)},
         tolerance=5e-3 if dtype == torch.float32 else None,  # TF32
     )
 
 
 def _linear(layer: str, dtype: torch.dtype) -> Case:
-    rows, columns = LINEARS[layer]
-    e = dtype.itemsize
+    rows, columns = LINEARS.get(layer, (16, 16))
 
     def make(batch: int, device: torch.device) -> Inputs:
         x = torch.randn(batch, rows, device=device).to(dtype)
@@ -314,36 +305,37 @@ def _linear(layer: str, dtype: torch.dtype) -> Case:
         lambda x, backend: ops.linear_relu_dropout(x["input"], x["weight"], x["bias"], seed=SEED, backend=backend),
         definition,
         ("input", "weight", "bias"),
-        ((rows + columns) * e, (3 * rows + 3 * columns) * e),
-        (2 * rows * columns, 6 * rows * columns),
-        (rows * columns * e, 3 * rows * columns * e),
+        roofline.linear(rows, columns, dtype.itemsize),
         {"linear, relu, dropout": Peer(torch_linear, checked=False)},
         eager=False,
     )
 
 
-def _dropout(dtype: torch.dtype) -> Case:
+def _dropout(dtype: torch.dtype, layer: str = "96x55x55") -> Case:
+    elements = 16 if layer == OVERHEAD else 96 * 55 * 55
     return Case(
         "dropout",
-        "96x55x55",
+        layer,
         dtype,
-        False,
-        lambda batch, device: {"input": torch.randn(batch, 96 * 55 * 55, device=device).to(dtype)},
+        True,
+        lambda batch, device: {"input": torch.randn(batch, elements, device=device).to(dtype)},
         lambda x, backend: ops.dropout(x["input"], seed=SEED, backend=backend),
         lambda x: reference.dropout(x["input"], 0.5, True, SEED),
         ("input",),
-        (2 * 96 * 55 * 55 * dtype.itemsize, 4 * 96 * 55 * 55 * dtype.itemsize),
+        roofline.elementwise(elements, dtype.itemsize),
         peers={"torch's dropout": Peer(lambda x: F.dropout(x["input"], 0.5), checked=False)},
         eager=False,
     )
 
 
-def _augment(dtype: torch.dtype) -> Case:
+def _augment(dtype: torch.dtype, layer: str = "224 of 256") -> Case:
+    size, stored = (3, 4) if layer == OVERHEAD else (224, 256)
+
     def make(batch: int, device: torch.device) -> Inputs:
-        images = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
+        images = torch.randint(0, 256, (batch, stored, stored, 3), dtype=torch.uint8)
         return {
             "images": images.to(device),
-            "crops": torch.randint(0, 33, (batch, 2)).to(device),
+            "crops": torch.randint(0, stored - size + 1, (batch, 2)).to(device),
             "flips": (torch.arange(batch) % 2 == 0).to(device),
             "mean": torch.tensor([120.0, 115.0, 100.0], device=device),
             "color_shift": torch.randn(batch, 3).to(device),
@@ -353,25 +345,25 @@ def _augment(dtype: torch.dtype) -> Case:
         return {name: x[name] for name in ("flips", "color_shift", "mean")}
 
     def definition(x: Inputs) -> Tensor:
-        return reference.augment(x["images"], x["crops"], [224, 224], **options(x), dtype=torch.float64)
+        return reference.augment(x["images"], x["crops"], [size, size], **options(x), dtype=torch.float64)
 
     return Case(
         "augment",
-        "224 of 256",
+        layer,
         dtype,
         True,
         make,
-        lambda x, backend: ops.augment(x["images"], x["crops"], 224, **options(x), dtype=dtype, backend=backend),
+        lambda x, backend: ops.augment(x["images"], x["crops"], size, **options(x), dtype=dtype, backend=backend),
         definition,
         (),
-        (3 * 224 * 224 * (1 + dtype.itemsize),) * 2,
+        Work((3 * size * size * (1 + dtype.itemsize),) * 2),
     )
 
 
 def cases() -> list[Case]:
-    """In the order of what matters most to AlexNet in half precision."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    return [
+    """In the order of what matters most to AlexNet in half precision; those of `core` first."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    core = [
         *_map_cases(bf16, True),
         *(_convolution(layer, bf16) for layer in CONVOLUTIONS),
         *(_linear(layer, bf16) for layer in LINEARS),
@@ -380,5 +372,20 @@ def cases() -> list[Case]:
         *_map_cases(fp32, True),
         *(_convolution(layer, fp32) for layer in CONVOLUTIONS),
         *(case for case in _map_cases(bf16, False) if case.op in ("lrn_max_pool2d", "max_pool2d")),
-        *_map_cases(torch.float16, True),
+        *_map_cases(fp16, True),
     ]
+    others = [
+        *(_linear(layer, fp32) for layer in LINEARS),
+        _dropout(fp32),
+        _augment(fp32),
+        *_map_cases(bf16, False),
+        *_map_cases(fp32, False),
+        *(_convolution(layer, dtype, False) for dtype in (bf16, fp32) for layer in CONVOLUTIONS),
+        *_map_cases(fp32, True, [OVERHEAD]),
+        _convolution(OVERHEAD, fp32),
+        _linear(OVERHEAD, fp32),
+        _dropout(fp32, OVERHEAD),
+        _augment(fp32, OVERHEAD),
+    ]
+    known = {case.name for case in core}
+    return core + [dataclasses.replace(case, core=False) for case in others if case.name not in known]

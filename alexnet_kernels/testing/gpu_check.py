@@ -15,46 +15,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from alexnet_kernels import AlexNet, __version__, _library, backends, optim, use_backend
-from alexnet_kernels.nn import LocalResponseNorm
+from alexnet_kernels import _library, backends
+from alexnet_kernels.testing import bench, machine, progress, roofline, tables
 from alexnet_kernels.testing import cases as registry
-from alexnet_kernels.testing import progress
-from alexnet_kernels.testing.timing import (
-    Call,
-    DeviceLost,
-    Failure,
-    Timing,
-    copy_rate,
-    gemm_rate,
-    guarded,
-    input_sets,
-    measure,
-)
+from alexnet_kernels.testing.machine import PACKAGE
+from alexnet_kernels.testing.rows import OURS, PURPOSES, NetRow, OpRow, Row, SgdRow, to_json
+from alexnet_kernels.testing.timing import DeviceLost
 
-PACKAGE = Path(__file__).parents[1]
+BATCH = 128
 # The share of the time that each part may take.
 SHARES = {"environment": 0.04, "ceilings": 0.05, "tests": 0.30, "sanitizer": 0.11, "ops": 0.32, "nets": 0.18}
-OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 PYTEST_ENDED = (0, 1, 5)  # by itself: all passed, some failed, none were left
 RESTARTS = 12  # of a part that crashed, without what it crashed in
 STALL = 100.0  # seconds without a finding after which a part is taken to hang: compiling takes tens of seconds
@@ -74,377 +60,74 @@ class Budget:
 
 
 def environment(device: torch.device, budget: Budget, skip: set[str]) -> Iterator[dict[str, Any]]:
-    facts: dict[str, Any] = {
+    yield machine.facts(device) | {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "device": platform.processor() or platform.machine(),
-        "alexnet_kernels": __version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU threads",
-        "triton": _version("triton"),
-        "nvcc": _output(_tool("nvcc") or "nvcc", "--version", pattern=r"V([\d.]+)"),
+        "triton": machine.version("triton"),
+        "nvcc": machine.output(machine.tool("nvcc") or "nvcc", "--version", pattern=r"V([\d.]+)"),
         "library": _library.status(),
         "backends": backends.report(),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", pattern=r"([\d.]+)"),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    yield facts
 
 
 def ceilings(device: torch.device, budget: Budget, skip: set[str]) -> Iterator[dict[str, Any]]:
-    large = device.type == "cuda"
-    yield {"copy_bytes_per_second": copy_rate(device, 2**31 if large else 2**26)}
-    size = 8192 if large else 512
-    rates = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    gemm: dict[str, float] = {}
-    for name, dtype in rates.items():
-        gemm[name] = gemm_rate(device, size if dtype.itemsize == 2 else size // 2, dtype)
-        yield {"gemm_operations_per_second": dict(gemm)}
-    if large:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        gemm["tf32"] = gemm_rate(device, size // 2, torch.float32)
-        torch.backends.cuda.matmul.allow_tf32 = before
-        yield {"gemm_operations_per_second": dict(gemm)}
+    yield from roofline.measure_ceilings(device, small=device.type != "cuda")
 
 
 def time_ops(
-    device: torch.device, budget: Budget, skip: set[str], only: Sequence[registry.Case] | None = None
+    device: torch.device, budget: Budget, skip: set[str], only: Sequence[Row] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Every case: each variant is compared with the definition first, and timed only if it is right."""
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = True
-    gpu = device.type == "cuda"
-    every = registry.cases()
-    if not gpu:  # A processor takes long: one case of each op shows that the command works.
-        every = list({case.op: case for case in every if case.dtype == torch.bfloat16}.values())
-    chosen = every if only is None else only
-    batch = 128 if gpu else 2
-    for i, case in enumerate(chosen):
-        if case.name in skip:
+    bench.configure()
+    if only is not None:
+        chosen = list(only)
+    elif device.type == "cuda":
+        chosen = [row for row in bench.rows(device, ["ops"], [BATCH]) if not isinstance(row, OpRow) or row.case.core]
+    else:  # A processor takes long: one case of each op shows that the command works.
+        every = {case.op: case for case in registry.cases() if case.core and case.dtype == torch.bfloat16}
+        chosen = [*(OpRow(case, 2) for case in every.values()), SgdRow(small=True)]
+    yield from _timed(chosen, device, budget, skip)
+
+
+def _timed(chosen: Sequence[Row], device: torch.device, budget: Budget, skip: set[str]) -> Iterator[dict[str, Any]]:
+    """Every row: each variant is compared with the definition first, and timed only if it is right."""
+    for i, row in enumerate(chosen):
+        if row.name in skip:
             continue
-        if budget.left() < 2:
-            yield {"unfinished": [c.name for c in chosen[i:]]}
-            return
-        yield {"current": case.name}
+        net = isinstance(row, NetRow)
+        least = 2 if not net or device.type != "cuda" else 40 if isinstance(row, NetRow) and row.compile else 6
+        if budget.left() < least:
+            yield {"unfinished": {row.name: True}}
+            continue
+        yield {"current": row.name}
+        # Compiling takes seconds, which a row has only if there is time.
         share = min(20.0, max(1.0, budget.left() / (len(chosen) - i)))
+        if isinstance(row, OpRow) and row.compile and share < 3:
+            row = dataclasses.replace(row, compile=())
+        seconds = min(4.0, budget.left() / 8) if net else share / 4
         try:
-            result = _time_case(case, batch, device, share, skip)
+            result = row.time(device, seconds=seconds, rounds=10 if net else 15, skip=skip)
         except DeviceLost as lost:
-            yield {"current": f"{case.name} by {lost.variant}"}
+            yield {"current": f"{row.name} by {lost.variant}"}
             raise
-        yield {"cases": {case.name: result}, "finished": {case.name: True}}
-    if SGD not in skip and only is None:
-        yield {"current": SGD}
-        try:
-            result = _time_sgd(device, skip)
-        except DeviceLost as lost:
-            yield {"current": f"{SGD} by {lost.variant}"}
-            raise
-        yield {"cases": {SGD: result}}
-
-
-def _time_case(
-    case: registry.Case, batch: int, device: torch.device, seconds: float, skip: Collection[str] = ()
-) -> dict[str, Any]:
-    """Times what computes the right values. `skip` names variants, "CASE by VARIANT", that lost the device before."""
-
-    def by(backend: str) -> registry.Peer:
-        outliers = registry.PEER_OUTLIERS if backend == "native" else registry.OUTLIERS
-        return registry.Peer(lambda x: case.call(x, backend), outliers=outliers)
-
-    variants: dict[str, registry.Peer] = {}
-    reasons: dict[str, str] = {}
-    for backend in OURS[device.type]:
-        if reason := backends.unavailable(case.op, backend):
-            reasons[backend] = reason
-        else:
-            variants[backend] = by(backend)
-    if case.eager:
-        variants["eager"] = by("native")
-    variants |= {name: peer for name, peer in case.peers.items() if device.type == "cuda" or not peer.cuda_only}
-    # Compiling takes seconds: half precision in the fast format is where it can win.
-    if device.type == "cuda" and seconds > 3 and case.eager and case.dtype == torch.bfloat16 and case.channels_last:
-        variants["compiled"] = compiled(by("native"))
-    variants = {name: variant for name, variant in variants.items() if f"{case.name} by {name}" not in skip}
-    expectation = registry.Expectation(case, 2, device)
-    wrong: dict[str, str] = {}
-    errors: dict[str, str] = {}
-    for name, variant in list(variants.items()):
-        if variant.checked:
-            with guarded(name, device, errors):
-                problem = expectation.problem(variant.call, variant.differentiable, variant.outliers)
-                if problem:
-                    wrong[name] = problem
-            if name in wrong or name in errors:
-                del variants[name]
-    del expectation
-    result: dict[str, Any] = {
-        "op": case.op,
-        "layer": case.layer,
-        "batch": batch,
-        "wrong": wrong,
-        "errors": errors,
-        "missing": reasons,
-    }
-    for direction in ("forward", "forward and backward"):
-        backward = direction != "forward"
-        if backward and not case.wrt:
-            continue
-        count = input_sets(int(case.moved(batch, backward)), device)
-        inputs = [registry.with_gradients(case.make(batch, device), case.wrt) for _ in range(count)]
-        calls: dict[str, list[Call]] = {}
-        for name, variant in variants.items():
-            if variant.differentiable or not backward:
-                with guarded(name, device, errors):
-                    calls[name] = [_call(case, variant, x, backward) for x in inputs]
-        times = measure(calls, device, seconds=seconds / 4)
-        result[direction] = {
-            "bytes": case.moved(batch, backward),
-            "operations": case.operations[int(backward)] * batch,
-            "times": {name: _as_json(timing) for name, timing in times.items()},
-        }
-    return result
-
-
-def compiled(peer: registry.Peer, **options: Any) -> registry.Peer:
-    """The peer by torch.compile. Whole or not at all: past dynamo's limit of recompilations it would be eager."""
-    torch._dynamo.reset()
-    return dataclasses.replace(peer, call=torch.compile(peer.call, dynamic=False, fullgraph=True, **options))
-
-
-def _call(case: registry.Case, variant: registry.Peer, inputs: registry.Inputs, backward: bool) -> Call:
-    if not backward:
-
-        def forward() -> None:
-            with torch.no_grad():
-                variant.call(inputs)
-
-        return forward
-    with torch.no_grad():
-        grad = torch.randn_like(variant.call(inputs))
-
-    def both() -> None:
-        registry.backward_of(variant.call(inputs), inputs, case.wrt, grad)
-
-    return both
-
-
-SGD = "sgd_step, AlexNet's parameters, fp32"
-
-
-def _time_sgd(device: torch.device, skip: Collection[str] = ()) -> dict[str, Any]:
-    """The optimizer's step over all of AlexNet's parameters; torch.optim.SGD is the peer."""
-    settings: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
-    variants: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], str]] = {}
-    missing: dict[str, str] = {}
-    for backend in OURS[device.type]:
-        if reason := backends.unavailable("sgd_step", backend):
-            missing[backend] = reason
-        else:
-            variants[backend] = optim.SGD, {"rule": "torch"}, backend
-    variants["torch fused"] = torch.optim.SGD, {"fused": True}, "auto"
-    variants["torch foreach"] = torch.optim.SGD, {"foreach": True}, "auto"
-
-    def prepared(parameters: list[nn.Parameter], name: str) -> Call:
-        """A step of this variant; the gradients are there already."""
-        optimizer, options, backend = variants[name]
-        stepper = optimizer(parameters, **settings, **options)
-
-        def step() -> None:
-            with use_backend(backend):
-                stepper.step()
-
-        return step
-
-    def parameters(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
-        torch.manual_seed(0)
-        values = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
-        for value in values:
-            value.grad = torch.randn_like(value)
-        return values
-
-    def problem(name: str) -> str | None:
-        few = parameters([(64, 3, 3, 3), (100, 64), (7,)], device, torch.float32)
-        exact = [nn.Parameter(p.detach().cpu().double()) for p in few]
-        for wide, value in zip(exact, few, strict=True):
-            assert value.grad is not None
-            wide.grad = value.grad.cpu().double()
-        definition, step = torch.optim.SGD(exact, **settings), prepared(few, name)
-        for _ in range(3):
-            step()
-            definition.step()
-        found = (registry.compare(a, b, 1e-5, "parameter", 0) for a, b in zip(few, exact, strict=True))
-        return next(filter(None, found), None)
-
-    shapes = registry.PARAMETERS if device.type == "cuda" else [(64, 3, 3, 3), (100, 64)]
-    wrong: dict[str, str] = {}
-    errors: dict[str, str] = {}
-    calls: dict[str, list[Call]] = {}
-    for name in variants:
-        if f"{SGD} by {name}" in skip:
-            continue
-        with guarded(name, device, errors):
-            if fault := problem(name):
-                wrong[name] = fault
-            else:
-                calls[name] = [prepared(parameters(shapes, device, torch.float32), name)]
-    count = sum(torch.Size(shape).numel() for shape in shapes)
-    times = measure(calls, device)
-    return {
-        "op": "sgd_step",
-        "layer": "AlexNet's parameters",
-        "batch": 1,
-        "wrong": wrong,
-        "errors": errors,
-        "missing": missing,
-        "forward": {
-            "bytes": 20 * count,  # a parameter's value and momentum, read and written, and its gradient
-            "operations": 0,
-            "times": {name: _as_json(timing) for name, timing in times.items()},
-        },
-    }
+        yield {"cases": {row.name: to_json(result)}, "finished": {row.name: True}}
 
 
 def time_nets(device: torch.device, budget: Budget, skip: set[str]) -> Iterator[dict[str, Any]]:
-    """Inference and training of whole networks, in bfloat16, beside PyTorch's own operators.
-
-    What is left of the time goes to torch.compile: then the net's other variants are timed anew beside it.
-    """
-    torch.backends.cudnn.benchmark = True
-    gpu = device.type == "cuda"
-    batch, size, width = (128, None, 1.0) if gpu else (2, 71, 0.1)
-    wanted = [
-        (preset, n, purpose, False)
-        for n in ([batch, 1024] if gpu else [batch])
-        for preset in ("paper", "torchvision", "batchnorm")[: 3 if gpu else 1]
-        for purpose in PURPOSES
+    """What is left of the time goes to torch.compile: then the net's other variants are timed anew beside it."""
+    bench.configure()
+    if device.type != "cuda":
+        yield from _timed([NetRow("paper", 2, purpose, width=0.1) for purpose in PURPOSES], device, budget, skip)
+        return
+    presets = ("paper", "torchvision", "batchnorm")
+    plain = [NetRow(preset, n, purpose) for n in (BATCH, 1024) for preset in presets for purpose in PURPOSES]
+    compiled = [
+        dataclasses.replace(row, compile=("compiled", "hardened"))
+        for row in plain
+        if row.batch == BATCH and row.preset in presets[:2]
     ]
-    if gpu:
-        wanted += [(preset, batch, purpose, True) for preset in ("paper", "torchvision") for purpose in PURPOSES]
-    unfinished: list[str] = []
-    for preset, n, purpose, compiled in wanted:
-        net = f"{preset}, batch {n}"
-        name = f"{net}, {purpose}{', compiled' if compiled else ''}"
-        if name in skip:
-            continue
-        if gpu and budget.left() < (40 if compiled else 6):
-            unfinished.append(name)
-            yield {"unfinished": list(unfinished)}
-            continue
-        yield {"current": name}
-        try:
-            times = _time_net(preset, n, size, width, purpose, device, budget.left(), compiled, skip)
-        except DeviceLost as lost:
-            yield {"current": f"{name} by {lost.variant}"}
-            raise
-        found = {name: _as_json(timing) for name, timing in times.items()}
-        yield {"nets": {net: {purpose: {"batch": n, "times": found}}}, "finished": {name: True}}
-        gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
-
-
-PURPOSES = ("inference", "training step")
-
-
-def stock(model: AlexNet) -> nn.Module:
-    """The same network of torch.nn's own modules, parameters shared."""
-
-    def plain(module: nn.Module) -> nn.Module:
-        if isinstance(module, LocalResponseNorm):
-            return nn.LocalResponseNorm(module.size, module.alpha, module.beta, module.k)
-        if isinstance(module, nn.Dropout):
-            return nn.Dropout(module.p)
-        return module
-
-    features, classifier = (nn.Sequential(*map(plain, part)) for part in (model.features, model.classifier))
-    return nn.Sequential(features, model.avgpool, nn.Flatten(), classifier)
-
-
-def _time_net(
-    preset: str,
-    batch: int,
-    size: int | None,
-    width: float,
-    purpose: str,
-    device: torch.device,
-    seconds: float,
-    compiled: bool,
-    skip: Collection[str],
-) -> dict[str, Timing | Failure]:
-    training = purpose != "inference"
-    gpu = device.type == "cuda"
-    images = torch.randn(batch, 3, size or 224, size or 224, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (batch,), device=device)
-
-    def model_call(backend: str, pure: bool = False, change: Callable[[Any], Callable] | None = None) -> Call:
-        torch.manual_seed(0)
-        model = AlexNet(preset=preset, width=width).to(device).to(memory_format=torch.channels_last).train(training)
-        x = images
-        if pure:
-            model, x = model.to(torch.bfloat16), images.to(torch.bfloat16)
-        if backend != "native":
-            optimizer: torch.optim.Optimizer = optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, rule="torch")
-        else:
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4, fused=True)
-        run = change(model) if change else model
-        mode = contextlib.nullcontext if pure else (lambda: torch.autocast(device.type, torch.bfloat16, True, False))
-
-        def call() -> None:
-            with use_backend(backend):
-                if not training:
-                    with torch.no_grad(), mode():
-                        run(x)
-                    return
-                with mode():
-                    loss = F.cross_entropy(run(x).float(), labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-
-        return call
-
-    made: dict[str, Callable[[], Call]] = {
-        "auto": lambda: model_call("auto"),
-        "eager": lambda: model_call("native"),
-    }
-
-    def stocked(model: AlexNet) -> nn.Module:
-        return stock(model).train(training)
-
-    made["torch.nn"] = lambda: model_call("native", change=stocked)
-    if gpu:
-        made["torch.nn, pure bf16"] = lambda: model_call("native", pure=True, change=stocked)
-        made["auto, pure bf16"] = lambda: model_call("auto", pure=True)
-        made["eager, pure bf16"] = lambda: model_call("native", pure=True)
-        if backends.unavailable("max_pool2d", "triton") is None:
-            made["triton"] = lambda: model_call("triton")
-    if compiled:
-        torch._dynamo.reset()
-        made["compiled"] = lambda: model_call(
-            "native", change=lambda model: torch.compile(model, dynamic=False, fullgraph=True)
-        )
-    name = f"{preset}, batch {batch}, {purpose}{', compiled' if compiled else ''}"
-    errors: dict[str, str] = {}
-    calls: dict[str, list[Call]] = {}
-    for variant, make in made.items():
-        if f"{name} by {variant}" not in skip:
-            with guarded(variant, device, errors):
-                calls[variant] = [make()]
-    times = measure(calls, device, seconds=min(4.0, seconds / 8), rounds=10)
-    return times | {variant: Failure(reason) for variant, reason in errors.items()}
+    yield from _timed(plain, device, budget, skip)
+    # Under the same names, which are finished.
+    yield from _timed(compiled, device, budget, {name for name in skip if " by " in name})
 
 
 WORKERS: dict[str, Callable[[torch.device, Budget, set[str]], Iterator[dict[str, Any]]]] = {
@@ -453,46 +136,6 @@ WORKERS: dict[str, Callable[[torch.device, Budget, set[str]], Iterator[dict[str,
     "ops": time_ops,
     "nets": time_nets,
 }
-
-
-def _as_json(timing: Timing | Failure) -> dict[str, Any]:
-    return {"error": timing.reason} if isinstance(timing, Failure) else vars(timing)
-
-
-def _output(*command: str, pattern: str) -> str:
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return "none"
-    match = re.search(pattern, text)
-    return match[1] if match else "unknown"
-
-
-def _tool(name: str) -> str | None:
-    """A program of the CUDA toolkit."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(f"{home}/bin/{name}")
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return "unknown" if not commit else commit + (" and changes" if git("status", "--porcelain", "-uno") else "")
-    except OSError:
-        return "unknown"
 
 
 # The command: it starts the parts, keeps their results, and writes the report.
@@ -505,12 +148,6 @@ def merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             merge(into[key], value)
         else:
             into[key] = value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class Check:
@@ -548,8 +185,8 @@ class Check:
         print(f"{name}: {section['state']}, {section['seconds']:.0f} s. {self._line(name, section)}", flush=True)
 
     def write(self) -> None:
-        write_atomically(self.out / "gpu_check.json", json.dumps(self.report, indent=1) + "\n")
-        write_atomically(self.out / "gpu_check.md", markdown(self.report))
+        machine.write_atomically(self.out / "gpu_check.json", json.dumps(self.report, indent=1) + "\n")
+        machine.write_atomically(self.out / "gpu_check.md", markdown(self.report))
 
     def _worker(self, name: str, section: dict[str, Any], limit: float) -> None:
         """Runs a part in a process; after a crash or a stall another one goes on, without what that was in."""
@@ -571,7 +208,7 @@ class Check:
                 break
             case = section.get("current", "its start")
             if status is None and budget.left() < 0:
-                section["unfinished"] = [*section.get("unfinished", []), case]
+                section.setdefault("unfinished", {})[case] = True
                 break
             again = case in crashed
             crashed[case] = "took too long" if status is None else f"ended with status {status}: {_last_line(errors)}"
@@ -585,11 +222,7 @@ class Check:
     @staticmethod
     def _wrong(section: dict[str, Any]) -> bool:
         """Whether a variant of ours computes wrong values, or can't run."""
-        return any(
-            name in case["wrong"] or name in case["errors"]
-            for case in section.get("cases", {}).values()
-            for name in ("cpu", "cuda", "triton")
-        )
+        return bool(tables.problems(section.get("cases", {})))
 
     def _tests(self, name: str, section: dict[str, Any], limit: float) -> None:
         tests = (self.tests or PACKAGE.parent / "tests").resolve()
@@ -647,7 +280,7 @@ class Check:
         section["finished"] = False
 
     def _sanitizer(self, name: str, section: dict[str, Any], limit: float) -> None:
-        sanitizer = _tool("compute-sanitizer")
+        sanitizer = machine.tool("compute-sanitizer")
         if self.device != "cuda" or sanitizer is None:
             section |= {"state": "skipped", "error": "compute-sanitizer is not available"}
             return
@@ -717,10 +350,10 @@ class Check:
         if name == "tests":
             rest = "" if section["finished"] else f" of {section['collected']}, the rest not reached"
             return f"{section['passed']} passed, {section['failed'] + section['errors']} failed{rest}"
-        if name == "ops":
+        if name in ("ops", "nets"):
             return f"{len(section.get('cases', {}))} cases"
-        if name == "ceilings" and "copy_bytes_per_second" in section:
-            return f"copy {section['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+        if name == "ceilings" and "copy" in section:
+            return f"copy {section['copy'] / 1e9:.0f} GB/s"
         return ""
 
     def passed(self) -> bool:
@@ -744,14 +377,6 @@ def _last_line(text: str) -> str:
 # The report.
 
 
-def best(times: dict[str, dict[str, Any]], ours: bool) -> tuple[str, float] | None:
-    """The fastest of our variants, or of the others: (name, seconds)."""
-    mine = ("cuda", "triton", "cpu", "auto", "auto, pure bf16")
-    valid = {n: t["median"] for n, t in times.items() if "median" in t and (n in mine) == ours}
-    name = min(valid, key=valid.__getitem__, default=None)
-    return None if name is None else (name, valid[name])
-
-
 def markdown(report: dict[str, Any]) -> str:
     parts = report["parts"]
     facts = parts.get("environment", {})
@@ -772,14 +397,11 @@ def markdown(report: dict[str, Any]) -> str:
         note = part.get("error") or "; ".join(f"{k} {v}" for k, v in part.get("crashed", {}).items())
         lines.append(f"| {name} | {part['state']} | {part.get('seconds', '')} | {note} |")
     lines.append("")
-    ceiling = parts.get("ceilings", {})
-    rates = {name: rate / 1e12 for name, rate in ceiling.get("gemm_operations_per_second", {}).items()}
-    copy = ceiling.get("copy_bytes_per_second")
-    if copy:
-        gemms = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in rates.items())
-        lines += [f"Measured here: copy {copy / 1e9:.0f} GB/s (read and written); GEMM {gemms}.", ""]
+    rates = roofline.ceilings(parts.get("ceilings", {}))
+    lines += [tables.ceilings_text(rates), ""] if rates else []
     lines += _tests_lines(parts.get("tests", {})) + _sanitizer_lines(parts.get("sanitizer", {}))
-    lines += _ops_lines(parts.get("ops", {}), OURS[report["device"]], copy, rates) + _nets_lines(parts.get("nets", {}))
+    for title, name in (("Ops", "ops"), ("Networks", "nets")):
+        lines += _rows_lines(title, parts.get(name, {}), rates, report["device"] == "cuda")
     return "\n".join(lines)
 
 
@@ -807,96 +429,14 @@ def _sanitizer_lines(sanitizer: dict[str, Any]) -> list[str]:
     return ["## compute-sanitizer", "", *tools, ""] if tools else []
 
 
-def _ops_lines(
-    section: dict[str, Any], columns: Sequence[str], copy: float | None, rates: dict[str, float]
-) -> list[str]:
-    if not section.get("cases"):
+def _rows_lines(title: str, section: dict[str, Any], rates: roofline.Ceilings | None, cuda: bool) -> list[str]:
+    found = tables.table(section.get("cases", {}), rates, cuda)
+    late = section.get("unfinished", [])
+    if not found and not late:
         return []
-    lines = [
-        "## Ops",
-        "",
-        "us; the ratio is the best peer's time to the best of ours. The floor is what the fewest bytes",
-    ]
-    lines += ["and operations take at the rates measured here. A variant that computes wrong values has no time."]
-    lines += ["Medians ± half the quartiles' distance; * without a CUDA graph, the time to launch included.", ""]
-    lines += [f"| case | | {' | '.join(columns)} | best peer | ratio | GB/s | % of floor |"]
-    lines += ["|---|---|" + "---|" * (len(columns) + 4)]
-    for name, case in section["cases"].items():
-        for direction in ("forward", "forward and backward"):
-            if direction in case:
-                lines.append(_op_row(name, direction, case, columns, copy, rates))
-    wrong = [f"- WRONG {n}, {v}: {why}" for n, case in section["cases"].items() for v, why in case["wrong"].items()]
-    errors = [f"- ERROR {n}, {v}: {why}" for n, case in section["cases"].items() for v, why in case["errors"].items()]
-    errors += [
-        f"- {name}, {variant}, {direction}: {time['error']}"
-        for name, case in section["cases"].items()
-        for direction in ("forward", "forward and backward")
-        for variant, time in case.get(direction, {}).get("times", {}).items()
-        if "error" in time
-    ]
-    unfinished = section.get("unfinished", [])
-    late = [f"Not reached in the time: {'; '.join(unfinished)}.", ""] if unfinished else []
-    return [*lines, "", *wrong, *errors, "", *late]
-
-
-def _op_row(
-    name: str, direction: str, case: dict[str, Any], columns: Sequence[str], copy: float | None, rates: dict[str, float]
-) -> str:
-    times = case[direction]["times"]
-    mine, peer = best(times, True), best(times, False)
-    cells = []
-    for column in columns:
-        timing = times.get(column, {})
-        state = "wrong" if column in case["wrong"] else "error" if column in case["errors"] else "-"
-        cells.append(_microseconds(timing) if "median" in timing else state)
-    cells.append(f"{_microseconds(times[peer[0]])} ({peer[0]})" if peer else "-")
-    cells.append(f"{peer[1] / mine[1]:.2f}" if mine and peer else "-")
-    cells.append(f"{case[direction]['bytes'] / mine[1] / 1e9:.0f}" if mine else "-")
-    rate = rates.get("tf32" if "fp32" in name else "bf16") or rates.get("fp32")
-    if mine and copy and rate:
-        floor = max(case[direction]["bytes"] / copy, case[direction]["operations"] / (rate * 1e12))
-        cells.append(f"{100 * floor / mine[1]:.0f}")
-    else:
-        cells.append("-")
-    return f"| {name} | {direction} | {' | '.join(cells)} |"
-
-
-def _microseconds(timing: dict[str, Any]) -> str:
-    """The median, and half the distance of the quartiles as a part of it."""
-    spread = (timing["high"] - timing["low"]) / 2 / timing["median"]
-    return f"{timing['median'] * 1e6:.1f} ±{spread:.0%}{'' if timing['graph'] else '*'}"
-
-
-def _nets_lines(section: dict[str, Any]) -> list[str]:
-    if not section.get("nets"):
-        return []
-    lines = [
-        "## Networks",
-        "",
-        "Images a second in bfloat16 (autocast unless pure); the ratio is to the best peer.",
-        "",
-    ]
-    lines += ["| net | | ours | peers | ratio |", "|---|---|---|---|---|"]
-    for name, purposes in section["nets"].items():
-        for purpose, net in purposes.items():
-            if "error" in net:
-                lines.append(f"| {name} | {purpose} | {net['error']} | | |")
-                continue
-            mine, peer = best(net["times"], True), best(net["times"], False)
-
-            def speeds(ours: bool, net: dict[str, Any] = net) -> str:
-                found = []
-                for variant, timing in net["times"].items():
-                    if (variant.split(",")[0] in ("auto", "triton")) == ours:
-                        speed = f"{net['batch'] / timing['median']:.0f}" if "median" in timing else timing["error"]
-                        found.append(f"{variant}: {speed}{' (graph)' if timing.get('graph') else ''}")
-                return ", ".join(found)
-
-            ratio = f"{peer[1] / mine[1]:.2f}" if mine and peer else "-"
-            lines.append(f"| {name} | {purpose} | {speeds(True)} | {speeds(False)} | {ratio} |")
-    if "unfinished" in section:
-        lines += ["", f"Not reached in the time: {'; '.join(section['unfinished'])}."]
-    return [*lines, ""]
+    legend = f"{tables.LEGEND}\n* without a CUDA graph, the time to launch included." if cuda else tables.LEGEND
+    unreached = [f"Not reached in the time: {'; '.join(late)}.", ""] if late else []
+    return [f"## {title}", "", legend, "", *found, *unreached]
 
 
 def _work(options: argparse.Namespace) -> int:

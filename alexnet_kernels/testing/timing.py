@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels.testing.machine import cache_bytes
+
 Call = Callable[[], object]
 
-CACHE = 2 * 50 * 2**20  # bytes that inputs should exceed together: twice the L2 cache of an H100
 MOST_SETS = 6  # of inputs
 ROUND = 2e-3  # seconds that a variant takes in one round, at least
 
@@ -31,6 +32,10 @@ class Timing:
     high: float
     rounds: int
     graph: bool  # whether a CUDA graph was timed
+    samples: tuple[float, ...] = ()  # of each round
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "samples"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Failure:
     """Why a variant has no time."""
 
     reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"error": self.reason}
 
 
 class DeviceLost(Exception):
@@ -77,8 +85,8 @@ def guarded(variant: str, device: torch.device, failures: dict[str, str]) -> Ite
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of this size are needed to miss the cache every time."""
-    return 1 if device.type != "cuda" else max(1, min(MOST_SETS, -(-CACHE // max(1, nbytes))))
+    """How many sets of this many bytes exceed the device's last cache twice, MOST_SETS at most."""
+    return max(1, min(MOST_SETS, -(-2 * cache_bytes(device) // max(1, nbytes))))
 
 
 def synchronize(device: torch.device) -> None:
@@ -167,7 +175,7 @@ def measure(
     rounds: int = 15,
     graphs: bool = True,
 ) -> dict[str, Timing | Failure]:
-    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds each.
+    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds of each.
 
     One that can't run has a Failure; raises DeviceLost if the others can't run after it.
     """
@@ -181,7 +189,7 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in ready}
     start = time.perf_counter()
     for i in range(rounds):
-        if i >= 2 and time.perf_counter() - start > seconds:
+        if i >= min(2, rounds) and time.perf_counter() - start > seconds:
             break
         for name, variant in list(ready.items()):
             with guarded(name, device, failures):
@@ -191,7 +199,7 @@ def measure(
                 del ready[name], samples[name]
     for name, values in samples.items():
         low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-        results[name] = Timing(statistics.median(values), low, high, len(values), ready[name].graph)
+        results[name] = Timing(statistics.median(values), low, high, len(values), ready[name].graph, tuple(values))
     return {name: results[name] for name in variants}
 
 

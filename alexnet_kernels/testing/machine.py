@@ -1,0 +1,130 @@
+"""What a report says about where it was made."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_kernels import __version__, _library
+
+PACKAGE = Path(__file__).parents[1]
+MATRIX_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+
+def cpu_facts() -> dict[str, str]:
+    """The last processor's lines of /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def cpu() -> str:
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the source tree that the package is in, if any."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        found = git("rev-parse", "--short", "HEAD")
+        return "unknown" if not found else found + (" and changes" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        return "unknown"
+
+
+def output(*command: str, pattern: str) -> str:
+    """What a command prints and the pattern's group finds there."""
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    match = re.search(pattern, text)
+    return match[1] if match else "unknown"
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(f"{home}/bin/{name}")
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The device's last cache. 32 MiB where the system doesn't say, 50 MiB (an H100's) where torch doesn't."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 * 2**20))
+    sizes = [32 * 2**20] if not (found := Path("/sys/devices/system/cpu/cpu0/cache")).exists() else [0]
+    for path in found.glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * 2**10)
+    return max(sizes) or 32 * 2**20
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What decides how fast this device is."""
+    found: dict[str, Any] = {
+        "device": cpu(),
+        "threads": torch.get_num_threads(),
+        "instructions": [name for name in MATRIX_INSTRUCTIONS if name in cpu_facts().get("flags", "").split()],
+        "kernels": torch.ops.alexnet_kernels.isa() if _library.LOADED else "none",
+        "alexnet_kernels": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cache": cache_bytes(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", pattern=r"([\d.]+)")
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "driver": driver,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "triton": version("triton"),
+        }
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next step, which takes the same hundreds of megabytes again.
+
+    Fresh pages from the system cost a fault each, a third of the time of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)

@@ -1,0 +1,119 @@
+"""Pictures of a report of bench.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alexnet_kernels.testing import tables
+from alexnet_kernels.testing.roofline import Ceilings, ceilings
+
+OURS, PEER, LINE = "#1f77b4", "#999999", "#333333"
+
+
+def draw(report: dict[str, Any], prefix: Path) -> list[Path]:
+    """Writes PREFIX_ratios.png, PREFIX_roofline.png and PREFIX_throughput.png, those that the report has rows for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    found = ceilings(report["ceilings"])
+    for name, figure in (
+        ("ratios", _ratios(pyplot, report)),
+        ("roofline", _roofline(pyplot, report, found) if found else None),
+        ("throughput", _throughput(pyplot, report)),
+    ):
+        if figure is not None:
+            path = prefix.with_name(f"{prefix.name}_{name}.png")
+            figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
+            pyplot.close(figure)
+            written.append(path)
+    return written
+
+
+def _ratios(pyplot: Any, report: dict[str, Any]) -> Any:
+    """How many times as fast as the best peer: a bar for each op and network at the largest batch measured."""
+    bars: list[tuple[str, float]] = []
+    for section in ("ops", "nets"):
+        rows = list(tables.measurements(report[section]))
+        largest = max((result["batch"] for _, _, result, _ in rows), default=0)
+        for name, direction, result, measured in rows:
+            value = tables.ratio(measured)
+            if value is not None and (direction == "step" or result["batch"] == largest):
+                bars.append((tables.full_name(name, direction), value))
+    if not bars:
+        return None
+    bars.sort(key=lambda bar: bar[1])
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.16 * len(bars)))
+    axes.barh(range(len(bars)), [value for _, value in bars], color=[OURS if v >= 1 else PEER for _, v in bars], left=0)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=6)
+    axes.set_xscale("log")
+    axes.axvline(1, color=LINE, linewidth=1)
+    axes.set_ylim(-0.5, len(bars) - 0.5)
+    axes.set_xlabel("best peer's time / this package's")
+    axes.set_title(_title(report))
+    return figure
+
+
+def _roofline(pyplot: Any, report: dict[str, Any], found: Ceilings) -> Any:
+    """Operations a second against operations per byte, below what the device reaches."""
+    points: list[tuple[str, float, float]] = []
+    for _, _, result, measured in tables.measurements(report["ops"]):
+        fastest = tables.best(measured["times"], True)
+        if fastest and measured["operations"] and not measured["cached"]:
+            x, y = measured["operations"] / measured["bytes"], measured["operations"] / fastest[1]
+            points.append((result["dtype"], x, y))
+    if not points:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    xs = [10**exponent for exponent in (-0.5, 0, 1, 2, 3, 3.5)]
+    dtypes = dict.fromkeys(dtype for dtype, _, _ in points)
+    for dtype, color in zip(dtypes, ("#1f77b4", "#d62728", "#2ca02c"), strict=False):
+        peak = found.product(dtype)
+        knee = peak / found.copy
+        line = sorted([*xs, knee])
+        label = f"{dtype}: copy and GEMM, measured"
+        axes.plot(line, [min(peak, x * found.copy) for x in line], color=color, label=label)
+        mine = [(x, y) for name, x, y in points if name == dtype]
+        axes.scatter([x for x, _ in mine], [y for _, y in mine], s=12, color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("operations per second")
+    axes.legend(fontsize=8)
+    axes.set_title(f"convolutions and fully-connected layers, {_title(report)}")
+    return figure
+
+
+def _throughput(pyplot: Any, report: dict[str, Any]) -> Any:
+    """Images a second against the batch, ours and the best peer's, of each network measured at several batches."""
+    series: dict[str, list[tuple[int, float, float | None]]] = {}
+    for name, direction, result, measured in tables.measurements(report["nets"]):
+        mine, peer = (tables.best(measured["times"], ours) for ours in (True, False))
+        if mine:
+            batch = result["batch"]
+            label = f"{name.partition(', batch')[0]}, {direction}"
+            series.setdefault(label, []).append((batch, batch / mine[1], batch / peer[1] if peer else None))
+    series = {label: sorted(points) for label, points in series.items() if len(points) > 1}
+    if not series:
+        return None
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for i, (label, points) in enumerate(series.items()):
+        color = f"C{i % 10}"
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=color, marker="o", label=label)
+        peers = [(p[0], p[2]) for p in points if p[2]]
+        axes.plot([p[0] for p in peers], [p[1] for p in peers], color=color, marker=".", linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("batch")
+    axes.set_ylabel("images per second (dotted: the best peer)")
+    axes.legend(fontsize=7)
+    axes.set_title(_title(report))
+    return figure
+
+
+def _title(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return f"{machine['device']}, torch {machine['torch']}"

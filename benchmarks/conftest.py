@@ -1,0 +1,102 @@
+"""`pytest benchmarks/`: every op and network beside its peers, through pytest-benchmark.
+
+The variants of a row are measured together, in turn, by the first test of the row, as `alexnet-kernels bench` does;
+each variant's own test hands its rounds to pytest-benchmark, whose tables, --benchmark-json and --benchmark-compare
+then work as ever. A variant that computes wrong values fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from alexnet_kernels.testing import bench, tables
+from alexnet_kernels.testing.rows import Row, is_ours
+from alexnet_kernels.testing.timing import Failure, Timing
+
+
+class Replay:
+    """A timer that gives back what was measured: of each round, 0 and then its seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self) -> float:
+        return self.times.pop(0) if self.times else 0.0
+
+
+REPLAY = Replay()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("alexnet_kernels")
+    group.addoption("--smoke", action="store_true", help="every op, network and peer once, small")
+    group.addoption("--batches", help="N,N (default: 1,32; on a GPU 1,32,128,256,1024)")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    group.addoption("--seconds", type=float, default=1.0, help="of a row's variants together (default: 1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks are measured one at a time: leave -n out")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each row, direction and variant."""
+    (kind,) = {"test_ops": ["ops"], "test_nets": ["nets"]}[metafunc.module.__name__.rpartition(".")[2]]
+    config = metafunc.config
+    device = torch.device(config.getoption("--device"))
+    batches = config.getoption("--batches")
+    try:
+        numbers = [int(number) for number in batches.split(",")] if batches else None
+    except ValueError:
+        raise pytest.UsageError(f"--batches {batches}: N,N expected") from None
+    cells = []
+    for row in bench.rows(device, [kind], numbers, config.getoption("--smoke")):
+        for direction in row.directions:
+            for variant in row.variants(device):
+                name = f"{tables.full_name(row.name, direction)}, {variant}".replace(", ", "-")
+                cells.append(pytest.param(row, direction, variant, id=name, marks=pytest.mark.benchmark(timer=REPLAY)))
+    metafunc.parametrize(("row", "direction", "variant"), cells)
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Callable[[Row], dict[str, Any]]:
+    """A row's result, measured once; only the last one is kept."""
+    config = request.config
+    device, smoke = torch.device(config.getoption("--device")), config.getoption("--smoke")
+    bench.configure()
+    last: dict[str, dict[str, Any]] = {}
+
+    def of(row: Row) -> dict[str, Any]:
+        if row.name not in last:
+            last.clear()
+            seconds, rounds = (0.01, 1) if smoke else (config.getoption("--seconds"), 15)
+            last[row.name] = row.time(device, seconds=seconds, rounds=rounds)
+        return last[row.name]
+
+    return of
+
+
+@pytest.fixture
+def report(benchmark: Any, measured: Callable[[Row], dict[str, Any]]) -> Callable[[Row, str, str], None]:
+    def give(row: Row, direction: str, variant: str) -> None:
+        result = measured(row)
+        if why := result["wrong"].get(variant):
+            pytest.fail(f"computes wrong values: {why}", pytrace=False)
+        timing = result[direction]["times"].get(variant)
+        why = result["errors"].get(variant) or (timing.reason if isinstance(timing, Failure) else None)
+        if why and is_ours(variant):
+            pytest.fail(why, pytrace=False)
+        if not isinstance(timing, Timing):
+            pytest.skip(why or "it has no such direction")
+        benchmark.group = tables.full_name(row.name, direction)
+        benchmark.extra_info |= {name: result[direction][name] for name in ("bytes", "operations", "cached")}
+        benchmark.extra_info |= {"graph": timing.graph, "batch": result["batch"]}
+        REPLAY.times = [time for seconds in timing.samples for time in (0.0, seconds)]
+        benchmark.pedantic(lambda: None, rounds=timing.rounds, iterations=1)
+
+    return give

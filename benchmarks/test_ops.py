@@ -1,0 +1,7 @@
+"""Every op at AlexNet's layers, forward and backward, and the optimizer's step."""
+
+from __future__ import annotations
+
+
+def test_op(row, direction, variant, report) -> None:
+    report(row, direction, variant)
