@@ -3,19 +3,21 @@ looks away: a kernel that reads or writes outside its tensors is an error.
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw bits, multiplies those in `tl.dot`, and truncates where a GPU
 rounds to the nearest. It also patches `triton.language` anew for every call of a function from a kernel, milliseconds
-each time, though the launch has done so. That of 3.6 can't count loops with numpy 2.4, which no longer turns an array
-of one element into a number.
+each time, though the launch has done so; computes for each sum and product of integers whether it overflows, which it
+tells nobody as long as its assertions are off; and looks at shapes that are equal one dimension at a time. That of 3.6
+can't count loops with numpy 2.4, which no longer turns an array of one element into a number.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import wraps
+from functools import cache, wraps
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 from alexnet_kernels.triton import _channels, conv2d_relu
@@ -78,8 +80,29 @@ def check_memory() -> None:
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
 
 
+def save_time() -> None:
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    broadcast, numpy_dtype = TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype
+    numpy_dtype_of_scalars = cache(numpy_dtype)
+
+    @wraps(broadcast)
+    def broadcast_unequal(self, lhs, rhs):
+        if lhs.type.is_block() and rhs.type.is_block() and [*lhs.type.shape] == [*rhs.type.shape]:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    @wraps(numpy_dtype)
+    def cached_numpy_dtype(dtype):
+        return numpy_dtype(dtype) if dtype.scalar.is_ptr() else numpy_dtype_of_scalars(dtype.scalar)
+
+    TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype = broadcast_unequal, cached_numpy_dtype
+
+
 def mend() -> None:
     check_memory()
+    save_time()
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
     original = interpreter.InterpretedFunction.__call__
