@@ -36,6 +36,8 @@ def float32_values(bits: np.ndarray) -> np.ndarray:
 
 # The memory of the current launch's tensors: first address, and the one after the last.
 allowed: list[tuple[int, int]] = []
+# Triton's own modules whose functions the current launch has called, and thereby patched.
+patched: set[str] = set()
 
 
 def memory_of(argument: object) -> list[tuple[int, int]]:
@@ -62,6 +64,7 @@ def check_memory() -> None:
 
     @wraps(begin)
     def checked_begin(self, args, kwargs):
+        patched.clear()
         arguments = begin(self, args, kwargs)
         allowed[:] = [memory for some in (arguments[0], arguments[1].values()) for a in some for memory in memory_of(a)]
         return arguments
@@ -127,7 +130,9 @@ def mend() -> None:
 
     @wraps(original)
     def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton."):  # which see other modules than the launch has patched
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:  # sees other modules than the launch has patched
+            patched.add(module)
             return original(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
