@@ -128,12 +128,15 @@ def _triton_takes(op: str, tensor: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _load_triton() -> bool:
     """Registers the Triton kernels, when they are first wanted; torch.compile does not trace it."""
     import alexnet_kernels.triton  # noqa: F401
 
     return True
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo: a second of importing the package.
+_load_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:
