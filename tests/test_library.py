@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alexnet_kernels
 from alexnet_kernels import _library, backends, ops
@@ -173,6 +174,119 @@ class TestTransforms:
 
         expected = torch.stack([torch.func.grad(loss)(image) for image in x])
         torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), expected)
+
+
+class TestShortWay:
+    """In eager mode kernels are called around the dispatcher's way through Python; what listens there still hears."""
+
+    @staticmethod
+    def calls() -> dict[str, tuple]:
+        """op: (by the function, by the operator itself, tensors that get a gradient)."""
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 7, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+        w, b = torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, requires_grad=True)
+        rows, matrix = torch.randn(3, 10, requires_grad=True), torch.randn(5, 10, requires_grad=True)
+        k, seed = torch.ops.alexnet_kernels, torch.tensor(3)
+        window = ([3, 3], [2, 2], [0, 0])
+        return {
+            "conv2d_relu": (
+                lambda: ops.conv2d_relu(x, w, b, padding=1, groups=2),
+                lambda: k.conv2d_relu(x, w, b, [1, 1], [1, 1], 2, True),
+                (x, w, b),
+            ),
+            "max_pool2d": (
+                lambda: ops.max_pool2d(x, relu=True),
+                lambda: k.max_pool2d(x, *window, False, True)[0],
+                (x,),
+            ),
+            "lrn_max_pool2d": (
+                lambda: ops.lrn_max_pool2d(x, 5, 1e-4, 0.75, 2.0),
+                lambda: k.lrn_max_pool2d(x, 5, 1e-4, 0.75, 2.0, 1, *window, False, False)[0],
+                (x,),
+            ),
+            "dropout": (
+                lambda: ops.dropout(x, seed=3),
+                lambda: k.dropout(x, 0.5, 2.0, seed, 0, x.numel(), x.numel(), 0),
+                (x,),
+            ),
+            "linear_relu_dropout": (
+                lambda: ops.linear_relu_dropout(rows, matrix, seed=3),
+                lambda: k.linear_relu_dropout(rows, matrix, None, True, 0.5, 2.0, seed, 0, 5, 5, 0),
+                (rows, matrix),
+            ),
+        }
+
+    @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+    @pytest.mark.parametrize("op", ["conv2d_relu", "max_pool2d", "lrn_max_pool2d", "dropout", "linear_relu_dropout"])
+    def test_computes_what_the_operator_does(self, op: str, autocast: bool) -> None:
+        short, operator, tensors = self.calls()[op]
+        results = []
+        for call in (short, operator):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = call()
+                with torch.no_grad():
+                    assert torch.equal(call(), out)
+            results.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
+        for actual, expected in zip(*results, strict=True):
+            assert actual.dtype == expected.dtype
+            assert actual.stride() == expected.stride()
+            assert torch.equal(actual, expected)
+
+    def test_profilers_and_modes_see_the_operator(self) -> None:
+        short, _, _ = self.calls()["max_pool2d"]
+        with torch.profiler.profile() as profile:
+            short().sum().backward()
+        names = {event.key for event in profile.key_averages()}
+        assert {"alexnet_kernels::max_pool2d", "alexnet_kernels::max_pool2d_backward"} <= names
+
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **kwargs or {})
+
+        seen: list[str] = []
+        with Seen():
+            short().sum().backward()
+        assert {"alexnet_kernels.max_pool2d.default", "alexnet_kernels.max_pool2d_backward.default"} <= set(seen)
+
+    def test_subclasses_hear_of_the_operator(self) -> None:
+        class Loud(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                heard.append(str(function))
+                return super().__torch_function__(function, types, args, kwargs or {})
+
+        heard: list[str] = []
+        x = torch.randn(1, 8, 5, 5)
+        assert torch.equal(ops.max_pool2d(x.as_subclass(Loud)), ops.max_pool2d(x))
+        assert "alexnet_kernels.max_pool2d.default" in heard
+
+    def test_saved_tensor_hooks_and_lazy_negation(self) -> None:
+        x = torch.randn(1, 8, 5, 5, requires_grad=True)
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+            out = ops.local_response_norm(x)
+        assert packed == [x.shape]
+        assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
+        negated = torch._neg_view(x.detach())
+        assert negated.is_neg()
+        assert torch.equal(ops.max_pool2d(negated), ops.max_pool2d(-x.detach()))
+        assert torch.equal(ops.local_response_norm(negated), -out.detach())
+
+    def test_an_output_without_a_gradient(self) -> None:
+        x = torch.randn(1, 8, 5, 5, requires_grad=True)
+
+        class Undefined(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, y):
+                return y.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return None
+
+        (grad,) = torch.autograd.grad(Undefined.apply(ops.max_pool2d(x)).sum(), x, allow_unused=True)
+        assert grad is None
 
 
 def test_package_without_its_library(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import _library
+from alexnet_kernels.backends import is_transformed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -96,11 +97,6 @@ def empty_like(tensor: Tensor, shape: Sequence[Any] | None = None, dtype: torch.
     )
 
 
-def kernels(backend: str) -> Any:
-    """The operators of a backend that `select` chose: those of the native library, or the Triton ones."""
-    return getattr(torch.ops, _library.NAMESPACES[backend])
-
-
 class Contract(NamedTuple):
     """What an operator's implementations share."""
 
@@ -113,6 +109,111 @@ class Contract(NamedTuple):
 CONTRACTS: dict[str, Contract] = {}
 
 
+def kernels(backend: str) -> Any:
+    """The operators of a backend that `select` chose: those of the native library, or the Triton ones."""
+    return operators(_library.NAMESPACES[backend])
+
+
+def operators(namespace: str) -> Any:
+    """The operators of a namespace, called by the short way where one may."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops, namespace)
+    return _OPERATORS.setdefault(namespace, _Operators(namespace))
+
+
+class _Operators:
+    """torch.ops.<namespace>, whose operators in eager mode skip the dispatcher's way through Python.
+
+    An autograd formula that torch.library registered costs some 20 us a call, twice what the rest of a small op takes:
+    here the kernel is called below autograd at once, or through an autograd.Function with the same formula. Whatever
+    listens in between, a mode, a subclass of Tensor, a tracer, a profiler or functorch, sees the operator itself.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, op: str) -> Callable:
+        short = _short_way(self, op)
+        setattr(self, op, short)
+        return short
+
+
+_OPERATORS: dict[str, _Operators] = {}
+
+
+def _short_way(kernels: _Operators, op: str) -> Callable:
+    overload = getattr(getattr(torch.ops, kernels.name), op).default
+    contract = CONTRACTS.get(op)
+    if contract is None or contract.backward is None or contract.setup_context is None:
+        return overload
+    formula, setup_context, autocast = contract.backward, contract.setup_context, contract.autocast
+    redispatch = overload.redispatch
+
+    def direct(args: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+        keys = _keys_of(tensors[0])
+        for tensor in tensors[1:]:
+            keys = keys | _keys_of(tensor)
+        return redispatch(keys & _BELOW_AUTOGRAD, *args)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            output = direct(args, [arg for arg in args if type(arg) in _PLAIN])
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return formula(operators(kernels.name), ctx, *grads)
+
+    Function.__name__ = Function.__qualname__ = f"{op}_{kernels.name}"
+
+    def call(*args: Any) -> Any:
+        tensors = _plain_tensors(args)
+        if not tensors:
+            return overload(*args)
+        if autocast and torch.is_autocast_enabled(tensors[0].device.type):
+            args = tuple(_cast(args, torch.get_autocast_dtype(tensors[0].device.type)))
+            tensors = [arg for arg in args if type(arg) in _PLAIN]
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    return Function.apply(*args)
+        return direct(args, tensors)
+
+    return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_OTHERS = (bool, int, float, list, tuple, type(None), torch.dtype)
+_keys_of = torch._C._dispatch_keys
+_BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
+
+
+def _plain_tensors(args: Sequence[Any]) -> list[Tensor] | None:
+    """The tensors among them, if nothing but autograd and autocast stands between the call and its kernel."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or is_transformed()
+    ):
+        return None
+    tensors = []
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            tensors.append(arg)
+        elif kind not in _OTHERS:
+            return None
+    return tensors
+
+
 def register(
     op: str,
     fake: Callable,
@@ -123,7 +224,7 @@ def register(
 ) -> None:
     """Registers the fake, and the backward if any, of an operator of the native library and its Triton twin.
 
-    `backward(kernels, ctx, *grads)` is given the namespace of the forward operator's backend. With autocast, the op's
+    `backward(kernels, ctx, *grads)` is given the operators of the forward operator's backend. With autocast, the op's
     floating-point tensors are cast to the autocast dtype, as torch casts those of conv2d. Without `native` the operator
     exists in Triton alone.
     """
@@ -137,13 +238,25 @@ def implement(namespace: str, op: str) -> None:
     contract, name = CONTRACTS[op], f"{namespace}::{op}"
     torch.library.register_fake(name, contract.fake)
     if contract.backward is not None:
-        backward = partial(contract.backward, getattr(torch.ops, namespace))
+        backward = partial(_backward, contract.backward, namespace)
         torch.library.register_autograd(name, backward, setup_context=contract.setup_context)
     if contract.autocast:
         _register_autocast(namespace, op)
 
 
+def _backward(backward: Callable, namespace: str, ctx: Any, *grads: Any) -> Any:
+    return backward(operators(namespace), ctx, *grads)
+
+
 _autocast: list[torch.library.Library] = []
+
+
+def _cast(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """The arguments of an op that computes in autocast's dtype."""
+    return [
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg
+        for arg in args
+    ]
 
 
 def _register_autocast(namespace: str, op: str) -> None:
@@ -154,14 +267,9 @@ def _register_autocast(namespace: str, op: str) -> None:
 
         def run(*args: Any, device: str = device, key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(device)
-
-            def cast(arg: Any) -> Any:
-                wanted = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-                return arg.to(dtype) if wanted else arg
-
             keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return overload(*map(cast, args))
+                return overload(*_cast(args, dtype))
 
         library.impl(op, run, key)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_kernels import _library
 from alexnet_kernels.backends import select
 from alexnet_kernels.ops import _common
 
@@ -179,7 +180,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(kernels, ctx, grad: Tensor):
     input, weight, output = ctx.saved_tensors
     needed = [*ctx.needs_input_grad[:2], ctx.bias_size is not None and ctx.needs_input_grad[2]]
-    if kernels is torch.ops.alexnet_kernels_triton and not torch.is_grad_enabled():
+    if kernels.name == _library.TRITON_NAMESPACE and not torch.is_grad_enabled():
         args = (grad, output, input, weight, ctx.stride, ctx.padding, ctx.groups)
         grad_input = kernels.conv2d_relu_backward_input(*args) if needed[0] else None
         grad_weight, grad_bias = kernels.conv2d_relu_backward_weight(*args) if any(needed[1:]) else (None, None)

@@ -7,6 +7,7 @@ Autocast: the input's dtype is kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,17 @@ def max_pool2d(
 
 
 def window_of(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
+    if type(kernel_size) is type(stride) is type(padding) is int and not torch.compiler.is_compiling():
+        return _square(op, kernel_size, stride, padding)
+    return _window(op, kernel_size, stride, padding)
+
+
+@functools.lru_cache(maxsize=64)
+def _square(op: str, kernel_size: int, stride: int, padding: int) -> Window:
+    return _window(op, kernel_size, stride, padding)
+
+
+def _window(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
     window = Window(
         _common.pair(op, "kernel_size", kernel_size, 1),
         _common.pair(op, "stride", stride, 1),
