@@ -1,8 +1,15 @@
-"""Checking and timing the ops on a device: `python -m alexnet_kernels.testing.gpu_check --out DIR`.
+"""Checking and timing the ops on a device: `alexnet-kernels bench`, and `python -m alexnet_kernels.testing.gpu_check`.
 
 timing.py      the protocol: warm-up, rotated inputs, CUDA graphs, interleaved rounds, medians
-cases.py       every op at AlexNet's layers: its inputs, definition, peers, fewest bytes and operations
+machine.py     what is said of the device
+roofline.py    the fewest bytes and operations of every layer, and the rates that the device reaches
+cases.py       every op at AlexNet's layers: its inputs, definition, peers, least work
+peers.py       whole networks by others
+rows.py        what is timed: an op, the optimizer's step, a network, each checked first
+tables.py      Markdown, and what changed between two reports
+plots.py       pictures
+bench.py       which rows, and their report
 exercise.py    every op once on small odd shapes, for memory checkers
 progress.py    a pytest plugin that keeps what is known of a run that ends early
-gpu_check.py   the command and its report
+gpu_check.py   the command that checks a GPU, and its report
 """
