@@ -654,8 +654,7 @@ def _bench(options: argparse.Namespace) -> int:
     report = bench.run(
         device,
         chosen,
-        seconds=0.01 if options.smoke else options.seconds,
-        rounds=1 if options.smoke else options.rounds,
+        **(bench.SMOKE_TIMING if options.smoke else {"seconds": options.seconds, "rounds": options.rounds}),
         small=options.smoke,
         out=options.out,
         say=lambda line: print(line, flush=True),

@@ -74,8 +74,8 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Row], dict[str, Any]]:
     def of(row: Row) -> dict[str, Any]:
         if row.name not in last:
             last.clear()
-            seconds, rounds = (0.01, 1) if smoke else (config.getoption("--seconds"), 15)
-            last[row.name] = row.time(device, seconds=seconds, rounds=rounds)
+            timing = bench.SMOKE_TIMING if smoke else {"seconds": config.getoption("--seconds"), "rounds": 15}
+            last[row.name] = row.time(device, **timing)
         return last[row.name]
 
     return of

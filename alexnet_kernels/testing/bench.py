@@ -24,6 +24,7 @@ KINDS = ("ops", "nets")
 BATCHES = {"cpu": (1, 32), "cuda": (1, 32, 128, 256, 1024)}
 REFERENCE = {"cpu": 32, "cuda": 128}  # the batch at which compiled peers are measured, too
 SMOKE = 2  # the batch
+SMOKE_TIMING = {"seconds": 0.01, "rounds": 1}
 
 
 class FormatError(Exception):
@@ -62,7 +63,7 @@ def _ops(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
 
     def row(case: registry.Case, batch: int) -> Row:
         names: tuple[str, ...] = ()
-        if batch == reference and case.name in compiled and case.op not in ("augment", "sgd_step"):
+        if batch == reference and case.name in compiled and case.op != "augment":
             names = tuple(COMPILED) if case.op in matrices or smoke else ("compiled",)
         return OpRow(case, batch, names)
 

@@ -17,6 +17,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,11 @@ PURPOSES = DIRECTIONS[3:]
 
 def is_ours(variant: str) -> bool:
     return variant in ("cpu", "cuda", *OUR_NETS)
+
+
+def _ours(op: str, device: torch.device) -> dict[str, str | None]:
+    """This package's backends for the device, and why the op has none here."""
+    return {backend: backends.unavailable(op, backend) for backend in OURS[device.type]}
 
 
 def compiled(peer: registry.Peer, **options: Any) -> registry.Peer:
@@ -72,7 +78,7 @@ class OpRow:
 
     def variants(self, device: torch.device) -> list[str]:
         """Those that the device has, if nothing goes wrong."""
-        ours = [name for name in OURS[device.type] if backends.unavailable(self.case.op, name) is None]
+        ours = [backend for backend, reason in _ours(self.case.op, device).items() if not reason]
         return ours + list(self._peers(device))
 
     def _by(self, backend: str) -> registry.Peer:
@@ -102,8 +108,8 @@ class OpRow:
         result = _result(case.op, case.layer, roofline.SHORT[case.dtype], batch)
         wrong, errors = result["wrong"], result["errors"]
         made: dict[str, Callable[[], registry.Peer]] = {}
-        for backend in OURS[device.type]:
-            if reason := backends.unavailable(case.op, backend):
+        for backend, reason in _ours(case.op, device).items():
+            if reason:
                 result["missing"][backend] = reason
             else:
                 made[backend] = lambda backend=backend: self._by(backend)  # type: ignore[misc]
@@ -176,7 +182,7 @@ class SgdRow:
     _SMALL = ((64, 3, 3, 3), (100, 64), (7,))
 
     def variants(self, device: torch.device) -> list[str]:
-        ours = [name for name in OURS[device.type] if backends.unavailable("sgd_step", name) is None]
+        ours = [backend for backend, reason in _ours("sgd_step", device).items() if not reason]
         return [*ours, "torch fused", "torch foreach"]
 
     def time(
@@ -184,9 +190,7 @@ class SgdRow:
     ) -> dict[str, Any]:
         shapes = self._SMALL if self.small else registry.PARAMETERS
         result = _result("sgd_step", "AlexNet's parameters", "fp32", 1)
-        for backend in OURS[device.type]:
-            if reason := backends.unavailable("sgd_step", backend):
-                result["missing"][backend] = reason
+        result["missing"] = {backend: reason for backend, reason in _ours("sgd_step", device).items() if reason}
         calls: dict[str, list[Call]] = {}
         for name in self.variants(device):
             if f"{self.name} by {name}" in skip:
@@ -269,35 +273,26 @@ class NetRow:
     def directions(self) -> Sequence[str]:
         return (self.purpose,)
 
-    def missing(self, device: torch.device) -> dict[str, str]:
-        """Peers that this row would have, and why not."""
-        found = {}
+    def _known(self, device: torch.device) -> dict[str, str | None]:
+        """This row's variants, each with the reason if it is missing here."""
+        bf16, cuda = self.dtype == torch.bfloat16, device.type == "cuda"
+        found: dict[str, str | None] = {"auto": None}
+        if cuda:
+            found["triton"] = backends.unavailable("max_pool2d", "triton")
+        if bf16:
+            found["auto, pure bf16"] = None
+        found |= dict.fromkeys(("eager", *self.compile))
+        if bf16:
+            found["eager, pure bf16"] = None
         if self.preset == "torchvision" and self.width == 1:
             found["torchvision"] = peers.missing("torchvision")
-        if self.purpose == "inference" and device.type == "cuda":
-            found["tensorrt"] = peers.missing("tensorrt") or peers.missing("onnx")
-        elif self.purpose == "inference" and self.dtype == torch.float32:
-            found["onnxruntime"] = peers.missing("onnxruntime") or peers.missing("onnx")
-        if device.type == "cuda":
-            found["triton"] = backends.unavailable("max_pool2d", "triton")
-        return {name: reason for name, reason in found.items() if reason}
+        if self.purpose == "inference" and (cuda or not bf16):
+            session = "tensorrt" if cuda else "onnxruntime"
+            found[session] = peers.missing(session) or peers.missing("onnx")
+        return found
 
     def variants(self, device: torch.device) -> list[str]:
-        found = ["auto", "eager", *self.compile]
-        bf16 = self.dtype == torch.bfloat16
-        if bf16:
-            found[1:1] = ["auto, pure bf16"]
-            found.append("eager, pure bf16")
-        if device.type == "cuda":
-            found[1:1] = ["triton"]
-        if self.preset == "torchvision" and self.width == 1:
-            found.append("torchvision")
-        if self.purpose == "inference" and device.type == "cuda":
-            found.append("tensorrt")
-        elif self.purpose == "inference" and not bf16:
-            found.append("onnxruntime")
-        missing = self.missing(device)
-        return [name for name in found if name not in missing]
+        return [name for name, reason in self._known(device).items() if not reason]
 
     def time(
         self,
@@ -306,15 +301,14 @@ class NetRow:
         seconds: float = 4.0,
         rounds: int = 10,
         skip: Collection[str] = (),
-        only: Collection[str] | None = None,
     ) -> dict[str, Any]:
         result = _result("net", self.preset, roofline.SHORT[self.dtype], self.batch)
-        result["missing"] = self.missing(device)
+        result["missing"] = {name: reason for name, reason in self._known(device).items() if reason}
         torch._dynamo.reset()
         expected = _NetExpectation(self, device)
         calls: dict[str, list[Call]] = {}
         for name in self.variants(device):
-            if f"{self.name} by {name}" in skip or (only is not None and name not in only):
+            if f"{self.name} by {name}" in skip:
                 continue
             with guarded(name, device, result["errors"]):
                 variant = _NetVariant(self, name, device)
@@ -323,21 +317,18 @@ class NetRow:
                 else:
                     calls[name] = [variant.call]
         training = self.purpose != "inference"
-        layers = roofline.network(self.preset, self.dtype, self.width, self.size).values()
-        moved = sum(work.moved(self.batch, training) for work in layers)
+        works = roofline.network(self.preset, self.dtype, self.width, self.size).values()
+        # Layer by layer: each is bound by what it needs most.
+        layers = [(work.moved(self.batch, training), work.done(self.batch, training)) for work in works]
         if training:
-            moved += roofline.SGD_BYTES * roofline.parameters(self.preset, self.width)
-        times = measure(calls, device, seconds=seconds, rounds=rounds)
+            layers.append((roofline.SGD_BYTES * roofline.parameters(self.preset, self.width), 0))
         result[self.purpose] = {
-            "bytes": moved,
-            "operations": sum(work.done(self.batch, training) for work in layers),
+            "bytes": sum(moved for moved, _ in layers),
+            "operations": sum(done for _, done in layers),
             "cached": False,
-            "times": times,
-            # Layer by layer: each is bound by what it needs most.
-            "layers": [[work.moved(self.batch, training), work.done(self.batch, training)] for work in layers],
+            "times": measure(calls, device, seconds=seconds, rounds=rounds),
+            "layers": layers,
         }
-        if training:
-            result[self.purpose]["layers"].append([moved - sum(w.moved(self.batch, True) for w in layers), 0])
         del calls, expected
         gc.collect()
         if device.type == "cuda":
@@ -445,7 +436,7 @@ class _NetExpectation:
     LOSSES = 5  # with other masks each
 
     def __init__(self, row: NetRow, device: torch.device) -> None:
-        self.row = row
+        self.row, self.device = row, device
         cpu = torch.device("cpu")
         exact = peers.stock(row.model(cpu)).double().eval()
         self.images = row.inputs(cpu)[0][: self.IMAGES]
@@ -465,16 +456,21 @@ class _NetExpectation:
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return (wide * torch.linspace(-1, 1, wide.shape[1], dtype=wide.dtype, device=wide.device)).sum()
 
+    @cached_property
+    def loss(self) -> tuple[float, float]:
+        """torch.nn's: mean and standard deviation over dropout's masks."""
+        eager = _NetVariant(self.row, "eager", self.device)
+        with use_backend("native"):
+            losses = torch.tensor([eager.loss().item() for _ in range(self.LOSSES)])
+        return losses.mean().item(), losses.std().item()
+
     def problem(self, variant: _NetVariant) -> str | None:
         if self.row.purpose == "inference":
             return _far(variant.logits()[: self.IMAGES], self.logits, NetRow.TOLERANCES[self.row.dtype], "logits")
         if variant.compiled:  # for its own shapes and mode only, which draws dropout's masks
             with use_backend(variant.backend):
                 loss = variant.loss().item()
-            eager = _NetVariant(self.row, "eager", variant.device)
-            with use_backend("native"):
-                losses = torch.tensor([eager.loss().item() for _ in range(self.LOSSES)])
-            mean, spread = losses.mean().item(), losses.std().item()
+            mean, spread = self.loss
             if abs(loss - mean) <= max(0.05 * mean, 5 * spread):
                 return None
             return f"loss {loss:.3g}, expected {mean:.3g} ± {spread:.2g}"

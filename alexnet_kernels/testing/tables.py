@@ -63,10 +63,10 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def timing_text(timing: dict[str, Any]) -> str:
+def timing_text(timing: dict[str, Any], cuda: bool) -> str:
     """The median ± half the distance of the quartiles as a part of it; * for one with the time to launch."""
     spread = (timing["high"] - timing["low"]) / 2 / timing["median"]
-    return f"{seconds_text(timing['median'])} ±{spread:.0%}{'*' if timing.get('launched') else ''}"
+    return f"{seconds_text(timing['median'])} ±{spread:.0%}{'*' if cuda and not timing['graph'] else ''}"
 
 
 def table(results: Results, ceilings: Ceilings | None, cuda: bool) -> list[str]:
@@ -122,8 +122,8 @@ def line(
     for column in columns:
         timing = times.get(column, {})
         state = "wrong" if column in result["wrong"] else "error" if column in result["errors"] else "-"
-        cells.append(_timing(timing, cuda) if "median" in timing else state)
-    cells.append(f"{_timing(times[peer[0]], cuda)} ({peer[0]})" if peer else "-")
+        cells.append(timing_text(timing, cuda) if "median" in timing else state)
+    cells.append(f"{timing_text(times[peer[0]], cuda)} ({peer[0]})" if peer else "-")
     cells.append(f"{peer[1] / mine[1]:.2f}" if mine and peer else "-")
     if mine is None:
         cells += ["-", "-"]
@@ -139,10 +139,6 @@ def line(
         else:
             cells.append(f"{100 * floor(result, measured, ceilings) / mine[1]:.0f}" if ceilings else "-")
     return f"| {name} | {'' if name.endswith(direction) else direction} | {' | '.join(cells)} |"
-
-
-def _timing(timing: dict[str, Any], cuda: bool) -> str:
-    return timing_text({**timing, "launched": cuda and not timing["graph"]})
 
 
 def ceilings_text(ceilings: Ceilings) -> str:
