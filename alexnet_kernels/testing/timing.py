@@ -174,10 +174,12 @@ def measure(
     seconds: float = 1.0,
     rounds: int = 15,
     graphs: bool = True,
+    pause: float = 0.0,
 ) -> dict[str, Timing | Failure]:
     """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds of each.
 
-    One that can't run has a Failure; raises DeviceLost if the others can't run after it.
+    Before a variant's turn comes a pause of that many seconds, for threads of the one before that wait in a loop for
+    more work. One that can't run has a Failure; raises DeviceLost if the others can't run after it.
     """
     failures: dict[str, str] = {}
     ready: dict[str, _Variant] = {}
@@ -192,6 +194,7 @@ def measure(
         if i >= min(2, rounds) and time.perf_counter() - start > seconds:
             break
         for name, variant in list(ready.items()):
+            time.sleep(pause)
             with guarded(name, device, failures):
                 samples[name].append(variant.seconds(device))
             if name in failures:
