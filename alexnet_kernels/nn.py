@@ -133,6 +133,7 @@ class FusedSequential(nn.Sequential):
     | MaxPool2d, ReLU | max_pool2d with relu=True: the same function |
     | BatchNorm2d, ReLU | batch_norm_relu |
     | Linear, ReLU[, Dropout] | linear_relu_dropout |
+    | Linear alone, on the CPU | linear_relu_dropout with relu=False and p=0 |
     | ReLU, LocalResponseNorm, MaxPool2d, Dropout alone | their own |
 
     The children stay what they are: state_dict keys, slices, replacement, hooks and re-parenting work as in
@@ -177,7 +178,7 @@ _KINDS: dict[type[nn.Module], str] = {
     Dropout: "D",
 }
 
-_RUNS = ("RNP", "RP", "NP", "PR", "CR", "BR", "LRD", "LR", "R", "N", "P", "C", "D")
+_RUNS = ("RNP", "RP", "NP", "PR", "CR", "BR", "LRD", "LR", "R", "N", "P", "C", "L", "D")
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _DEVICES = frozenset(("cpu", "cuda", "meta"))
@@ -257,7 +258,8 @@ def _takes(run: str, x: object) -> bool:
         isinstance(x, Tensor)
         and x.dtype in _DTYPES
         and x.device.type in _DEVICES
-        and (x.dim() == 4 or run in ("LRD", "LR", "R", "D"))
+        and (x.dim() == 4 or run in ("LRD", "LR", "L", "R", "D"))
+        and (run != "L" or x.device.type == "cpu")
     )
 
 
@@ -275,10 +277,10 @@ def _compute(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
         return _batch_norm_relu(children[0], x)
     if run == "D":
         return _dropout(children[0], x)
-    if run in ("LRD", "LR"):
+    if run in ("LRD", "LR", "L"):
         linear = children[0]
-        if run == "LR":
-            return linear_relu_dropout(x, linear.weight, linear.bias, 0.0, False)
+        if run != "LRD":
+            return linear_relu_dropout(x, linear.weight, linear.bias, 0.0, False, relu=run == "LR")
         drop = children[2]
         return linear_relu_dropout(
             x,

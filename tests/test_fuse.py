@@ -39,7 +39,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def spy(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: object, **kwargs: object) -> Tensor:
             relu = kwargs.get("relu")
-            label = "conv2d" if name == "conv2d_relu" and relu is False else name
+            label = (
+                {"conv2d_relu": "conv2d", "linear_relu_dropout": "linear"}.get(name, name) if relu is False else name
+            )
             names.append(label + ("+relu" if relu and "pool" in name else ""))
             return op(*args, **kwargs)
 
@@ -127,6 +129,10 @@ RUNS = {
         lambda: [nn.Flatten(), nn.Linear(507, 8), nn.ReLU(True), nn.Dropout(0.0), nn.Linear(8, 4), nn.ReLU()],
         ["linear_relu_dropout"] * 2,
     ),
+    "linear": (
+        lambda: [nn.Flatten(), nn.Linear(507, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 4)],
+        ["linear"] * 2,
+    ),
     "within-map": (
         lambda: [conv(), WithinMapResponseNorm(3), pool()],
         ["conv2d", "within_map_response_norm", "max_pool2d"],
@@ -182,6 +188,11 @@ def test_pool_behind_an_uncovered_conv_still_takes_the_relu(calls: list[str]) ->
     assert calls == ["max_pool2d+relu"]
 
 
+def test_lone_linear_elsewhere_than_on_the_cpu(calls: list[str]) -> None:
+    assert FusedSequential(nn.Linear(3, 5)).to("meta")(torch.empty(2, 3, device="meta")).shape == (2, 5)
+    assert calls == []
+
+
 def test_return_indices() -> None:
     fused = FusedSequential(conv(), nn.ReLU(), nn.MaxPool2d(3, 2, return_indices=True)).double()
     x = image()
@@ -197,8 +208,10 @@ def test_return_indices() -> None:
         ((2, 3, 13), lambda: [nn.ReLU(), lrn()]),
         ((2, 3, 5, 5, 5), lambda: [lrn(), nn.ReLU()]),
         ((2, 4, 3), lambda: [nn.Linear(3, 5), nn.ReLU(True), nn.Dropout(0.0)]),
+        ((2, 4, 3), lambda: [nn.Linear(3, 5)]),
+        ((3,), lambda: [nn.Linear(3, 5)]),
     ],
-    ids=["image", "image-lrn", "sequence", "volume", "tokens"],
+    ids=["image", "image-lrn", "sequence", "volume", "tokens", "tokens-linear", "vector"],
 )
 def test_inputs_of_other_ranks(shape: tuple[int, ...], children: Callable[[], list]) -> None:
     fused = FusedSequential(*children())
@@ -682,6 +695,7 @@ class TestFuse:
             "batch_norm_relu",
             "max_pool2d",
             "linear_relu_dropout",
+            "linear",
         ]
 
     def test_hooks_and_references_stay(self) -> None:
@@ -768,7 +782,7 @@ class TestTorchvision:
         assert (
             set(calls)
             == {
-                "alexnet": {"conv2d", "conv2d_relu", "max_pool2d+relu", "linear_relu_dropout"},
+                "alexnet": {"conv2d", "conv2d_relu", "max_pool2d+relu", "linear_relu_dropout", "linear"},
                 "vgg11": {"conv2d", "conv2d_relu", "max_pool2d+relu"},
                 "vgg11_bn": {"conv2d", "batch_norm_relu", "max_pool2d"},
             }[name]

@@ -137,6 +137,8 @@ class Linear(nn.Linear):
         return _whole_logits(output, self) if self.logits and self.tower.size > 1 else output
 
     def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+        if run == "L":
+            return self.forward(x)
         drop = children[2] if run == "LRD" else None
         if self.tower.size > 1:
             output = F.relu(self._gathered(x))

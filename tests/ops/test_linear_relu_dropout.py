@@ -94,7 +94,7 @@ def test_fc6(device):
 def test_drops_what_dropout_drops(options, shape, dtype, device, backend):
     values = tensors(shape, 33, dtype, device)
     out = linear_relu_dropout(**values, p=0.5, **KEYED, **options, backend=backend)
-    before = F.linear(**values)
+    before = linear_relu_dropout(**values, p=0.0, relu=False, backend=backend)
     relu = options.get("relu", True)
     shard = options.get("shard")
     parts = dropout(before.relu() if relu else before, 0.5, **KEYED, shard=shard, backend=backend)
@@ -152,6 +152,53 @@ def test_nan_and_infinity(device, backend):
     assert_close(out, expected)
     assert out[1].isnan().any()
     assert out[4].isinf().any()
+
+
+# The largest batches that csrc/cpu/linear_relu_dropout.cpp takes itself.
+LIMITS = {torch.float32: 16, torch.float64: 16, torch.bfloat16: 4, torch.float16: 64}
+
+
+@every_dtype
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, "limit", "beyond"])
+def test_small_batches(batch, dtype, device, backend):
+    if isinstance(batch, str):
+        batch = LIMITS[dtype] + (batch == "beyond")
+    for inputs, outputs in ((1, 1), (37, 29), (643, 13)):
+        check_linear(tensors((batch, inputs), outputs, dtype, device), {"p": 0.3, **KEYED}, backend)
+
+
+@every_dtype
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_small_batches_drop_what_dropout_drops(batch, dtype, device, backend):
+    values = tensors((batch, 64), 1001, dtype, device)
+    values["weight"].abs_()
+    values["input"].abs_().add_(0.1)
+    values["bias"].abs_()
+    for options in ({}, {"shard": (-1, 1001, 3003)}, {"shard": (0, 2, 70)}):
+        out = linear_relu_dropout(**values, p=0.5, **KEYED, **options, backend=backend)
+        assert torch.equal(out != 0, reference.dropout_keep(out.shape, 0.5, **KEYED, **options, device=device))
+
+
+@every_dtype
+def test_nan_and_infinity_of_one_image(dtype, device, backend):
+    for name, value in (("input", torch.nan), ("input", torch.inf), ("weight", torch.nan), ("weight", -torch.inf)):
+        values = tensors((1, 37), 29, dtype, device)
+        values[name][0, 36] = value
+        out = linear_relu_dropout(**values, p=0.0, backend=backend)
+        expected = reference.linear_relu_dropout(**{k: v.double() for k, v in values.items()}, p=0.0)
+        assert_close(out, expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("batch", [1, 2, "limit"])
+def test_small_batches_are_the_same_by_any_number_of_threads(batch, dtype, threads):
+    values = tensors((LIMITS[dtype] if batch == "limit" else batch, 515), 803, dtype, "cpu")
+    outputs = []
+    for count in (1, 2, 3):
+        threads(count)
+        outputs.append(linear_relu_dropout(**values, **KEYED))
+    assert_same(outputs[1], outputs[0])
+    assert_same(outputs[2], outputs[0])
 
 
 @every_dtype
