@@ -20,6 +20,7 @@ from alexnet_kernels.testing.machine import cache_bytes
 Call = Callable[[], object]
 
 MOST_SETS = 6  # of inputs
+LEAST_ROUNDS = 5  # so that a round that pages of fresh memory disturbed, a third of a step's time, isn't the median
 ROUND = 2e-3  # seconds that a variant takes in one round, at least
 
 
@@ -176,7 +177,7 @@ def measure(
     graphs: bool = True,
     pause: float = 0.0,
 ) -> dict[str, Timing | Failure]:
-    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but two rounds of each.
+    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but LEAST_ROUNDS of each.
 
     Before a variant's turn comes a pause of that many seconds, for threads of the one before that wait in a loop for
     more work. One that can't run has a Failure; raises DeviceLost if the others can't run after it.
@@ -191,7 +192,7 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in ready}
     start = time.perf_counter()
     for i in range(rounds):
-        if i >= min(2, rounds) and time.perf_counter() - start > seconds:
+        if i >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, variant in list(ready.items()):
             time.sleep(pause)
