@@ -180,7 +180,7 @@ def _bench_parser(commands: Any) -> None:
     add("--batches", type=_numbers, metavar="N,N", help="(default: 1,32; on a GPU 1,32,128,256,1024)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<n> (default: auto)")
     add("--seconds", type=_duration, default=1.0, metavar="TIME",
-        help="of a row's variants together, each direction (default: 1s); five rounds of each at the least")  # fmt: skip
+        help="of a row's variants together, each direction (default: 1s); at least five rounds")  # fmt: skip
     add("--rounds", type=_positive, default=15, metavar="N", help="at most (default: 15)")
     add("--smoke", action="store_true", help="every op, network and peer once, small: whether they work")
     add("--out", type=Path, metavar="PREFIX", help="write PREFIX.json, PREFIX.md and pictures, PREFIX_*.png")

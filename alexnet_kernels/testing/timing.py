@@ -177,7 +177,7 @@ def measure(
     graphs: bool = True,
     pause: float = 0.0,
 ) -> dict[str, Timing | Failure]:
-    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, but LEAST_ROUNDS of each.
+    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, or LEAST_ROUNDS.
 
     Before a variant's turn comes a pause of that many seconds, for threads of the one before that wait in a loop for
     more work. One that can't run has a Failure; raises DeviceLost if the others can't run after it.

@@ -45,7 +45,7 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
       const int64_t slot = y % a.pool.kernel_h, row = n * a.H + y;
       if (held[slot] == row) continue;
       held[slot] = row;
-      lrn.template forward<kRelu>(input + row * row_size, &rows[slot * row_size], a.W * a.groups);
+      lrn.template forward<kRelu, true>(input + row * row_size, &rows[slot * row_size], a.W * a.groups);
     }
     const int64_t at = task * a.OW * a.C;
     pool_row_channels_last<false, A>(

@@ -57,11 +57,12 @@ class LrnRows {
         ratios_(padded_),
         direct_(padded_) {}
 
-  // y and a may be of different types: y is T, or the computing type A.
-  template <bool kRelu, class Y>
+  // y and a may be of different types: y is T, or the computing type A. kFetch: y stays in the cache, so that memory is
+  // free to fetch a ahead.
+  template <bool kRelu, bool kFetch = false, class Y>
   void forward(const T* a, Y* y, int64_t rows) {
     for_batches(batch_, rows, [&](int64_t first, int64_t count, auto size) {
-      square<kRelu>(a + first, count);
+      square<kRelu, kFetch>(a + first, count);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = first + r * channels_;
         for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
@@ -102,11 +103,12 @@ class LrnRows {
     return kRelu ? vrelu(v) : v;
   }
 
-  template <bool kRelu>
+  template <bool kRelu, bool kFetch = false>
   void square(const T* a, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
         const Vec<A> v = input<kRelu>(a + r * channels_ + c, lanes);
+        if (kFetch) fetch_ahead(a + r * channels_ + c);
         store_n(&squares_[r * padded_ + before_ + c], v * v, lanes);
       });
     }

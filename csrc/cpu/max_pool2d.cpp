@@ -57,22 +57,24 @@ void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   const T* grad = static_cast<const T*>(a.grad);
   const T* output = static_cast<const T*>(a.output);
   T* grad_input = static_cast<T*>(a.grad_input);
-  const int64_t count = a.channels_last ? a.W * a.C : a.H * a.W;
-  std::vector<A> sum(std::is_same_v<A, T> ? 0 : count);
-  for (int64_t task = begin; task < end; ++task) {
-    T* to = grad_input + task * count;
-    A* into = std::is_same_v<A, T> ? reinterpret_cast<A*>(to) : sum.data();
-    if (a.channels_last) {
+  if (a.channels_last) {
+    for (int64_t task = begin; task < end; ++task) {
       const int64_t at = task / a.H * a.OH * a.OW * a.C;
       pool_row_backward_channels_last<kRelu>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, output + at,
-                                             a.argmax + at, into);
-    } else {
-      std::fill(into, into + count, A(0));
-      const int64_t at = task * a.OH * a.OW;
-      pool_plane_backward<kRelu>(a.pool, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
+                                             a.argmax + at, grad_input + task * a.W * a.C);
     }
+    return;
+  }
+  const int64_t pixels = a.H * a.W;
+  std::vector<A> sum(std::is_same_v<A, T> ? 0 : pixels);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    T* to = grad_input + plane * pixels;
+    A* into = std::is_same_v<A, T> ? reinterpret_cast<A*>(to) : sum.data();
+    std::fill(into, into + pixels, A(0));
+    const int64_t at = plane * a.OH * a.OW;
+    pool_plane_backward<kRelu>(a.pool, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
     if constexpr (!std::is_same_v<A, T>) {
-      for_lanes<A>(count, [&](int64_t i, auto lanes) { store_n(to + i, load_n(into + i, lanes), lanes); });
+      for_lanes<A>(pixels, [&](int64_t i, auto lanes) { store_n(to + i, load_n(into + i, lanes), lanes); });
     }
   }
 }

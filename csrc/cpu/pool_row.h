@@ -2,6 +2,7 @@
 // the byte i * kernel_w + j. Ties go to the first position in row-major order; NaN wins, the last one over the others.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "common/pool.h"
@@ -10,29 +11,102 @@
 namespace alexnet_kernels {
 namespace ALEXNET_ISA {
 
+// What the pixels of a window are compared as, a register at a time: floating-point numbers.
+template <class S>
+struct Values {
+  using Lane = acc_t<S>;
+  using V = Vec<Lane>;
+  V sum{};
+
+  template <class Count>
+  static V load(const S* p, Count count) {
+    return load_n(p, count);
+  }
+  template <bool kRelu, class T, class Count>
+  static void store(T* p, V best, Count count) {
+    store_n(p, kRelu ? vrelu(best) : best, count);
+  }
+  static auto is_nan(V v) { return v != v; }
+  static V lasting(V v) { return v; }
+  // One test for all of the window; infinities of both signs pass for NaN, which costs time only.
+  void see(V v) { sum += v; }
+  bool saw_nan(V) const { return any(sum != sum); }
+};
+
+// 16-bit floating-point numbers: integers of the same order, twice as many a register. Both zeros are 0.
+template <class S>
+struct Keys {
+  using Lane = int16_t;
+  using V = Vec<int16_t>;
+  static constexpr int16_t kInfinity = std::is_same_v<S, bf16> ? 0x7f80 : 0x7c00;
+  V least{};
+
+  template <class Count>
+  static V load(const S* p, Count count) {
+    if constexpr (std::is_same_v<Count, int>) {
+      S lanes[kLanes<int16_t>] = {};
+      std::memcpy((void*)lanes, p, count * sizeof(S));
+      return ordered(load_raw<V>(lanes));
+    } else {
+      return ordered(load_raw<V>(p));
+    }
+  }
+  template <bool kRelu, class T, class Count>
+  static void store(T* p, V best, Count count) {
+    const V bits = ordered(kRelu ? vrelu(best) : best);
+    __builtin_memcpy(p, &bits, count * sizeof(T));
+  }
+  static V is_nan(V key) { return (key > kInfinity) | (key < int16_t(-kInfinity)); }
+  // NaN as what no number wins over.
+  static V lasting(V key) { return is_nan(key) ? V{} + std::numeric_limits<int16_t>::max() : key; }
+  void see(V key) { least = key < least ? key : least; }
+  bool saw_nan(V best) const { return any((best > kInfinity) | (least < int16_t(-kInfinity))); }
+
+ private:
+  // Its own inverse.
+  static V ordered(V bits) { return bits < 0 ? std::numeric_limits<int16_t>::min() - bits : bits; }
+};
+
+template <class S, class T>
+using Compared = std::conditional_t<std::is_same_v<S, T> && sizeof(S) == 2, Keys<S>, Values<S>>;
+
 // The best of the window's pixels (i, j), i0 <= i < i1 and j0 <= j < j1, for each channel.
 template <bool kRelu, class S, class T, class Row, class I0, class I1, class J0, class J1>
 inline void pool_window(const Pool& pool, int64_t top, int64_t left, int64_t channels, const Row& row, I0 i0, I1 i1,
                         J0 j0, J1 j1, T* out, uint8_t* argmax) {
-  using A = acc_t<S>;
-  for_lanes<A>(channels, [&](int64_t c, auto count) {
-    Vec<A> best{};
-    IntVec<A> where = IntVec<A>{} + lane_int_t<A>(i0 * pool.kernel_w + j0);
-    for (int64_t i = i0; i < i1; ++i) {
-      const S* p = row(top + i) + left * channels + c;
-      for (int64_t j = j0; j < j1; ++j) {
-        const Vec<A> v = load_n(p + j * channels, count);
-        if (i == i0 && j == j0) {
-          best = v;
-          continue;
+  using C = Compared<S, T>;
+  using V = typename C::V;
+  using Lane = typename C::Lane;
+  using Where = IntVec<Lane>;
+  for_lanes<Lane>(channels, [&](int64_t c, auto count) {
+    V best{};
+    Where where{};
+    const auto pool_pixels = [&](auto nan, auto& seen) __attribute__((always_inline)) {
+      where = Where{} + lane_int_t<Lane>(i0 * pool.kernel_w + j0);
+      for (int64_t i = i0; i < i1; ++i) {
+        const S* p = row(top + i) + left * channels + c;
+        for (int64_t j = j0; j < j1; ++j) {
+          const V loaded = C::load(p + j * channels, count), v = nan ? C::lasting(loaded) : loaded;
+          if constexpr (!nan) {
+            seen.see(v);
+            if (i > 0 && j > 0) fetch_ahead(p + j * channels);
+          }
+          if (i == i0 && j == j0) {
+            best = v;
+            continue;
+          }
+          auto wins = v > best;
+          if constexpr (nan) wins |= C::is_nan(v);
+          best = wins ? v : best;
+          where = wins ? Where{} + lane_int_t<Lane>(i * pool.kernel_w + j) : where;
         }
-        const auto wins = (v > best) | (v != v);
-        best = wins ? v : best;
-        where = wins ? IntVec<A>{} + lane_int_t<A>(i * pool.kernel_w + j) : where;
       }
-    }
-    store_n(out + c, kRelu ? vrelu(best) : best, count);
-    store_bytes_n<A>(argmax + c, where, count);
+    };
+    C seen;
+    pool_pixels(std::false_type{}, seen);
+    if (__builtin_expect(seen.saw_nan(best), 0)) pool_pixels(std::true_type{}, seen);
+    C::template store<kRelu>(out + c, best, count);
+    store_bytes_n<Lane>(argmax + c, where, count);
   });
 }
 
@@ -123,33 +197,56 @@ class PlaneRows {
   std::vector<lane_int_t<A>> first_;
 };
 
-// The gradients that reach input row y of one image, to `sum`, which holds W pixels of `channels`. Rows and pixels of
-// grad, output and argmax follow each other; output is read only with kRelu, to mask what ReLU cut.
-template <bool kRelu, class T>
-inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t W, int64_t channels, int64_t OH,
-                                            int64_t OW, const T* grad, const T* output, const uint8_t* argmax,
-                                            acc_t<T>* sum) {
+// The gradients that reach one pixel, from `rows` by `columns` windows that cover it: grad, output and argmax point to
+// the first of them, `below` elements from one row of windows to the next, and i, j is the pixel's place in that first.
+template <bool kRelu, class T, class U, class Rows, class Columns>
+inline void pool_pixel_backward(const Pool& pool, int64_t i, int64_t j, int64_t channels, int64_t below, Rows rows,
+                                Columns columns, const T* grad, const T* output, const uint8_t* argmax, U* to) {
   using A = acc_t<T>;
-  const Windows over = windows_over(y, pool.kernel_h, pool.stride_h, pool.pad_h, OH);
-  for (int64_t x = 0; x < W; ++x, sum += channels) {
-    const Windows across = windows_over(x, pool.kernel_w, pool.stride_w, pool.pad_w, OW);
-    bool first = true;
-    for (int64_t oh = over.first; oh < over.last; ++oh) {
-      const int64_t i = y + pool.pad_h - oh * pool.stride_h;
-      for (int64_t ow = across.first; ow < across.last; ++ow) {
-        const lane_int_t<A> position(i * pool.kernel_w + x + pool.pad_w - ow * pool.stride_w);
-        const int64_t at = (oh * OW + ow) * channels;
-        for_lanes<A>(channels, [&](int64_t c, auto count) {
-          const auto here = load_bytes_n<A>(argmax + at + c, count) == position;
-          Vec<A> g = load_n(grad + at + c, count);
-          if (kRelu) g = load_n(output + at + c, count) <= Vec<A>{} ? Vec<A>{} : g;
-          g = here ? g : Vec<A>{};
-          store_n(sum + c, first ? g : load_n(sum + c, count) + g, count);
-        });
-        first = false;
+  for_lanes<A>(channels, [&](int64_t c, auto count) {
+    Vec<A> sum{};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t q = 0; q < columns; ++q) {
+        const int64_t at = r * below + q * channels + c;
+        const lane_int_t<A> position((i - r * pool.stride_h) * pool.kernel_w + j - q * pool.stride_w);
+        const auto here = load_bytes_n<A>(argmax + at, count) == position;
+        Vec<A> g = load_n(grad + at, count);
+        if (kRelu) g = load_n(output + at, count) <= Vec<A>{} ? Vec<A>{} : g;
+        sum += here ? g : Vec<A>{};
       }
     }
-    if (first) std::fill(sum, sum + channels, A(0));
+    store_n(to + c, sum, count);
+  });
+}
+
+// The gradients that reach input row y of one image, to the W pixels of `channels` at `to`. Rows and pixels of grad,
+// output and argmax follow each other; output is read only with kRelu, to mask what ReLU cut.
+template <bool kRelu, class T, class U>
+inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t W, int64_t channels, int64_t OH,
+                                            int64_t OW, const T* grad, const T* output, const uint8_t* argmax, U* to) {
+  const std::integral_constant<int64_t, 1> one;
+  const std::integral_constant<int64_t, 2> two;
+  const Windows over = windows_over(y, pool.kernel_h, pool.stride_h, pool.pad_h, OH);
+  const int64_t rows = std::max<int64_t>(over.last - over.first, 0);
+  const int64_t i = y + pool.pad_h - over.first * pool.stride_h;
+  for (int64_t x = 0; x < W; ++x, to += channels) {
+    const Windows across = windows_over(x, pool.kernel_w, pool.stride_w, pool.pad_w, OW);
+    const int64_t columns = std::max<int64_t>(across.last - across.first, 0);
+    const int64_t j = x + pool.pad_w - across.first * pool.stride_w;
+    const int64_t at = (over.first * OW + across.first) * channels;
+    const auto gather = [&](auto r, auto q) {
+      pool_pixel_backward<kRelu>(pool, i, j, channels, OW * channels, r, q, grad + at, output + at, argmax + at, to);
+    };
+    if (rows == 1 && columns == 1)
+      gather(one, one);
+    else if (rows == 1 && columns == 2)
+      gather(one, two);
+    else if (rows == 2 && columns == 1)
+      gather(two, one);
+    else if (rows == 2 && columns == 2)
+      gather(two, two);
+    else
+      gather(rows, columns);
   }
 }
 

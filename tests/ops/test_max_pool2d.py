@@ -75,6 +75,24 @@ def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
 
 
 @every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_every_half_precision_number(relu, dtype, memory_format, device, backend):
+    """Both zeros, infinities and NaNs among them win and lose as they do in float32, in values and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0]).to(dtype).view(torch.int16)
+    every = torch.arange(2**16).sub(2**15).to(torch.int16)[torch.randperm(2**16, generator=generator)]
+    bits = torch.cat([every, few[torch.randint(len(few), (2**14,), generator=generator)]])
+    x = bits.view(dtype).reshape(2, 40, 32, 32).to(device).contiguous(memory_format=memory_format).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    out, expected = (max_pool2d(t, 3, 2, 1, relu=relu, backend=backend) for t in (x, wide))
+    assert_same(out.float(), expected)
+    grad = torch.arange(out.numel(), device=device).remainder(7).add(1).reshape(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(expected, wide, grad.float())[0]
+    assert torch.equal(grads[0].float(), grads[1])
+
+
+@every_format
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @cases(((1, 96, 55, 55), {}), ((1, 256, 27, 27), {"relu": True}), ((1, 256, 13, 13), {}))
 def test_alexnets_layers(shape, options, dtype, memory_format, device):
