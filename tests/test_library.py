@@ -232,6 +232,24 @@ class TestShortWay:
             assert actual.stride() == expected.stride()
             assert torch.equal(actual, expected)
 
+    def test_what_a_check_passed_lets_nothing_else_pass(self) -> None:
+        x, w = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 3, 3, dtype=torch.bfloat16)
+        for _ in range(2):
+            with pytest.raises(TypeError, match="they must agree"):
+                ops.conv2d_relu(x, w)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert ops.conv2d_relu(x, w).dtype == torch.bfloat16
+            assert ops.max_pool2d(x).shape == (1, 4, 2, 2)
+            assert ops.local_response_norm(x, 5).shape == x.shape
+            with pytest.raises(TypeError, match="kernel_size must be an int"):
+                ops.max_pool2d(x, 3.0)
+            with pytest.raises(ValueError, match="size must be a positive int"):
+                ops.local_response_norm(x, 5.0)
+            with pytest.raises(TypeError, match="int64"):
+                ops.max_pool2d(x.long())
+            with pytest.raises(ValueError, match="smaller than the window"):
+                ops.max_pool2d(x[..., :2])
+
     def test_profilers_and_modes_see_the_operator(self) -> None:
         short, _, _ = self.calls()["max_pool2d"]
         with torch.profiler.profile() as profile:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +47,57 @@ def check_same_dtype(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, but the input is {input.dtype}: they must agree")
 
 
+def remembered(check: Callable) -> Callable:
+    """The check of an op's arguments, done once for tensors of the same shapes, dtypes and devices.
+
+    The check looks at nothing else of them, and at autocast; its result isn't changed by who gets it. Repeating it
+    would take as long as the rest of a small op.
+    """
+    passed: dict[tuple, Any] = {}
+
+    @functools.wraps(check)
+    def call(*args: Any) -> Any:
+        key = _arguments_key(args)
+        if key is None:
+            return check(*args)
+        try:
+            return passed[key]
+        except KeyError:
+            pass
+        result = check(*args)
+        if len(passed) >= 1024:
+            passed.clear()
+        passed[key] = result
+        return result
+
+    return call
+
+
+def _arguments_key(args: Sequence[Any]) -> tuple | None:
+    """What a check may look at; None if some argument isn't a plain tensor, name, integer or list from `pair`."""
+    if torch.compiler.is_compiling():
+        return None
+    key: list[Any] = []
+    device = None
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            key += (arg.shape, arg.dtype, device := arg.device)
+        elif kind is list:
+            key.append(tuple(arg))
+        elif kind in _NAMES:
+            key.append(arg)
+        else:
+            return None
+    if torch._C._is_any_autocast_enabled() and device is not None:
+        key.append(torch.is_autocast_enabled(device.type))
+    return tuple(key)
+
+
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
     """Two integers of at least `least`, from one or two."""
+    if type(value) is int and value >= least:
+        return [value, value]
     values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
     if len(values) == 1:
         values *= 2
@@ -104,6 +153,7 @@ class Contract(NamedTuple):
     backward: Callable | None
     setup_context: Callable | None
     autocast: bool
+    eager: Callable | None
 
 
 CONTRACTS: dict[str, Contract] = {}
@@ -118,7 +168,8 @@ def operators(namespace: str) -> Any:
     """The operators of a namespace, called by the short way where one may."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops, namespace)
-    return _OPERATORS.setdefault(namespace, _Operators(namespace))
+    found = _OPERATORS.get(namespace)
+    return found if found is not None else _OPERATORS.setdefault(namespace, _Operators(namespace))
 
 
 class _Operators:
@@ -147,6 +198,7 @@ def _short_way(kernels: _Operators, op: str) -> Callable:
     if contract is None or contract.backward is None or contract.setup_context is None:
         return overload
     formula, setup_context, autocast = contract.backward, contract.setup_context, contract.autocast
+    eager = contract.eager if kernels.name == _library.NAMESPACE else None
     redispatch = overload.redispatch
 
     def direct(args: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
@@ -175,6 +227,8 @@ def _short_way(kernels: _Operators, op: str) -> Callable:
         tensors = _plain_tensors(args)
         if not tensors:
             return overload(*args)
+        if eager and tensors[0].device.type == "cpu":
+            return eager(*args)
         if autocast and torch.is_autocast_enabled(tensors[0].device.type):
             args = tuple(_cast(args, torch.get_autocast_dtype(tensors[0].device.type)))
             tensors = [arg for arg in args if type(arg) in _PLAIN]
@@ -187,8 +241,9 @@ def _short_way(kernels: _Operators, op: str) -> Callable:
     return call
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_OTHERS = (bool, int, float, list, tuple, type(None), torch.dtype)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_NAMES = frozenset((int, bool, str, type(None)))
+_OTHERS = frozenset((bool, int, float, list, tuple, type(None), torch.dtype))
 _keys_of = torch._C._dispatch_keys
 _BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
 
@@ -221,14 +276,16 @@ def register(
     setup_context: Callable | None = None,
     autocast: bool = False,
     native: bool = True,
+    eager: Callable | None = None,
 ) -> None:
     """Registers the fake, and the backward if any, of an operator of the native library and its Triton twin.
 
     `backward(kernels, ctx, *grads)` is given the operators of the forward operator's backend. With autocast, the op's
     floating-point tensors are cast to the autocast dtype, as torch casts those of conv2d. Without `native` the operator
-    exists in Triton alone.
+    exists in Triton alone. `eager` computes on the CPU what the operator does there, by torch's own operators alone,
+    which autograd and autocast know: that saves the way to ours.
     """
-    CONTRACTS[op] = Contract(fake, backward, setup_context, autocast)
+    CONTRACTS[op] = Contract(fake, backward, setup_context, autocast, eager)
     if native and _library.LOADED:
         implement(_library.NAMESPACE, op)
 
@@ -238,7 +295,7 @@ def implement(namespace: str, op: str) -> None:
     contract, name = CONTRACTS[op], f"{namespace}::{op}"
     torch.library.register_fake(name, contract.fake)
     if contract.backward is not None:
-        backward = partial(_backward, contract.backward, namespace)
+        backward = functools.partial(_backward, contract.backward, namespace)
         torch.library.register_autograd(name, backward, setup_context=contract.setup_context)
     if contract.autocast:
         _register_autocast(namespace, op)

@@ -73,6 +73,7 @@ def batch_norm_relu(
     return output
 
 
+@_common.remembered
 def _check(input: Tensor, running_mean, running_var, weight, bias, training: bool) -> None:
     _common.check_images(OP, input)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}

@@ -137,6 +137,7 @@ def _space_to_depth_backward(kernels, ctx, grad: Tensor):
     return kernels.depth_to_space(grad, *args), None, None, None, None
 
 
+@_common.remembered
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int) -> list:
     """Checks the arguments; the output's shape."""
     _common.check_images(OP, input)
@@ -165,6 +166,13 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
             )
         shape.append((size + 2 * pad - kernel) // step + 1)
     return shape
+
+
+def _eager(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, relu: bool) -> Tensor:
+    memory_format = _common.memory_format_of(input)
+    images = input.contiguous(memory_format=memory_format)
+    output = torch.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
+    return output.relu_() if relu else output
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, relu: bool) -> Tensor:
@@ -202,7 +210,7 @@ def _fake_backward_weight(grad: Tensor, output: Tensor | None, input: Tensor, we
     return _common.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
-_common.register(OP, _fake, _backward, _setup_context, autocast=True)
+_common.register(OP, _fake, _backward, _setup_context, autocast=True, eager=_eager)
 _common.register(f"{OP}_backward_input", _fake_backward_input, native=False)
 _common.register(f"{OP}_backward_weight", _fake_backward_weight, native=False)
 _common.register("space_to_depth", _fake_space_to_depth, _space_to_depth_backward, _setup_rearrangement)

@@ -66,12 +66,14 @@ def linear_relu_dropout(
     if row == row_stride or shape.numel() == row:
         # One run of elements: the kernel takes it a row of the output at a time.
         row = row_stride = shape[-1]
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     output = _common.kernels(chosen).linear_relu_dropout(
-        input.reshape(-1, input.shape[-1]), weight, bias, relu, drop, scale, key, offset, row, row_stride, base
+        rows, weight, bias, relu, drop, scale, key, offset, row, row_stride, base
     )
-    return output.reshape(shape)
+    return output if input.dim() == 2 else output.reshape(shape)
 
 
+@_common.remembered
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
     """Checks the arguments; the output's shape."""
     _common.check_tensor(OP, "input", input)

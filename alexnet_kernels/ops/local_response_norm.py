@@ -57,6 +57,7 @@ def local_response_norm(
     return output if input.dim() == 4 else output.reshape(input.shape)
 
 
+@_common.remembered
 def check_lrn(op: str, input: Tensor, size: int, groups: int) -> None:
     _common.check_tensor(op, "input", input)
     _common.check_floating(op, "input", input)

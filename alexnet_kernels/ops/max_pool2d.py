@@ -101,10 +101,16 @@ def _window(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
 
 def check_pool(op: str, input: Tensor, window: Window, ceil_mode: bool) -> list:
     """Checks the arguments; the output's shape."""
+    return _check(op, input, *window, ceil_mode)
+
+
+@_common.remembered
+def _check(op: str, input: Tensor, kernel_size: list, stride: list, padding: list, ceil_mode: bool) -> list:
+    window = Window(kernel_size, stride, padding)
     _common.check_images(op, input)
     shape = list(input.shape[:2])
-    for size, kernel, stride, pad in zip(input.shape[2:], *window, strict=True):
-        windows = reference.pool_output_size(size, kernel, stride, pad, ceil_mode)
+    for size, kernel, step, pad in zip(input.shape[2:], *window, strict=True):
+        windows = reference.pool_output_size(size, kernel, step, pad, ceil_mode)
         if windows < 1:
             raise ValueError(
                 f"{op}: an image of {input.shape[2]} x {input.shape[3]} is smaller than the window "

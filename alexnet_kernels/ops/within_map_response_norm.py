@@ -52,6 +52,7 @@ def within_map_response_norm(
     return _common.kernels(chosen).within_map_response_norm(input, size, alpha, beta, k)
 
 
+@_common.remembered
 def _check(input: Tensor, size: int) -> None:
     _common.check_images(OP, input)
     if not isinstance(size, int) or size < 1:
