@@ -234,6 +234,8 @@ class TestNets:
         assert result["wrong"] == {}
         assert "auto" in result[purpose]["times"]
         assert ("auto, pure bf16" in result[purpose]["times"]) == (dtype == torch.bfloat16)
+        alike = purpose == "training step" and "eager, pure bf16" in result[purpose]["times"]
+        assert (rows.WITHOUT_MASTERS in result[purpose]["times"]) == alike
         assert set(result["errors"]) <= {"onnxruntime", "eager, pure bf16"}
         assert result[purpose]["operations"] > 0
         assert result[purpose]["bytes"] == pytest.approx(sum(nbytes for nbytes, _ in result[purpose]["layers"]))

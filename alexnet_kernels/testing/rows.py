@@ -33,7 +33,8 @@ from alexnet_kernels.testing.machine import cache_bytes
 from alexnet_kernels.testing.timing import Call, guarded, input_sets, measure
 
 OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-OUR_NETS = ("auto", "auto, pure bf16", "triton")
+WITHOUT_MASTERS = "auto, pure bf16, no masters"
+OUR_NETS = ("auto", "auto, pure bf16", WITHOUT_MASTERS, "triton")
 DIRECTIONS = ("forward", "forward and backward", "step", "inference", "training step")
 PURPOSES = DIRECTIONS[3:]
 
@@ -283,6 +284,8 @@ class NetRow:
             found["triton"] = backends.unavailable("max_pool2d", "triton")
         if bf16:
             found["auto, pure bf16"] = None
+            if self.purpose != "inference":
+                found[WITHOUT_MASTERS] = None
         found |= dict.fromkeys(("eager", *self.compile))
         if bf16:
             found["eager, pure bf16"] = None
@@ -318,6 +321,8 @@ class NetRow:
                     result["wrong"][name] = problem
                 else:
                     calls[name] = [variant.call]
+        if "eager, pure bf16" not in calls:
+            calls.pop(WITHOUT_MASTERS, None)  # as no peer is
         training = self.purpose != "inference"
         works = roofline.network(self.preset, self.dtype, self.width, self.size).values()
         # Layer by layer: each is bound by what it needs most.
@@ -365,7 +370,7 @@ class _NetVariant:
         self.model: nn.Module = ours
         self.ours = is_ours(name)
         self.compiled = name in row.compile
-        self.pure = name.endswith("pure bf16")
+        self.pure = "pure bf16" in name
         self.backend = "triton" if name == "triton" else "auto" if self.ours else "native"
         self.session: Callable[[], Tensor] | None = None
         self.run: Callable[[Tensor], Tensor] = self.model
@@ -387,7 +392,10 @@ class _NetVariant:
             self.run = torch.compile(self.model, dynamic=False, fullgraph=True, **options)
         settings: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
         if self.ours:
-            self.optimizer: torch.optim.Optimizer = optim.SGD(self.model.parameters(), rule="torch", **settings)
+            masters = False if name == WITHOUT_MASTERS else None
+            self.optimizer: torch.optim.Optimizer = optim.SGD(
+                self.model.parameters(), rule="torch", master_weights=masters, **settings
+            )
         else:
             self.optimizer = torch.optim.SGD(self.model.parameters(), fused=True, **settings)
 

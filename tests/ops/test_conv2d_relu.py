@@ -268,14 +268,20 @@ def test_errors(choice):
 
 
 class TestSpaceToDepth:
-    """The bfloat16, channels_last path of strided convolutions with few channels."""
+    """The bfloat16, channels_last path of strided convolutions of six images or more with few channels."""
+
+    def test_fewer_images_go_the_plain_way(self):
+        image = torch.randn(5, 3, 39, 39).bfloat16().contiguous(memory_format=torch.channels_last)
+        with torch.profiler.profile() as profile:
+            conv2d_relu(image, torch.randn(16, 3, 11, 11).bfloat16(), None, 4, 2)
+        assert "alexnet_kernels::space_to_depth" not in {event.key for event in profile.key_averages()}
 
     @pytest.mark.parametrize(
         ("size", "kernel", "stride", "padding"),
         [((39, 39), 11, 4, 2), ((37, 29), 7, 3, 0), ((20, 20), 5, 2, 1), ((23, 31), 4, 3, 1), ((11, 11), 11, 4, 0)],
     )
     def test_equals_the_plain_convolution(self, size, kernel, stride, padding):
-        image = torch.randn(2, 3, *size).bfloat16().contiguous(memory_format=torch.channels_last)
+        image = torch.randn(6, 3, *size).bfloat16().contiguous(memory_format=torch.channels_last)
         weight = torch.randn(16, 3, kernel, kernel).bfloat16()
         ours = [image.clone(memory_format=torch.preserve_format).requires_grad_(), weight.clone().requires_grad_()]
         exact = [image.double().requires_grad_(), weight.double().requires_grad_()]
