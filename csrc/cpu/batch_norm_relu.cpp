@@ -48,19 +48,30 @@ struct Affine {
 template <class A>
 struct AffineRows {
   std::vector<A> mean, inverse_std, factor, bias;
-  explicit AffineRows(const BatchNormArgs& a) {
+  explicit AffineRows(const BatchNormArgs& a) : mean(a.C), inverse_std(a.C), factor(a.C), bias(a.C) {
     for (int64_t c = 0; c < a.C; ++c) {
       const Affine<A> m(a, c);
-      mean.push_back(m.mean), inverse_std.push_back(m.inverse_std), factor.push_back(m.factor), bias.push_back(m.bias);
+      mean[c] = m.mean, inverse_std[c] = m.inverse_std, factor[c] = m.factor, bias[c] = m.bias;
     }
   }
 };
+
+// Calls body(first channel, vectors, lanes) over the channels: kVectors registers at a time, then one, then what is
+// left.
+template <class A, int kVectors, class Body>
+inline void for_channels(int64_t channels, const Body& body) {
+  constexpr int64_t step = kVectors * kLanes<A>;
+  int64_t c = 0;
+  for (; c + step <= channels; c += step) {
+    body(c, std::integral_constant<int, kVectors>{}, std::integral_constant<int, kLanes<A>>{});
+  }
+  for_lanes<A>(channels - c, [&](int64_t i, auto lanes) { body(c + i, std::integral_constant<int, 1>{}, lanes); });
+}
 
 template <class T>
 void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
-  std::vector<A> mean(a.channels_last ? a.C : 0), square(mean), rest(mean);
   for (int64_t task = begin; task < end; ++task) {
     if (!a.channels_last) {
       const T* x = input + task * a.pixels;
@@ -87,28 +98,33 @@ void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
     }
     const int64_t first = task * a.part, count = std::min(a.part, a.N * a.pixels - first);
     const T* x = input + first * a.C;
-    std::fill(mean.begin(), mean.end(), A(0));
-    std::fill(square.begin(), square.end(), A(0));
-    std::fill(rest.begin(), rest.end(), A(0));
-    for (int64_t p = 0; p < count; ++p) {
-      for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
-        store_n(&mean[c], load_n(&mean[c], lanes) + load_n(x + p * a.C + c, lanes), lanes);
-      });
-    }
-    for (int64_t c = 0; c < a.C; ++c) mean[c] /= A(count);
-    for (int64_t p = 0; p < count; ++p) {
-      for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
-        const Vec<A> d = load_n(x + p * a.C + c, lanes) - load_n(&mean[c], lanes);
-        store_n(&square[c], load_n(&square[c], lanes) + d * d, lanes);
-        store_n(&rest[c], load_n(&rest[c], lanes) + d, lanes);
-      });
-    }
-    for (int64_t c = 0; c < a.C; ++c) {
-      // mean is the mean as far as its rounding goes; what is left shows around it.
-      const double shift = double(rest[c]) / double(count);
-      a.partial[2 * (task * a.C + c)] = double(mean[c]) + shift;
-      a.partial[2 * (task * a.C + c) + 1] = double(square[c]) - double(count) * shift * shift;
-    }
+    for_channels<A, 4>(a.C, [&](int64_t c, auto vectors, auto lanes) {
+      constexpr int n = vectors;
+      const auto at = [&](int64_t p, int v) { return load_n(x + p * a.C + c + v * kLanes<A>, lanes); };
+      Vec<A> mean[n] = {}, square[n] = {}, rest[n] = {};
+      for (int64_t p = 0; p < count; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < n; ++v) mean[v] += at(p, v);
+      }
+      for (int v = 0; v < n; ++v) mean[v] /= A(count);
+      for (int64_t p = 0; p < count; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < n; ++v) {
+          const Vec<A> d = at(p, v) - mean[v];
+          square[v] += d * d;
+          rest[v] += d;
+        }
+      }
+      for (int v = 0; v < n; ++v) {
+        double* partial = a.partial + 2 * (task * a.C + c + v * kLanes<A>);
+        for (int l = 0; l < lanes; ++l) {
+          // mean is the mean as far as its rounding goes; what is left shows around it.
+          const double shift = double(rest[v][l]) / double(count);
+          partial[2 * l] = double(mean[v][l]) + shift;
+          partial[2 * l + 1] = double(square[v][l]) - double(count) * shift * shift;
+        }
+      }
+    });
   }
 }
 
@@ -153,24 +169,34 @@ void backward_sums(const BatchNormArgs& a, int64_t begin, int64_t end) {
   const T* grad = static_cast<const T*>(a.grad);
   if (a.channels_last) {
     const AffineRows<A> rows(a);
-    std::vector<A> sum(a.C), product(a.C);
     for (int64_t task = begin; task < end; ++task) {
-      std::fill(sum.begin(), sum.end(), A(0));
-      std::fill(product.begin(), product.end(), A(0));
-      const int64_t last = std::min((task + 1) * a.part, a.N * a.pixels);
-      for (int64_t p = task * a.part; p < last; ++p) {
-        for_lanes<A>(a.C, [&](int64_t c, auto lanes) {
-          const Vec<A> d = load_n(input + p * a.C + c, lanes) - load_n(&rows.mean[c], lanes);
-          const Vec<A> g = masked<A>(load_n(grad + p * a.C + c, lanes), d, load_n(&rows.factor[c], lanes),
-                                     load_n(&rows.bias[c], lanes));
-          store_n(&sum[c], load_n(&sum[c], lanes) + g, lanes);
-          store_n(&product[c], load_n(&product[c], lanes) + g * d, lanes);
-        });
-      }
-      for (int64_t c = 0; c < a.C; ++c) {
-        a.partial[2 * (task * a.C + c)] = double(sum[c]);
-        a.partial[2 * (task * a.C + c) + 1] = double(product[c]);
-      }
+      const int64_t first = task * a.part, last = std::min(first + a.part, a.N * a.pixels);
+      for_channels<A, 4>(a.C, [&](int64_t c, auto vectors, auto lanes) {
+        constexpr int n = vectors;
+        Vec<A> sum[n] = {}, product[n] = {}, mean[n], factor[n], bias[n];
+        for (int v = 0; v < n; ++v) {
+          const int64_t i = c + v * kLanes<A>;
+          mean[v] = load_n(&rows.mean[i], lanes);
+          factor[v] = load_n(&rows.factor[i], lanes), bias[v] = load_n(&rows.bias[i], lanes);
+        }
+        for (int64_t p = first; p < last; ++p) {
+#pragma GCC unroll 4
+          for (int v = 0; v < n; ++v) {
+            const int64_t i = p * a.C + c + v * kLanes<A>;
+            const Vec<A> d = load_n(input + i, lanes) - mean[v];
+            const Vec<A> g = masked<A>(load_n(grad + i, lanes), d, factor[v], bias[v]);
+            sum[v] += g;
+            product[v] += g * d;
+          }
+        }
+        for (int v = 0; v < n; ++v) {
+          double* partial = a.partial + 2 * (task * a.C + c + v * kLanes<A>);
+          for (int l = 0; l < lanes; ++l) {
+            partial[2 * l] = double(sum[v][l]);
+            partial[2 * l + 1] = double(product[v][l]);
+          }
+        }
+      });
     }
     return;
   }
@@ -266,17 +292,21 @@ namespace {
 
 constexpr int64_t kPartBytes = 1 << 17;  // of a part: it is read twice from the cache
 
-// One channel's values in the type the operator computes in, and back.
 ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-void put(const Tensor& t, int64_t c, double value) {
-  if (t.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(t.mutable_data_ptr())[c] = value;
-  } else {
-    static_cast<float*>(t.mutable_data_ptr())[c] = float(value);
+// The values of channels, float or double.
+struct Channels {
+  float* floats = nullptr;
+  double* doubles = nullptr;
+  explicit Channels(const Tensor& t) {
+    void* data = t.mutable_data_ptr();
+    t.scalar_type() == ScalarType::Double ? void(doubles = static_cast<double*>(data))
+                                          : void(floats = static_cast<float*>(data));
   }
-}
+  double get(int64_t c) const { return doubles ? doubles[c] : double(floats[c]); }
+  void put(int64_t c, double value) const { doubles ? void(doubles[c] = value) : void(floats[c] = float(value)); }
+};
 Tensor in_type(const Tensor& t, ScalarType type) {
   return in_format(t.scalar_type() == type ? t : torch::stable::to(t, type), MemoryFormat::Contiguous);
 }
@@ -325,6 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::opt
     std::vector<double> partial(2 * (a.channels_last ? parts_of(a) * a.C : parts_of(a)));
     a.partial = partial.data();
     if (x.numel() > 0) run(pick_batch_norm_moments(), a, parts_of(a), x.numel() * 4);
+    const Channels means(mean), variances(var);
     for (int64_t c = 0; c < a.C; ++c) {
       // Chan, Golub, LeVeque 1983: combining moments of parts.
       double n = 0, centre = 0, squares = 0;
@@ -334,8 +365,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::opt
         squares += part[1] + delta * delta * n * count / total;
         n = total;
       });
-      put(mean, c, centre);
-      put(var, c, n > 0 ? squares / n : 0);
+      means.put(c, centre);
+      variances.put(c, n > 0 ? squares / n : 0);
     }
   } else {
     torch::stable::copy_(mean, *running_mean);
@@ -364,12 +395,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, 
   a.mean = m.const_data_ptr(), a.var = v.const_data_ptr(), a.weight = w.data(), a.bias = b.data();
   a.grad = g.const_data_ptr(), a.output = grad_input.mutable_data_ptr();
   if (x.numel() > 0) run(pick_batch_norm_backward_sums(), a, parts_of(a), x.numel() * 8);
+  const Channels variances(v), weight_grads(grad_weight), bias_grads(grad_bias);
   for (int64_t c = 0; c < a.C; ++c) {
     for_parts(a, c, [&](const double* part, double) { sums[2 * c] += part[0], sums[2 * c + 1] += part[1]; });
-    const double variance =
-        type == ScalarType::Double ? static_cast<const double*>(a.var)[c] : double(static_cast<const float*>(a.var)[c]);
-    put(grad_weight, c, sums[2 * c + 1] / std::sqrt(variance + eps));
-    put(grad_bias, c, sums[2 * c]);
+    weight_grads.put(c, sums[2 * c + 1] / std::sqrt(variances.get(c) + eps));
+    bias_grads.put(c, sums[2 * c]);
   }
   if (x.numel() > 0) run(pick_batch_norm_relu_backward_input(), a, parts_of(a), x.numel() * 12);
   return {grad_input, grad_weight, grad_bias};
