@@ -88,29 +88,48 @@ def _roofline(pyplot: Any, report: dict[str, Any], found: Ceilings) -> Any:
 
 
 def _throughput(pyplot: Any, report: dict[str, Any]) -> Any:
-    """Images a second against the batch, ours and the best peer's, of each network measured at several batches."""
-    series: dict[str, list[tuple[int, float, float | None]]] = {}
+    """Images a second against the batch, ours and the best peer's, of each network measured at several batches.
+
+    A panel for each dtype, memory format and purpose; a preset has one colour in all of them.
+    """
+    panels: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
     for name, direction, result, measured in tables.measurements(report["nets"]):
         mine, peer = (tables.best(measured["times"], ours) for ours in (True, False))
         if mine:
             batch = result["batch"]
-            label = f"{name.partition(', batch')[0]}, {direction}"
-            series.setdefault(label, []).append((batch, batch / mine[1], batch / peer[1] if peer else None))
-    series = {label: sorted(points) for label, points in series.items() if len(points) > 1}
-    if not series:
+            preset, _, layout = name.partition(", batch")[0].partition(", ")
+            lines = panels.setdefault(f"{layout}, {direction}", {})
+            lines.setdefault(preset, []).append((batch, batch / mine[1], batch / peer[1] if peer else None))
+    for lines in panels.values():
+        for preset in [preset for preset, points in lines.items() if len(points) < 2]:
+            del lines[preset]
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
         return None
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    for i, (label, points) in enumerate(series.items()):
-        color = f"C{i % 10}"
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=color, marker="o", label=label)
-        peers = [(p[0], p[2]) for p in points if p[2]]
-        axes.plot([p[0] for p in peers], [p[1] for p in peers], color=color, marker=".", linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("batch")
-    axes.set_ylabel("images per second (dotted: the best peer)")
-    axes.legend(fontsize=7)
-    axes.set_title(_title(report))
+    columns = min(2, len(panels))
+    shape = -(-len(panels) // columns), columns
+    figure, grid = pyplot.subplots(*shape, figsize=(5 * columns, 3.5 * shape[0]), squeeze=False, layout="constrained")
+    colors = {
+        preset: f"C{i % 10}" for i, preset in enumerate(dict.fromkeys(p for lines in panels.values() for p in lines))
+    }
+    legend = {}
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for preset, points in lines.items():
+            points.sort()
+            batches = [batch for batch, _, _ in points]
+            legend[preset] = axes.plot(batches, [ours for _, ours, _ in points], color=colors[preset], marker="o")[0]
+            peers = [(batch, rate) for batch, _, rate in points if rate]
+            if peers:
+                axes.plot(*zip(*peers, strict=True), color=colors[preset], marker=".", linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("batch")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.supylabel("images per second (dotted: the best peer)")
+    figure.suptitle(_title(report))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
