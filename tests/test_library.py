@@ -239,6 +239,7 @@ class TestShortWay:
                 ops.conv2d_relu(x, w)
             with torch.autocast("cpu", torch.bfloat16):
                 assert ops.conv2d_relu(x, w).dtype == torch.bfloat16
+                assert ops.max_pool2d(x.to("meta")).shape == (1, 4, 2, 2)
             assert ops.max_pool2d(x).shape == (1, 4, 2, 2)
             assert ops.local_response_norm(x, 5).shape == x.shape
             with pytest.raises(TypeError, match="kernel_size must be an int"):

@@ -89,7 +89,9 @@ def _arguments_key(args: Sequence[Any]) -> tuple | None:
             key.append(arg)
         else:
             return None
-    if torch._C._is_any_autocast_enabled() and device is not None:
+    if torch._C._is_any_autocast_enabled():
+        if device is None or device.type not in ("cpu", "cuda"):
+            return None
         key.append(torch.is_autocast_enabled(device.type))
     return tuple(key)
 
