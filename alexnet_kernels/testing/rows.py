@@ -284,11 +284,11 @@ class NetRow:
             found["triton"] = backends.unavailable("max_pool2d", "triton")
         if bf16:
             found["auto, pure bf16"] = None
-            if self.purpose != "inference":
-                found[WITHOUT_MASTERS] = None
         found |= dict.fromkeys(("eager", *self.compile))
         if bf16:
             found["eager, pure bf16"] = None
+            if self.purpose != "inference":
+                found[WITHOUT_MASTERS] = None
         if self.preset == "torchvision" and self.width == 1:
             found["torchvision"] = peers.missing("torchvision")
         if self.purpose == "inference" and (cuda or not bf16):
@@ -315,14 +315,14 @@ class NetRow:
         for name in self.variants(device):
             if f"{self.name} by {name}" in skip:
                 continue
+            if name == WITHOUT_MASTERS and "eager, pure bf16" not in calls:  # no peer is without
+                continue
             with guarded(name, device, result["errors"]):
                 variant = _NetVariant(self, name, device)
                 if problem := expected.problem(variant):
                     result["wrong"][name] = problem
                 else:
                     calls[name] = [variant.call]
-        if "eager, pure bf16" not in calls:
-            calls.pop(WITHOUT_MASTERS, None)  # as no peer is
         training = self.purpose != "inference"
         works = roofline.network(self.preset, self.dtype, self.width, self.size).values()
         # Layer by layer: each is bound by what it needs most.

@@ -56,8 +56,7 @@ struct AffineRows {
   }
 };
 
-// Calls body(first channel, vectors, lanes) over the channels: kVectors registers at a time, then one, then what is
-// left.
+// Calls body(first channel, vectors, lanes) over the channels: kVectors registers at a time, then one, then the rest.
 template <class A, int kVectors, class Body>
 inline void for_channels(int64_t channels, const Body& body) {
   constexpr int64_t step = kVectors * kLanes<A>;

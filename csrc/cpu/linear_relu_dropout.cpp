@@ -59,7 +59,6 @@ template <int rows, int images, class T>
 inline void products(const StreamArgs& a, int64_t o, int64_t n) {
   using A = acc_t<T>;
   constexpr int step = kLanes<A>;
-  constexpr int64_t ahead = 512 / sizeof(T);
   const int64_t in = a.in;
   const T* w = static_cast<const T*>(a.weight) + o * in;
   const T* x = static_cast<const T*>(a.input) + n * in;
@@ -70,7 +69,7 @@ inline void products(const StreamArgs& a, int64_t o, int64_t n) {
     for (int j = 0; j < images; ++j) v[j] = load_n(x + j * in + k, lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      __builtin_prefetch(w + i * in + k + ahead);
+      fetch_ahead<512>(w + i * in + k);
       const Vec<A> u = load_n(w + i * in + k, lanes);
 #pragma GCC unroll 8
       for (int j = 0; j < images; ++j) sums[i][j] += u * v[j];
