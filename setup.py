@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+ARCHS = "8.0;9.0;10.0+PTX"
 LIBRARY = "alexnet_kernels._C"
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
@@ -65,6 +67,10 @@ def gencode(archs: str) -> list[str]:
         if plus:
             flags.append(f"-gencode=arch=compute_{sm},code=compute_{sm}")
     return flags
+
+
+def cuda_archs() -> str:
+    return os.environ.get("ALEXNET_KERNELS_ARCHS", ARCHS)
 
 
 def toolkit_root(nvcc: str) -> Path:
@@ -131,17 +137,19 @@ def write_ninja(build: Path, output: Path) -> None:
         objects.append(name)
         lines.extend([f"build {name}: {rule} {source}", f"  flags = {' '.join(flags)}"])
 
-    compile_("cxx", ROOT / "csrc" / "library.cpp", "library.o", cxx)
+    digest = runpy.run_path(str(ROOT / "alexnet_kernels" / "_sources.py"))["digest"](ROOT / "csrc")
+    about = f"sources={digest} archs={cuda_archs().replace(',', ';') if cuda_sources else ''}"
+    compile_("cxx", ROOT / "csrc" / "library.cpp", "library.o", [*cxx, f"'-DALEXNET_BUILD=\"{about}\"'"])
     for isa, flags in ISAS.items():
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             once = ["-DALEXNET_REGISTER"] if isa == "generic" else []
             compile_("cxx", source, f"{source.stem}.{isa}.o", [*cxx, f"-DALEXNET_ISA={isa}", *once, *flags])
     if cuda_sources:
         toolkit = toolkit_root(nvcc)
-        archs = gencode(os.environ.get("ALEXNET_KERNELS_ARCHS", "8.0;9.0;10.0+PTX"))
+        archs = gencode(cuda_archs())
         lines += [f"nvcc = {nvcc}", "rule nvcc", "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = compiling $out"]
-        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-lineinfo"]
         host += ["-Xfatbin=-compress-all"]
         for source in cuda_sources:
             compile_("nvcc", source, f"{source.stem}.cu.o", [*common, *host, *archs])

@@ -56,12 +56,24 @@ KERNELS = frozenset(
 )
 
 
+def _build_info() -> dict[str, str]:
+    """What setup.py told the library of its build: "sources", a digest, and "archs", of its CUDA kernels."""
+    text = torch.ops.alexnet_kernels.build_info() if LOADED else ""
+    return dict(word.split("=", 1) for word in text.split())
+
+
 def status() -> dict[str, Any]:
-    """The library's path, whether it is loaded or why not, the instruction set in use, whether it has CUDA kernels."""
+    """The library's path, whether it is loaded or why not, the instruction set in use, whether it has CUDA kernels.
+
+    "archs" are the GPU architectures that those were compiled for, "sources" is a digest of what they were built from.
+    """
+    info = _build_info()
     return {
         "path": str(PATH),
         "loaded": LOADED,
         "reason": REASON,
         "isa": torch.ops.alexnet_kernels.isa() if LOADED else None,
         "cuda_built": ("local_response_norm", "CUDA") in KERNELS,
+        "archs": [arch for arch in info.get("archs", "").split(";") if arch],
+        "sources": info.get("sources", ""),
     }

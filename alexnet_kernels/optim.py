@@ -21,7 +21,9 @@ class SGD(torch.optim.Optimizer):
 
     Args:
         params: tensors or groups of them, as for every optimizer; groups may override any of the following.
-        lr, momentum, weight_decay: the paper trains with 0.01, 0.9 and 0.0005.
+        lr, momentum, weight_decay: the paper trains with 0.01, 0.9 and 0.0005. A step that a CUDA graph captures needs
+            lr as a tensor on the parameters' device: `torch.optim.lr_scheduler` changes it in place, and a replay
+            follows. The other settings are kept as they were when it was captured.
         dampening, nesterov: of torch's rule only.
         rule: "paper" or "torch".
         master_weights: keep a float32 copy of each bfloat16 or float16 parameter, take the step there and round. True,
@@ -36,7 +38,7 @@ class SGD(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.01,
+        lr: float | Tensor = 0.01,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         dampening: float = 0.0,
@@ -61,7 +63,10 @@ class SGD(torch.optim.Optimizer):
     @staticmethod
     def _settings(group: dict[str, Any]) -> dict[str, Any]:
         names = ("lr", "momentum", "weight_decay", "dampening", "nesterov", "rule")
-        return {name: float(group[name]) if name == "lr" else group[name] for name in names}
+        settings = {name: group[name] for name in names}
+        if not isinstance(settings["lr"], Tensor):
+            settings["lr"] = float(settings["lr"])
+        return settings
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -37,6 +37,15 @@ std::string isa() {
   return isa_name(current_isa());
 }
 
+// "sources=<digest of csrc> archs=<CUDA architectures, as in ALEXNET_KERNELS_ARCHS; empty without CUDA kernels>"
+std::string build_info() {
+#ifdef ALEXNET_BUILD
+  return ALEXNET_BUILD;
+#else
+  return "sources= archs=";
+#endif
+}
+
 }  // namespace
 
 Isa current_isa() {
@@ -55,6 +64,7 @@ Isa current_isa() {
 
 ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
   m.def("isa() -> str");
+  m.def("build_info() -> str");
 
   m.def(
       "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int groups, bool relu) "
@@ -103,7 +113,8 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
 
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, float lr, "
-      "float momentum, float weight_decay, float dampening, bool nesterov, bool paper_rule, bool first_step) -> ()");
+      "float momentum, float weight_decay, float dampening, bool nesterov, bool paper_rule, bool first_step, "
+      "Tensor? lr_tensor=None) -> ()");
 
   m.def(
       "augment(Tensor images, Tensor crops, int[2] size, Tensor? flips, Tensor? color_shift, Tensor? mean, "
@@ -112,4 +123,5 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
 
 ALEXNET_LIBRARY_IMPL(ALEXNET_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&alexnet_kernels::isa));
+  m.impl("build_info", TORCH_BOX(&alexnet_kernels::build_info));
 }

@@ -24,7 +24,7 @@ def sgd_step(
     momentum_buffers: Sequence[Tensor],
     masters: Sequence[Tensor] = (),
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     dampening: float = 0.0,
@@ -44,14 +44,18 @@ def sgd_step(
         grads: shaped like params, of their dtype or, for params that aren't float64, any other but float64.
         momentum_buffers: shaped like params, of their dtype or float32.
         masters: empty, or float32 copies of bfloat16 and float16 params that the step is taken on and rounded from.
+        lr: a number, or a floating-point tensor of one element. On the params' device it is read there, so that a CUDA
+            graph that captured the step follows its changes; on the CPU it is read now.
         backend: see `alexnet_kernels.backends`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: lists, shapes, dtypes or devices that do not fit; negative settings.
+        TypeError, ValueError, RuntimeError: lists, shapes, dtypes or devices that do not fit; negative settings; a
+            CUDA graph captures the step while lr is a number, which the graph would keep.
 
     Source: Krizhevsky et al. 2012, section 5; torch.optim.SGD.
     """
     _check(params, grads, momentum_buffers, masters)
+    lr, lr_tensor = _learning_rate(lr, params)
     for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
         if value < 0:
             raise ValueError(f"{OP}: {name} must not be negative, not {value}")
@@ -67,11 +71,34 @@ def sgd_step(
     dense = all(map(_alike_and_dense, zip(params, grads, momentum_buffers, masters or params, strict=True)))
     chosen = select(OP, next((p for p in params if p.dtype == torch.float64), params[0]), backend)
     if chosen == "native" or not dense:
-        _native(params, grads, momentum_buffers, masters, *settings)
+        rate = lr if lr_tensor is None else lr_tensor
+        _native(params, grads, momentum_buffers, masters, rate, *settings[1:])
     else:
-        _common.kernels(chosen).sgd_step(params, grads, momentum_buffers, masters, *settings)
+        if lr_tensor is not None and chosen == "cpu":
+            settings, lr_tensor = (lr_tensor.item(), *settings[1:]), None
+        _common.kernels(chosen).sgd_step(params, grads, momentum_buffers, masters, *settings, lr_tensor)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version([*params, *momentum_buffers, *masters])
+
+
+def _learning_rate(lr: float | Tensor, params: Sequence[Tensor]) -> tuple[float, Tensor | None]:
+    """(value, None), or (0, the tensor on the parameters' device that holds it)."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise TypeError(f"{OP}: lr must be one floating-point number, not {lr.dtype} {list(lr.shape)}")
+        if lr.device.type == "cpu" and not torch.compiler.is_compiling() and lr.item() < 0:
+            raise ValueError(f"{OP}: lr must not be negative, not {lr.item()}")
+        if params and lr.device == params[0].device:
+            return 0.0, lr.detach().to(torch.float64 if params[0].dtype == torch.float64 else torch.float32)
+        if params and lr.device.type != "cpu":
+            raise RuntimeError(f"{OP}: lr is on {lr.device}, but params[0] is on {params[0].device}")
+        lr = lr.item()
+    if params and params[0].is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{OP}: a CUDA graph would keep lr={lr}: give lr as a tensor on {params[0].device}, which the graph reads "
+            f"when it is replayed and learning rate schedulers change in place"
+        )
+    return lr, None
 
 
 def _alike_and_dense(tensors: tuple[Tensor, ...]) -> bool:
@@ -116,6 +143,7 @@ def _native(
         weight, buffer = masters[i] if masters else param, momentum_buffers[i]
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         w, g, v = weight.to(wide), grads[i].to(wide), buffer.to(wide)
+        lr = lr.to(wide) if isinstance(lr, Tensor) else lr
         if paper:
             v = momentum * v - weight_decay * lr * w - lr * g
             w = w + v
@@ -132,7 +160,7 @@ def _native(
             param.copy_(w)
 
 
-def _fake(params, grads, momentum_buffers, masters, *settings) -> None:
+def _fake(params, grads, momentum_buffers, masters, *settings, **options) -> None:
     _check(params, grads, momentum_buffers, masters)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alexnet_kernels import _library
 from alexnet_kernels.triton._channels import Launch
+from alexnet_kernels.triton._common import on_its_device
 
 ELEMENTS = Launch(block=1024, num_warps=4)  # eight a thread: 16 bytes of half precision
 # Of a launch: the kernel holds a copy of the step for each, and takes up to four pointers for each. AlexNet has 16.
@@ -51,14 +52,17 @@ def step(
 
 
 # A program: BLOCK elements of one tensor; the programs of a tensor follow those of the one before. Tuples of as many
-# tensors, all of counts[i] elements without gaps.
+# tensors, all of counts[i] elements without gaps. lr_ptr, if not None, points to the value that takes lr's place.
 @triton.jit
 def sgd_step_kernel(
-    param_ptrs, grad_ptrs, buffer_ptrs, master_ptrs, counts, lr, momentum, keep, weight_decay, decay_lr,
+    param_ptrs, grad_ptrs, buffer_ptrs, master_ptrs, counts, lr_ptr, lr, momentum, keep, weight_decay, decay_lr,
     MASTER: tl.constexpr, PAPER: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr)
+        decay_lr = weight_decay * lr
     first = 0
     for i in tl.static_range(len(counts)):
         programs = tl.cdiv(counts[i], BLOCK)
@@ -75,6 +79,7 @@ def sgd_step_kernel(
 @torch.library.custom_op(
     f"{_library.TRITON_NAMESPACE}::sgd_step", mutates_args=("params", "momentum_buffers", "masters")
 )
+@on_its_device
 def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -87,6 +92,7 @@ def sgd_step(
     nesterov: bool,
     paper_rule: bool,
     first_step: bool,
+    lr_tensor: Tensor | None = None,
 ) -> None:
     wanted = [i for i, param in enumerate(params) if param.numel() > 0]
     for start in range(0, len(wanted), TENSORS):
@@ -95,7 +101,7 @@ def sgd_step(
         counts = tuple(params[i].numel() for i in chosen)
         programs = sum(triton.cdiv(count, ELEMENTS.block) for count in counts)
         sgd_step_kernel[(programs,)](
-            *lists, counts, lr, momentum, 1 - dampening, weight_decay, weight_decay * lr,
+            *lists, counts, lr_tensor, lr, momentum, 1 - dampening, weight_decay, weight_decay * lr,
             MASTER=bool(masters), PAPER=paper_rule, MOMENTUM=momentum != 0, NESTEROV=nesterov, FIRST=first_step,
             BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
         )  # fmt: skip

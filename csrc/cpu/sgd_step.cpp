@@ -97,7 +97,8 @@ namespace {
 
 void sgd_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
                   std::vector<Tensor> masters, double lr, double momentum, double weight_decay, double dampening,
-                  bool nesterov, bool paper_rule, bool first_step) {
+                  bool nesterov, bool paper_rule, bool first_step, std::optional<Tensor> lr_tensor) {
+  STD_TORCH_CHECK(!lr_tensor, "sgd_step: on the CPU lr is a number");
   SgdArgs args{{}, lr, momentum, weight_decay, dampening, nesterov, paper_rule, first_step};
   int64_t tasks = 0, bytes = 0;
   for (size_t i = 0; i < params.size(); ++i) {

@@ -5,7 +5,9 @@
 //                             w <- w - lr (g + m v if nesterov, else v); momentum 0 leaves v alone
 //   params, grads: float, bfloat16 or float16 each; momentum in float or the param's type; masters in float. With a
 //   master, it is stepped, and the param is its rounding. Tensors of one position share strides, and are dense.
-// A thread holds kStep consecutive elements of one tensor; the blocks of a tensor follow those of the one before.
+// A thread holds kStep consecutive elements of one tensor; the blocks of a tensor follow those of the one before. An
+// array that isn't aligned to 16 bytes, as a gradient inside a bucket, is moved element by element, the others are not.
+// The learning rate may lie in device memory: a captured step then follows its schedule.
 #include "images.cuh"
 
 namespace alexnet_kernels {
@@ -20,7 +22,7 @@ struct SgdTensor {
   const void* grad;
   int64_t count;
   int first_block;
-  bool vectors;  // every array is aligned to 16 bytes
+  bool param_aligned, grad_aligned, momentum_aligned, master_aligned;  // to 16 bytes
 };
 
 struct SgdTensors {
@@ -31,6 +33,7 @@ struct SgdTensors {
 struct SgdRule {
   float lr, momentum, weight_decay, keep, decay_lr;  // keep = 1 - dampening, decay_lr = weight_decay lr
   bool nesterov, paper, first_step;
+  const float* lr_pointer;  // null, or of the value that takes lr's place
 };
 
 __device__ __forceinline__ void step(const SgdRule& rule, float& w, float g, float& v) {
@@ -48,22 +51,42 @@ __device__ __forceinline__ void step(const SgdRule& rule, float& w, float g, flo
   }
 }
 
+template <int kCount, class T>
+__device__ __forceinline__ void load_if(bool aligned, const T* p, float (&out)[kCount]) {
+  if (aligned) {
+    load<kCount>(p, out);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = float(p[i]);
+  }
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store_if(bool aligned, T* p, const float (&in)[kCount]) {
+  if (aligned) {
+    store<kCount>(p, in);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) p[i] = T(in[i]);
+  }
+}
+
 // The elements [at, at + kCount).
 template <int kCount, class P, class G, class M>
 __device__ __forceinline__ void step_at(const SgdRule& rule, const SgdTensor& t, int64_t at) {
   float w[kCount], g[kCount], v[kCount];
   if (t.master != nullptr) {
-    load<kCount>(t.master + at, w);
+    load_if<kCount>(t.master_aligned, t.master + at, w);
   } else {
-    load<kCount>(static_cast<const P*>(t.param) + at, w);
+    load_if<kCount>(t.param_aligned, static_cast<const P*>(t.param) + at, w);
   }
-  load<kCount>(static_cast<const G*>(t.grad) + at, g);
-  load<kCount>(static_cast<const M*>(t.momentum) + at, v);
+  load_if<kCount>(t.grad_aligned, static_cast<const G*>(t.grad) + at, g);
+  load_if<kCount>(t.momentum_aligned, static_cast<const M*>(t.momentum) + at, v);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) step(rule, w[i], g[i], v[i]);
-  store<kCount>(static_cast<M*>(t.momentum) + at, v);
-  if (t.master != nullptr) store<kCount>(t.master + at, w);
-  store<kCount>(static_cast<P*>(t.param) + at, w);
+  store_if<kCount>(t.momentum_aligned, static_cast<M*>(t.momentum) + at, v);
+  if (t.master != nullptr) store_if<kCount>(t.master_aligned, t.master + at, w);
+  store_if<kCount>(t.param_aligned, static_cast<P*>(t.param) + at, w);
 }
 
 template <class P, class G, class M>
@@ -72,7 +95,11 @@ __global__ void __launch_bounds__(kThreads) sgd(SgdTensors tensors, SgdRule rule
   while (i + 1 < tensors.count && tensors.tensor[i + 1].first_block <= int(blockIdx.x)) ++i;
   const SgdTensor& t = tensors.tensor[i];
   const int64_t at = (int64_t(int(blockIdx.x) - t.first_block) * kThreads + threadIdx.x) * kStep;
-  if (t.vectors && at + kStep <= t.count) {
+  if (rule.lr_pointer != nullptr) {
+    rule.lr = *rule.lr_pointer;
+    rule.decay_lr = rule.weight_decay * rule.lr;
+  }
+  if (at + kStep <= t.count) {
     step_at<kStep, P, G, M>(rule, t, at);
   } else {
     for (int64_t j = at; j < min(at + kStep, t.count); ++j) step_at<1, P, G, M>(rule, t, j);
@@ -98,11 +125,16 @@ void step_all(const OnDevice& device, const SgdRule& rule, const std::vector<Sgd
 
 void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
               std::vector<Tensor> masters, double lr, double momentum, double weight_decay, double dampening,
-              bool nesterov, bool paper_rule, bool first_step) {
+              bool nesterov, bool paper_rule, bool first_step, std::optional<Tensor> lr_tensor) {
   if (params.empty()) return;
   const OnDevice device(params[0]);
+  if (lr_tensor) {
+    STD_TORCH_CHECK(dtype_of(*lr_tensor) == DType::f32 && lr_tensor->numel() == 1 &&
+                        lr_tensor->get_device() == params[0].get_device(),
+                    "sgd_step: lr_tensor must be one float32 on the parameters' device");
+  }
   const SgdRule rule{float(lr), float(momentum), float(weight_decay), float(1 - dampening), float(weight_decay * lr),
-                     nesterov,  paper_rule,      first_step};
+                     nesterov,  paper_rule,      first_step,          lr_tensor ? data<float>(*lr_tensor) : nullptr};
   std::vector<bool> done(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     if (done[i]) continue;
@@ -117,8 +149,10 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
       SgdTensor t{params[j].mutable_data_ptr(), momentum_buffers[j].mutable_data_ptr(),
                   masters.empty() ? nullptr : mutable_data<float>(masters[j]), grads[j].const_data_ptr(),
                   params[j].numel()};
-      t.vectors = aligned(static_cast<char*>(t.param), static_cast<char*>(t.momentum), t.master,
-                          static_cast<const char*>(t.grad));
+      t.param_aligned = aligned(static_cast<char*>(t.param));
+      t.grad_aligned = aligned(static_cast<const char*>(t.grad));
+      t.momentum_aligned = aligned(static_cast<char*>(t.momentum));
+      t.master_aligned = aligned(t.master);
       alike.push_back(t);
     }
     if (alike.empty()) continue;

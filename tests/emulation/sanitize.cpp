@@ -278,14 +278,15 @@ void space_to_depth(const Settings& s) {
 }
 
 void sgd_step(const Settings& s) {
-  for (int64_t skipped : {0, 1}) {
-    if (s.few && skipped) return;
+  // 0: all arrays aligned; 1: not the parameters; 2: not the gradients.
+  for (int unaligned : {0, 1, 2}) {
+    if (s.few && unaligned) return;
     for (bool with_masters : {false, true}) {
       std::vector<Tensor> params, grads, momentum, masters;
       const auto add = [&](const IntList& size, ScalarType param, ScalarType grad, ScalarType buffer) {
         const MemoryFormat format = size.size() == 4 ? s.format : MemoryFormat::Contiguous;
-        params.push_back(tensor(size, param, format, skipped));
-        grads.push_back(tensor(size, grad, format));
+        params.push_back(tensor(size, param, format, unaligned == 1));
+        grads.push_back(tensor(size, grad, format, unaligned == 2));
         momentum.push_back(tensor(size, buffer, format));
         if (with_masters) masters.push_back(tensor(size, ScalarType::Float, format));
       };
@@ -297,9 +298,11 @@ void sgd_step(const Settings& s) {
       }
       // More than one launch takes.
       for (int i = 0; i < 70; ++i) add({9}, ScalarType::Float, s.type, ScalarType::Float);
-      call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.9, 5e-4, 0.0, false, true, false});
-      call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.9, 5e-4, 0.0, true, false, true});
-      call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.0, 5e-4, 0.5, false, false, false});
+      call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.9, 5e-4, 0.0, false, true, false, Optional()});
+      call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.9, 5e-4, 0.0, true, false, true, Optional()});
+      call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.0, 5e-4, 0.5, false, false, false, Optional()});
+      call("sgd_step", 0,
+           {params, grads, momentum, masters, 0.0, 0.9, 5e-4, 0.0, false, true, false, Optional(tensor({}, ScalarType::Float))});
     }
   }
 }

@@ -168,6 +168,43 @@ def test_of_nothing(device, backend):
     assert sgd_step([], [], [], lr=0.1, backend=backend) is None
 
 
+@pytest.mark.parametrize("settings", [SETTINGS["paper"], SETTINGS["torch-nesterov"]], ids=["paper", "nesterov"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["rate in fp32", "rate in fp64"])
+@every_mixture
+def test_a_learning_rate_in_a_tensor(mixture, dtype, settings, device, backend):
+    given = state(mixture, device)
+    copies = [[t.clone() for t in tensors] for tensors in given]
+    lr = torch.tensor(0.03, dtype=dtype, device=device)
+    for rate in (0.03, 0.01):
+        lr.fill_(rate)
+        sgd_step(*given, lr=lr, **settings, backend=backend)
+        sgd_step(*copies, lr=lr.item(), **settings, backend=backend)
+    for actual, expected in zip(given, copies, strict=True):
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e.double(), what="after two steps")
+    assert lr.item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("which", ["params", "grads", "momentum", "masters"])
+@pytest.mark.parametrize("mixture", ["fp32", "bf16_master"])
+def test_arrays_that_are_not_aligned(mixture, which, device, backend):
+    """Views into a bucket: 16-byte accesses of one array are impossible, and those of the others are not."""
+    given = state(MIXTURES[mixture], device, [(10,), (64, 50), (1003,)])
+    index = ("params", "grads", "momentum", "masters").index(which)
+    if not given[index]:
+        pytest.skip("no masters")
+    bucket = torch.cat([given[index][0].new_zeros(3), *[t.flatten() for t in given[index]]])
+    views, start = [], 3
+    for tensor in given[index]:
+        views.append(bucket[start : start + tensor.numel()].view(tensor.shape))
+        start += tensor.numel()
+    assert views[1].data_ptr() % 16
+    arrays = list(given)
+    arrays[index] = views
+    check_step(tuple(arrays), {}, backend)
+    assert_same(bucket[:3], torch.zeros_like(bucket[:3]))
+
+
 def test_autograd_sees_the_change(device, backend):
     """A saved tensor that the step changed may not be used by a later backward."""
     w = random((4,), device=device).requires_grad_()
@@ -220,6 +257,10 @@ def test_errors(choice):
     raises(TypeError, r"masters\[0\] is torch.float16, which does not go", call(masters=[w.half()]))
     raises(RuntimeError, r"grads\[0\] is on meta, but .* on cpu", call(g=g.to("meta")))
     raises(ValueError, r"lr must not be negative, not -0.1", call(lr=-0.1))
+    raises(ValueError, r"lr must not be negative, not -0.1", call(lr=torch.tensor(-0.1, dtype=torch.float64)))
+    raises(TypeError, r"lr must be one floating-point number, not torch.int64 \[\]", call(lr=torch.tensor(1)))
+    raises(TypeError, r"lr must be one floating-point number, not .* \[2\]", call(lr=torch.zeros(2)))
+    raises(RuntimeError, r"lr is on meta, but params\[0\] is on cpu", call(lr=torch.zeros((), device="meta")))
     raises(ValueError, r"momentum must not be negative, not -1", call(momentum=-1))
     raises(ValueError, r"weight_decay must not be negative, not -2", call(weight_decay=-2))
     raises(ValueError, r"rule must be 'paper' or 'torch', not 'adam'", call(rule="adam"))
