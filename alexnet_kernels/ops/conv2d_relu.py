@@ -58,7 +58,9 @@ def conv2d_relu(
     _check(images, weight, bias, stride, padding, groups)
     chosen = select(OP, images, backend)
     if chosen == "native":
-        output = F.conv2d(images, weight, bias, stride, padding, 1, groups)
+        # cuDNN gives float64 back in NCHW.
+        memory_format = _common.memory_format_of(images)
+        output = F.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
         output = F.relu(output) if relu else output
     else:
         dtype = _compute_dtype(images)

@@ -45,7 +45,8 @@ def dropout(
         p: the probability of dropping.
         training: False passes the input through (scaled, with scale_at="inference").
         seed: 64 bits, an int or an int64 tensor of one element; None draws one from torch's generator. With None and
-            backend "native", torch's own dropout draws the mask.
+            backend "native", torch's own dropout draws the mask. A tensor on the input's device is read there, so that
+            a CUDA graph follows its changes; the graph keeps the value that an int, or a tensor on the CPU, has now.
         offset: the number, 64 bits, of an independent stream of the seed (a layer's or a step's, say).
         scale_at: "training" multiplies what is kept by 1 / (1 - p) (inverted dropout); "inference" leaves training
             unscaled and multiplies by 1 - p otherwise, as the paper does.
@@ -149,7 +150,9 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"{op}: seed must be int64 with one element, not {seed.dtype} {list(seed.shape)}")
-        return seed.to(device)
+        if seed.device == device or seed.device.type != "cpu" or torch.compiler.is_compiling():
+            return seed.to(device)
+        seed = int(seed)  # passed along with a launch: copying from the CPU's memory would wait for the device
     if not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, not {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:

@@ -1,13 +1,33 @@
 """What the Triton kernels' functions share: registration, and layouts of images."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from alexnet_kernels import _library
 from alexnet_kernels.ops import _common
+
+
+def on_its_device(function: Callable) -> Callable:
+    """The function, with the device of its first tensor the current one: Triton launches on the current device."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
+        if (
+            first is not None
+            and first.is_cuda
+            and torch.cuda.is_initialized()  # not so where a graph of fake tensors is traced without a GPU
+            and first.device.index != torch.cuda.current_device()
+        ):
+            with torch.cuda.device(first.device):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def triton_op(function: Callable) -> Callable:
@@ -17,6 +37,7 @@ def triton_op(function: Callable) -> Callable:
     operator is opaque to torch.compile then.
     """
     name = f"{_library.TRITON_NAMESPACE}::{function.__name__}"
+    function = on_its_device(function)
     if _library.INTERPRETED:
         return torch.library.custom_op(name, function, mutates_args=())
     return torch.library.triton_op(name, function, mutates_args=())

@@ -16,6 +16,16 @@ ELEMENTS = Launch(block=512, num_warps=4)
 SHORT_ROW = 256  # elements: a quarter of a program; shorter rows would leave most threads idle
 
 
+def halves(value: int) -> tuple[int, int]:
+    """A number of 64 bits as two of 32, which `whole` joins: torch 2.11 compiles no launch with a larger one."""
+    return value // 2**32, value % 2**32 - 2**31
+
+
+@triton.jit
+def whole(high, low):
+    return (tl.cast(high, tl.int64) << 32) + (tl.cast(low, tl.int64) + 2147483648)
+
+
 @triton.jit
 def words_of(seed, offset, quad):
     """The four random words of each quad (int64), as in csrc/common/philox.h."""
@@ -45,7 +55,8 @@ def drop(x, word, threshold, scale):
 # another's. x, out: rows without gaps.
 @triton.jit
 def dropout_rows_kernel(
-    x_ptr, out_ptr, seed_ptr, offset, threshold, scale, row, row_stride, base, blocks,
+    x_ptr, out_ptr, seed_ptr, offset_high, offset_low, threshold_high, threshold_low, scale, row, row_stride, base,
+    blocks,
     DROP: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -60,7 +71,8 @@ def dropout_rows_kernel(
     if RELU:
         x = tl.where(x < 0, 0.0, x)
     if DROP:
-        out = drop(x, draw_pairs(tl.load(seed_ptr), offset, quads), threshold, scale)
+        words = draw_pairs(tl.load(seed_ptr), whole(offset_high, offset_low), quads)
+        out = drop(x, words, whole(threshold_high, threshold_low), scale)
     else:
         out = x * scale
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -70,7 +82,8 @@ def dropout_rows_kernel(
 # memory, whose index counts row-major order.
 @triton.jit
 def dropout_elements_kernel(
-    x_ptr, out_ptr, seed_ptr, offset, threshold, scale, row, row_stride, base, count, C, PIXELS,
+    x_ptr, out_ptr, seed_ptr, offset_high, offset_low, threshold_high, threshold_low, scale, row, row_stride, base,
+    count, C, PIXELS,
     CHANNELS_LAST: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -82,13 +95,14 @@ def dropout_elements_kernel(
         logical = (n * C + (at - pixel * C)) * PIXELS + (pixel - n * PIXELS)
     r = logical // row
     index = base + r * row_stride + (logical - r * row)
-    a, b, c, d = words_of(tl.load(seed_ptr), offset, index >> 2)
+    a, b, c, d = words_of(tl.load(seed_ptr), whole(offset_high, offset_low), index >> 2)
     which = index & 3
     word = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d)).to(tl.int64)
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     if RELU:
         x = tl.where(x < 0, 0.0, x)
-    tl.store(out_ptr + at, drop(x, word, threshold, scale).to(out_ptr.dtype.element_ty), mask=mask)
+    out = drop(x, word, whole(threshold_high, threshold_low), scale)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def threshold_of(p: float) -> int:
@@ -110,19 +124,22 @@ def run(
     relu: bool = False,
 ) -> None:
     """out = dropout(x), or of max(0, x); both without gaps, of one layout."""
+    numbers = (*halves(offset), *halves(threshold_of(p)))
     if channels_last or (row < SHORT_ROW and row_stride != row):
         channels, pixels = (x.shape[1], x.shape[2] * x.shape[3]) if channels_last else (1, 1)
         wrap_triton(dropout_elements_kernel)[(triton.cdiv(x.numel(), ELEMENTS.block),)](
-            x, out, seed, offset, threshold_of(p), scale, row, row_stride, base, x.numel(), channels, pixels,
+            x, out, seed, *numbers, scale, row, row_stride, base, x.numel(), channels, pixels,
             CHANNELS_LAST=channels_last, RELU=relu, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
         )  # fmt: skip
         return
+    rows = x.numel() // row
     if row == row_stride:  # rows that follow one another are one
         row = row_stride = x.numel()
+        rows = 1
     # A row that begins inside a quad may take a part of one quad more.
     blocks = triton.cdiv(triton.cdiv(row + 3, 8), PAIRS.block)
-    wrap_triton(dropout_rows_kernel)[(x.numel() // row * blocks,)](
-        x, out, seed, offset, threshold_of(p), scale, row, row_stride, base, blocks,
+    wrap_triton(dropout_rows_kernel)[(rows * blocks,)](
+        x, out, seed, *numbers, scale, row, row_stride, base, blocks,
         DROP=p > 0, RELU=relu, BLOCK=PAIRS.block, num_warps=PAIRS.num_warps,
     )  # fmt: skip
 

@@ -41,6 +41,10 @@ def tensors(shape, weight_shape, dtype, memory_format, device, bias=True):
     }
 
 
+def torch_conv2d_relu(input, weight, bias=None, **options):
+    return F.conv2d(input, weight, bias, **options).relu()
+
+
 def check_conv2d_relu(values, options, backend=None, **more):
     input = values["input"]
     if input.dtype in (torch.bfloat16, torch.float16) and (
@@ -49,6 +53,9 @@ def check_conv2d_relu(values, options, backend=None, **more):
         # cuDNN's convolution, and the emulation's, has been rounded when the bias is added.
         margin = TOLERANCES[input.dtype].library
         more |= {"settled": functools.partial(settled, margin=margin), "slack": "library", "output_slack": "library"}
+    elif input.is_cuda and backend != "triton":
+        # cuDNN's gradient of conv2's filters in NCHW, float32 without TF32, is off by 2e-3 of the largest.
+        more |= {"slack": "transformed", "output_slack": "transformed", "peer": torch_conv2d_relu}
     elif input.dtype == torch.float16:
         more["slack"] = "library"  # torch's convolutions in float16 on a CPU add in float16 in backward
     check(
