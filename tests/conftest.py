@@ -28,7 +28,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
+# Results are compared with float64.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = {"cpu": ["cpu", "native"], "cuda": ["cuda", "triton", "native"]}

@@ -1,9 +1,11 @@
-"""python -m alexnet_kernels.testing.gpu_check, on the CPU."""
+"""python -m alexnet_kernels.gpu_check, on the CPU."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,63 +17,80 @@ import pytest
 import torch
 
 import alexnet_kernels
-from alexnet_kernels import backends
-from alexnet_kernels.testing import cases, gpu_check, progress, tables
-from alexnet_kernels.testing.exercise import exercise
+from alexnet_kernels.gpu_check import (
+    __main__,
+    convolutions,
+    counters,
+    findings,
+    kernel_times,
+    plan,
+    progress,
+    report,
+    runner,
+    worker,
+)
+from alexnet_kernels.gpu_check.exercise import exercise
+from alexnet_kernels.gpu_check.findings import Findings
+from alexnet_kernels.testing import cases, tables
+from alexnet_kernels.testing.roofline import Ceilings
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(alexnet_kernels.__file__).parent
+FILES = ["findings.jsonl", "log.txt", "report.json", "report.md"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+
+
+def command(out: Path, *options: str) -> list[str]:
+    words = [sys.executable, "-m", "alexnet_kernels.gpu_check", "--device", "cpu", "--out", str(out)]
+    return [*words, "--library", str(PACKAGE / "_C.so"), "--tests", str(ROOT / "tests"), *options]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str, str]:
-    """(exit status, gpu_check.json, gpu_check.md, what was printed) of a short run of everything."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str, str]:
+    """(exit status, report.json, report.md, what was printed) of a short run of everything."""
     out = tmp_path_factory.mktemp("check") / "out"
-    command = [sys.executable, "-m", "alexnet_kernels.testing.gpu_check", "--device", "cpu", "--out", str(out)]
-    command += ["--minutes", "4", "--tests", str(ROOT / "tests")]
-    package = Path(cases.__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(package)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out.parent)
-    assert (out / "gpu_check.json").exists(), done.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["gpu_check.json", "gpu_check.md"]
-    text = (out / "gpu_check.json").read_text()
-    return done.returncode, json.loads(text), (out / "gpu_check.md").read_text(), done.stdout
+    done = subprocess.run(
+        command(out, "--minutes", "10"), capture_output=True, text=True, env=ENVIRONMENT, cwd=out.parent
+    )
+    assert (out / "report.json").exists(), done.stderr
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    return done.returncode, json.loads((out / "report.json").read_text()), (out / "report.md").read_text(), done.stdout
 
 
 class TestWhole:
-    def test_passes(self, report) -> None:
-        status, found, _, _ = report
+    def test_passes(self, whole) -> None:
+        status, found, _, _ = whole
         states = {name: part["state"] for name, part in found["parts"].items()}
-        assert states == {
-            "environment": "passed",
-            "ceilings": "passed",
-            "tests": "passed",
-            "sanitizer": "skipped",
-            "ops": "passed",
-            "nets": "passed",
-        }
+        assert states == dict.fromkeys(plan.PARTS, "passed") | {"counters": "skipped", "sanitizer": "skipped"}
         assert status == 0
 
-    def test_tells_where_it_ran(self, report) -> None:
-        facts = report[1]["parts"]["environment"]
+    def test_tells_where_it_ran(self, whole) -> None:
+        facts = whole[1]["parts"]["environment"]["results"]["facts"]
         assert facts["torch"] == torch.__version__
         assert len(facts["backends"]) == 10
         assert facts["library"]["loaded"]
+        assert len(facts["library"]["sources"]) == 16
 
-    def test_tests_ran(self, report) -> None:
-        tests = report[1]["parts"]["tests"]
+    def test_every_op_was_compared_with_its_definition(self, whole) -> None:
+        found = whole[1]["parts"]["smoke"]["results"]
+        assert {item.partition(",")[0] for item in found} == set(alexnet_kernels.ops.__all__)
+        assert all(result["wrong"] is None and result["error"] is None for result in found.values())
+
+    def test_tests_ran(self, whole) -> None:
+        tests = whole[1]["parts"]["tests"]
         assert tests["passed"] == tests["collected"] > 10
         assert tests["failures"] == {}
 
-    def test_times_and_ratios(self, report) -> None:
-        _, found, text, _ = report
-        ops = found["parts"]["ops"]["cases"]
+    def test_times_and_ratios(self, whole) -> None:
+        _, found, text, _ = whole
+        ops = found["parts"]["ops"]["results"]
         name = "lrn_max_pool2d, layer 2, bf16, NCHW, batch 2"
         first = ops[name]
         assert first["wrong"] == {}
-        for direction in ("forward", "forward and backward"):
+        for direction in ("forward", "backward"):
             times = first[direction]["times"]
             assert set(times) == {"cpu", "eager"}
             assert all(0 < t["low"] <= t["median"] <= t["high"] for t in times.values())
@@ -79,17 +98,39 @@ class TestWhole:
             cpu = tables.seconds_text(times["cpu"]["median"])
             assert f"| {name} | {direction} | {cpu} ±" in text
             assert f" | {ratio:.2f} | " in text
-        late = found["parts"]["ops"].get("unfinished", [])
-        assert {name.partition(",")[0] for name in (*ops, *late)} == set(alexnet_kernels.ops.__all__)
-        nets = found["parts"]["nets"]["cases"]
-        assert set(nets) == {f"paper, bf16, batch 2, {purpose}" for purpose in ("inference", "training step")}
-        for net in nets.values():
-            assert net["wrong"] == {}
-            (times,) = (net[purpose]["times"] for purpose in ("inference", "training step") if purpose in net)
-            assert all("median" in times[variant] for variant in ("auto", "auto, pure bf16", "eager"))
+        assert {name.partition(",")[0] for name in ops} == set(alexnet_kernels.ops.__all__)
 
-    def test_says_that_a_cpu_proves_nothing_and_ends_with_the_summary(self, report) -> None:
-        _, _, text, printed = report
+    def test_networks_and_where_their_time_goes(self, whole) -> None:
+        _, found, text, _ = whole
+        results = found["parts"]["networks"]["results"]
+        for purpose in ("inference", "training step"):
+            name = f"paper, bf16, batch 2, {purpose}"
+            assert results[name]["wrong"] == {}
+            assert all("median" in results[name][purpose]["times"][variant] for variant in ("auto", "eager"))
+            for variant in ("auto", "auto, pure bf16", "eager"):
+                table = results[f"kernels of {name} by {variant}"]
+                assert sum(kernel["share"] for kernel in table["kernels"]) == pytest.approx(1, abs=0.02)
+                names = " ".join(kernel["name"] for kernel in table["kernels"])
+                assert ("alexnet_kernels" in names) == (variant != "eager")
+                assert f"**{name} by {variant}**: " in text
+        training = results["kernels of paper, bf16, batch 2, training step by auto"]["operators"]
+        (step,) = [one for one in training if "sgd_step" in one["name"]]
+        # Parameters, gradients and momentum, in float32.
+        count = sum(p.numel() for p in alexnet_kernels.AlexNet(preset="paper", width=0.1, device="meta").parameters())
+        assert step["calls"] == 1
+        assert step["bytes"] == 3 * 4 * count
+
+    def test_convolutions_alone(self, whole) -> None:
+        found = whole[1]["parts"]["convolutions"]["results"]["conv5, bf16, batch 2"]
+        assert found["errors"] == {}
+        for direction in convolutions.ALONE:
+            assert set(found[direction]) == {"grouped", "split"}
+        for direction in ("op, forward", "op, backward"):
+            assert set(found[direction]) == {"eager", "cpu"}
+            assert all("median" in timing for timing in found[direction].values())
+
+    def test_says_that_a_cpu_proves_nothing_and_ends_with_the_summary(self, whole) -> None:
+        _, _, text, printed = whole
         assert text.startswith("# GPU check, run on a CPU: its figures say nothing")
         assert printed.rstrip().splitlines()[-1].startswith("passed: ")
         assert text.strip() in printed
@@ -99,193 +140,461 @@ def test_exercise_runs_every_op() -> None:
     assert set(exercise(CPU, "cpu")) == set(alexnet_kernels.ops.__all__)
 
 
+class TestFindings:
+    def test_a_line_that_was_cut_off_costs_itself_only(self, tmp_path: Path) -> None:
+        found = Findings(tmp_path / "f")
+        found.add("ops", item="one", result={"a": 1})
+        with open(found.path, "a") as file:
+            file.write('{"part": "ops", "item": "two", "res')
+        since = found.size()
+        found.add("ops", item="three", result={})
+        assert findings.results(found.lines("ops")) == {"one": {"a": 1}, "three": {}}
+        assert findings.results(found.lines(since=since)) == {"three": {}}
+        assert found.lines("tests") == []
+
+    def test_what_is_finished_and_what_was_under_way(self) -> None:
+        lines: list[findings.Line] = [
+            {"part": "ops", "started": "one"},
+            {"part": "ops", "item": "one", "result": {}},
+            {"part": "ops", "started": "two"},
+        ]
+        assert findings.finished(lines) == {"one"}
+        assert findings.under_way(lines) == ("ops", "two")
+        lines.append({"part": "ops", "crashed": "two", "reason": "x"})
+        assert findings.finished(lines) == {"one", "two"}
+
+    def test_a_part_that_never_ended_is_told_with_what_it_was_in(self, tmp_path: Path) -> None:
+        found = Findings(tmp_path / findings.FILE)
+        found.add("ops", started="one", worker=0)
+        found.add("ops", item="one", result={"wrong": {}, "errors": {}, "missing": {}, "op": "x"})
+        found.add("ops", started="two", worker=0)
+        report.write(tmp_path, found, "cuda")
+        assert "| ops | interrupted |  | in two |" in (tmp_path / "report.md").read_text()
+
+
+PROCESS = runner.Check.process
+
+# A worker whose part "ops" has the items one to four, and a fault in two.
+SCRIPT = """
+import os, signal, sys, time
+from alexnet_kernels.gpu_check import __main__, worker
+
+def ops(part):
+    for item in ("one", "two", "three", "four"):
+        if not part.begin(item, compiles={compiles}):
+            continue
+        if item == "two":
+            {fault}
+        yield item, {{"of": item}}
+
+worker.WORK["ops"] = ops
+worker.GRACE = 1.0
+raise SystemExit(__main__.main())
+"""
+
+
 class TestFaults:
-    def check(self, tmp_path: Path, **options: Any) -> gpu_check.Check:
-        return gpu_check.Check(tmp_path, "cpu", options.get("minutes", 1), options.get("tests"))
+    def run(self, tmp_path: Path, monkeypatch, fault: str, compiles: bool = False, **options: Any) -> dict[str, Any]:
+        """The report's part "ops" after a run with such a worker."""
+        script = tmp_path / "worker.py"
+        script.write_text(SCRIPT.format(fault=fault, compiles=compiles))
+        process = PROCESS
 
-    def worker(self, tmp_path: Path, monkeypatch, *runs: tuple[list[dict], int | None, str]) -> tuple[dict, list]:
-        """The section of a part whose processes write these lines and end so; what each was told to skip."""
-        skipped = []
+        def other(self, name, command, *rest, **more):
+            assert command[:3] == [sys.executable, "-m", "alexnet_kernels.gpu_check"]
+            return process(self, name, [sys.executable, str(script), *command[3:]], *rest, **more)
 
-        def run(self, command, limit, variables=None, cwd=None, watched=None):
-            lines, status, text = runs[len(skipped)]
-            skipped.append([c.removeprefix("--skip=") for c in command if c.startswith("--skip")])
-            watched.write_text("\n".join(map(json.dumps, lines)) + '\n{"cut off')
-            return status, text
-
-        monkeypatch.setattr(gpu_check.Check, "_run", run)
-        section: dict[str, Any] = {}
-        self.check(tmp_path)._worker("ops", section, 60)
-        return section, skipped
-
-    @staticmethod
-    def done(name: str) -> dict[str, Any]:
-        return {"cases": {name: {"wrong": {}, "errors": {}}}, "finished": {name: True}}
+        monkeypatch.setattr(runner.Check, "process", other)
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        check = runner.Check(out, "cpu", options.pop("seconds", 60.0), **options)
+        passed = check.run(["ops"])
+        assert sorted(path.name for path in out.iterdir()) == FILES
+        part = json.loads((out / "report.json").read_text())["parts"]["ops"]
+        assert passed == (part["state"] == "passed")
+        return part
 
     @pytest.mark.parametrize(
-        ("status", "reason"),
-        [(-11, "ended with status -11: CUDA error: an illegal memory access"), (None, "took too long")],
-        ids=["crash", "stall"],
+        ("fault", "reason"),
+        [
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "ended with status -11"),
+            ("raise RuntimeError('CUDA error: an illegal memory access')", "RuntimeError: CUDA error: an illegal"),
+            ("time.sleep(60)", "took too long"),
+        ],
+        ids=["crash", "error", "hang"],
     )
-    def test_a_crash_in_a_case_costs_that_case_only(self, tmp_path: Path, monkeypatch, status, reason) -> None:
-        first = [{"current": "one"}, self.done("one"), {"current": "two by cuda"}]
-        second = [{"current": "two"}, self.done("two"), {"current": "three"}, self.done("three")]
-        error = "CUDA error: an illegal memory access\n"
-        section, skipped = self.worker(tmp_path, monkeypatch, (first, status, error), (second, 0, ""))
-        assert set(section["cases"]) == {"one", "two", "three"}
-        assert section["crashed"] == {"two by cuda": reason}
-        assert section["state"] == "failed"
-        assert skipped == [[], ["one", "two by cuda"]]
-        assert "finished" not in section
+    def test_a_fault_in_an_item_costs_that_item_only(self, fault, reason, tmp_path: Path, monkeypatch) -> None:
+        part = self.run(tmp_path, monkeypatch, fault, patience=2.0)
+        assert set(part["results"]) == {"one", "three", "four"}
+        assert list(part["crashed"]) == ["two"]
+        assert reason in part["crashed"]["two"]
+        assert part["state"] == "failed"
+        log = (tmp_path / "out" / "log.txt").read_text()
+        if "RuntimeError" in fault:
+            assert "Traceback (most recent call last)" in log
+        else:
+            assert re.search(r'worker.py", line \d+ in ops', log)  # the stack
+        assert f"CRASHED in ops: two: {part['crashed']['two']}" in (tmp_path / "out" / "report.md").read_text()
 
-    def test_a_case_that_crashes_again_ends_the_part(self, tmp_path: Path, monkeypatch) -> None:
-        runs = [([{"current": "one"}], 1, "no")] * 2
-        section, _ = self.worker(tmp_path, monkeypatch, *runs)
-        assert section["crashed"] == {"one": "ended with status 1: no"}
+    def test_a_variant_that_loses_the_device_costs_itself_only(self, tmp_path: Path, monkeypatch) -> None:
+        fault = (
+            "if 'two by cuda' not in part.done: part.findings.add('ops', started='two by cuda', worker=0); os._exit(1)"
+        )
+        part = self.run(tmp_path, monkeypatch, fault)
+        assert set(part["results"]) == {"one", "two", "three", "four"}
+        assert list(part["crashed"]) == ["two by cuda"]
 
-    def test_a_process_that_does_not_start_ends_the_part(self, tmp_path: Path, monkeypatch) -> None:
-        section, _ = self.worker(tmp_path, monkeypatch, ([], 1, "ImportError: no\n"))
-        assert section["crashed"] == {"its start": "ended with status 1: ImportError: no"}
+    def test_what_compiles_is_no_hang(self, tmp_path: Path, monkeypatch) -> None:
+        part = self.run(tmp_path, monkeypatch, "time.sleep(3)", compiles=True, patience=1.0)
+        assert set(part["results"]) == {"one", "two", "three", "four"}
+        assert part["state"] == "passed"
 
-    def test_a_process_that_stalls_is_stopped(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(gpu_check, "STALL", 1.0)
-        watched = tmp_path / "lines"
-        sleeper = [sys.executable, "-c", "import time; print('asleep', flush=True); time.sleep(60)"]
+    def test_a_slow_machine_reaches_less(self, tmp_path: Path, monkeypatch) -> None:
         start = time.monotonic()
-        assert self.check(tmp_path)._run(sleeper, 50, watched=watched) == (None, "asleep\n")
+        part = self.run(tmp_path, monkeypatch, "time.sleep(8)", seconds=9.0)
         assert time.monotonic() - start < 30
+        assert set(part["results"]) == {"one", "two"}
+        assert part["late"] == ["three", "four"]
+        assert part["state"] == "passed"
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert "- Not reached in the time, of ops: three; four" in text
 
-    def test_parts_share_what_is_left(self, tmp_path: Path, monkeypatch) -> None:
-        limits = {}
-        monkeypatch.setattr(gpu_check.Check, "part", lambda self, name, limit: limits.update({name: limit}))
-        self.check(tmp_path, minutes=1).run(["ops", "nets"])
-        assert limits["ops"] == pytest.approx(60 * 0.32 / 0.5, rel=0.01)
-        assert limits["nets"] == pytest.approx(60, rel=0.01)
+    @pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiles"])
+    def test_what_overruns_its_part_is_late(self, compiles: bool, tmp_path: Path, monkeypatch) -> None:
+        part = self.run(tmp_path, monkeypatch, "time.sleep(100)", compiles=compiles, seconds=6.0)
+        assert set(part["results"]) == {"one"}
+        assert part["late"] == ["two"]
+        assert part["state"] == "passed"
 
-    def test_interrupted(self, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-        def terminated(self, name, section, limit):
-            section["cases"] = {}
-            os.kill(os.getpid(), signal.SIGTERM)
+    def test_a_worker_that_does_not_start_ends_the_part(self, tmp_path: Path, monkeypatch) -> None:
+        def broken(self, *arguments, **options):
+            return runner.Ended(1, ("Traceback", "ImportError: no such library"))
 
-        monkeypatch.setattr(gpu_check.Check, "_worker", terminated)
-        before = signal.getsignal(signal.SIGTERM)
-        assert gpu_check.main(["--out", str(tmp_path), "--device", "cpu", "--only", "ops", "nets"]) == 1
-        assert signal.getsignal(signal.SIGTERM) == before
-        found = json.loads((tmp_path / "gpu_check.json").read_text())
-        assert found["parts"]["ops"]["state"] == "interrupted"
-        assert "nets" not in found["parts"]
-        assert "interrupted" in capsys.readouterr().out
+        monkeypatch.setattr(runner.Check, "process", broken)
+        check = runner.Check(tmp_path, "cpu", 60)
+        assert not check.run(["ops", "tests"])
+        parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+        assert parts["ops"]["state"] == "failed"
+        assert parts["ops"]["error"] == "ended with status 1: ImportError: no such library"
+        assert "tests" in parts
+
+    def test_a_second_command_goes_on(self, tmp_path: Path, monkeypatch) -> None:
+        self.run(tmp_path, monkeypatch, "time.sleep(8)", seconds=9.0)
+        with pytest.raises(SystemExit):
+            __main__.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
+        part = self.run(tmp_path, monkeypatch, "raise AssertionError('two again')")
+        assert set(part["results"]) == {"one", "two", "three", "four"}
+        assert "late" not in part
+        assert part["state"] == "passed"
 
     def test_a_part_that_fails_is_reported_and_the_others_go_on(self, tmp_path: Path, monkeypatch) -> None:
-        def broken(self, name, section, limit):
+        def broken(self, limit):
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(gpu_check.Check, "_tests", broken)
-        status = gpu_check.main(
+        monkeypatch.setattr(runner.Check, "_tests", broken)
+        status = __main__.main(
             ["--out", str(tmp_path), "--device", "cpu", "--only", "tests", "environment", "--minutes", "1"]
         )
-        found = json.loads((tmp_path / "gpu_check.json").read_text())
+        found = json.loads((tmp_path / "report.json").read_text())
         assert status == 1
         assert found["parts"]["environment"]["state"] == "passed"
         assert found["parts"]["tests"]["state"] == "failed"
         assert found["parts"]["tests"]["error"] == "OSError: no space left on device"
-        assert "no space left on device" in (tmp_path / "gpu_check.md").read_text()
+        assert "no space left on device" in (tmp_path / "report.md").read_text()
 
-    def suite(self, folder: Path, text: str) -> Path:
-        """A tests' folder whose one file is what the check runs on a CPU."""
-        (folder / "tests" / "ops").mkdir(parents=True)
-        (folder / "tests" / "conftest.py").write_text("")
-        (folder / "tests" / "ops" / "test_within_map_response_norm.py").write_text(text)
-        return folder / "tests"
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+    def test_ended_at_any_moment_it_goes_on(self, number: int, tmp_path: Path) -> None:
+        """What was found is kept, what the check started ends with it, and a second command finds the rest."""
+        out = tmp_path / "out"
+        words = command(out, "--only", "smoke", "--minutes", "3")
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, text=True)
+        found = Findings(out / findings.FILE)
+        end = time.monotonic() + 60
+        while len(findings.results(found.lines())) < 3 and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(random.random() / 2)
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=20)
+        if number == signal.SIGTERM:
+            assert process.returncode == 1
+            assert "interrupted: " in printed
+            assert "| interrupted |" in (out / "report.md").read_text()
+        before = findings.results(found.lines())
+        assert len(before) >= 3
+        time.sleep(1)
+        size = found.size()
+        time.sleep(2)
+        assert found.size() == size  # nothing runs on
+        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stdout
+        after = findings.results(found.lines())
+        assert {item: after[item] for item in before} == before
+        assert len(after) == 10
 
-    def test_failing_and_endless_tests(self, tmp_path: Path) -> None:
-        tests = self.suite(
+
+class TestTests:
+    def check(self, tmp_path: Path, text: str, **options: Any) -> runner.Check:
+        """Of a tests' folder whose one file is what the check runs on a CPU."""
+        (tmp_path / "tests" / "ops").mkdir(parents=True)
+        (tmp_path / "tests" / "conftest.py").write_text("")
+        (tmp_path / "tests" / "ops" / "test_within_map_response_norm.py").write_text(text)
+        (tmp_path / "out").mkdir()
+        return runner.Check(tmp_path / "out", "cpu", 60, tests=tmp_path / "tests", **options)
+
+    @pytest.fixture(params=[1, 2], ids=["one process", "two processes"], autouse=True)
+    def processes(self, request: pytest.FixtureRequest, monkeypatch) -> int:
+        monkeypatch.setattr(os, "cpu_count", lambda: request.param + 2)
+        for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+            monkeypatch.delenv(name)  # of the run that this test is in
+        return request.param
+
+    def test_faults_cost_their_test_only(self, tmp_path: Path) -> None:
+        check = self.check(
             tmp_path,
-            "import time\n"
-            "def test_definition_cpu_good(): pass\n"
-            "def test_definition_cpu_bad(): assert 1 == 2, 'numbers differ'\n"
-            "def test_definition_cpu_endless(): time.sleep(600)\n",
-        )
-        section: dict[str, Any] = {}
-        self.check(tmp_path, tests=tests)._tests("tests", section, 8)
-        assert section["state"] == "failed"
-        assert (section["passed"], section["failed"], section["collected"]) == (1, 1, 3)
-        assert not section["finished"]
-        ((name, reason),) = section["failures"].items()
-        assert name.endswith("::test_definition_cpu_bad")
-        assert "numbers differ" in reason
-        assert "Not all were reached" in "\n".join(gpu_check._tests_lines(section))
-
-    def test_a_test_that_crashes_costs_itself_only(self, tmp_path: Path) -> None:
-        tests = self.suite(
-            tmp_path,
-            "import os, pytest\n"
+            "import os, time, pytest\n"
             "def test_definition_cpu_first(): pass\n"
+            "def test_definition_cpu_bad():\n    seen = 1\n    assert seen == 2, 'numbers differ'\n"
             "def test_definition_cpu_crash(): os.kill(os.getpid(), 11)\n"
             "@pytest.mark.skip(reason='no such thing')\n"
             "def test_definition_cpu_skipped(): pass\n"
+            "def test_definition_cpu_endless(): time.sleep(600)\n"
             "def test_definition_cpu_lost(): os._exit(70)\n"
             "def test_definition_cpu_last(): pass\n",
+            patience=3.0,
         )
-        section: dict[str, Any] = {}
-        self.check(tmp_path, tests=tests)._tests("tests", section, 60)
+        assert not check.run(["tests"])
+        section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
         counts = {key: section[key] for key in ("passed", "failed", "errors", "skipped", "collected")}
-        assert counts == {"passed": 2, "failed": 2, "errors": 0, "skipped": 1, "collected": 5}
-        reasons = {name.rpartition("_")[2]: reason for name, reason in section["failures"].items()}
-        assert reasons == {"crash": "the process ended with status -11", "lost": "the process ended with status 70"}
+        assert counts == {"passed": 2, "failed": 4, "errors": 0, "skipped": 1, "collected": 7}
+        failed = {name.rpartition("_")[2]: reason for name, reason in section["failures"].items()}
+        assert set(failed) == {"bad", "crash", "endless", "lost"}
+        assert "numbers differ" in failed["bad"]
         assert section["skips"] == {"Skipped: no such thing": 1}
-        assert (section["state"], section["finished"]) == ("failed", True)
+        assert section["finished"]
+        log = (tmp_path / "out" / "log.txt").read_text()
+        assert "seen = 1" in log  # the whole traceback
+        assert "in test_definition_cpu_endless" in log  # the hang's stack
 
-    def test_a_test_that_loses_the_device_ends_its_process(self, tmp_path: Path, monkeypatch) -> None:
-        left: list[int] = []
-        monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "lines"))
-        monkeypatch.setattr(progress, "works", lambda device: False)
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(os, "_exit", left.append)
-        report = pytest.TestReport("t", ("", 0, "t"), {}, "passed", None, "call")
-        progress.pytest_runtest_logreport(report)
-        assert left == []
-        report.outcome, report.longrepr = "failed", "CUDA error\nmore"
-        progress.pytest_runtest_logreport(report)
-        assert left == [progress.LOST]
-        assert json.loads((tmp_path / "lines").read_text().splitlines()[1])["reason"] == "CUDA error"
+    def test_out_of_time_and_a_second_command(self, tmp_path: Path) -> None:
+        check = self.check(
+            tmp_path,
+            "import time, os, pytest\n"
+            "@pytest.mark.parametrize('i', range(40))\n"
+            "def test_definition_cpu_slow(i): time.sleep(0 if os.path.exists('/proc/self') and i < 10 else "
+            f"0 if os.path.exists({str(tmp_path / 'fast')!r}) else 5)\n",
+        )
+        check.budget = plan.Budget(7)
+        check.run(["tests"])
+        section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
+        assert not section["finished"]
+        assert section["collected"] == 40
+        first = section["passed"]
+        assert first < 40
+        assert f"{40 - first} were not reached in the time." in (tmp_path / "out" / "report.md").read_text()
+        (tmp_path / "fast").write_text("")
+        assert runner.Check(tmp_path / "out", "cpu", 60, tests=tmp_path / "tests").run(["tests"])
+        section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
+        assert section["finished"]
+        assert section["passed"] == 40
+
+    def test_no_tests(self, tmp_path: Path) -> None:
+        check = runner.Check(tmp_path, "cpu", 8, tests=tmp_path / "nowhere")
+        assert check.run(["tests"])
+        section = json.loads((tmp_path / "report.json").read_text())["parts"]["tests"]
+        assert section["state"] == "skipped"
+        assert "give --tests" in section["error"]
+
+
+def test_a_test_that_loses_the_device_ends_its_process(tmp_path: Path, monkeypatch) -> None:
+    left: list[int] = []
+    monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "lines"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(progress, "works", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", left.append)
+    outcome = pytest.TestReport("t", ("", 0, "t"), {}, "passed", None, "call")
+    progress.pytest_runtest_logreport(outcome)
+    assert left == []
+    outcome.outcome, outcome.longrepr = "failed", "CUDA error\nmore"
+    progress.pytest_runtest_logreport(outcome)
+    assert left == [progress.LOST]
+    assert json.loads((tmp_path / "lines").read_text().splitlines()[1])["reason"] == "CUDA error"
+
+
+def test_a_sample_of_every_function_and_backend_comes_first() -> None:
+    class Item:
+        def __init__(self, function: str, backend: str, number: int) -> None:
+            self.location = ("test_x.py",)
+            self.name = self.originalname = function
+            self.callspec = type("Spec", (), {"params": {"backend": backend, "number": number}})()
+
+    items = [Item(f, b, i) for f in ("test_a", "test_b") for b in ("triton", "cuda") for i in range(30)]
+    items.append(Item("test_c", "cuda", 0))
+    order = [(item.name, *item.callspec.params.values()) for item in progress.ordered(items)]
+    assert len(order) == len(set(order)) == len(items)
+    sample = order[: 4 * progress.SAMPLE + 1]
+    counted = {pair: sum(entry[:2] == pair for entry in sample) for pair in {entry[:2] for entry in sample}}
+    every = {(f, b): progress.SAMPLE for f in ("test_a", "test_b") for b in ("triton", "cuda")}
+    assert counted == every | {("test_c", "cuda"): 1}
+    backends_of = [entry[1] for entry in sample]
+    assert backends_of == sorted(backends_of)  # "cuda" before "triton"
+
+
+def timing(seconds: float) -> dict[str, Any]:
+    return {"median": seconds, "low": seconds, "high": seconds, "rounds": 1, "graph": True}
+
+
+class TestTools:
+    """Programs of the CUDA toolkit, in whose place scripts stand."""
+
+    def check(self, tmp_path: Path, monkeypatch, name: str, script: str) -> runner.Check:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        (tmp_path / "out").mkdir()
+        return runner.Check(tmp_path / "out", "cuda", 6)
 
     @pytest.mark.parametrize("tool", ["clean", "dirty", "slow"])
     def test_sanitizer(self, tool: str, tmp_path: Path, monkeypatch) -> None:
         said = {
-            "clean": "echo '========= ERROR SUMMARY: 0 errors'",
+            "clean": "echo max_pool2d; echo '========= ERROR SUMMARY: 0 errors'",
             "dirty": "echo '========= Invalid __global__ read of size 4 bytes'; "
             "echo '========= ERROR SUMMARY: 1 error'; exit 9",
             "slow": "sleep 60",
         }
-        (tmp_path / "compute-sanitizer").write_text(f"#!/bin/sh\n{said[tool]}\n")
-        (tmp_path / "compute-sanitizer").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        monkeypatch.setattr(backends, "unavailable", lambda op, backend: None)
-        check = self.check(tmp_path)
-        check.device = "cuda"
-        section: dict[str, Any] = {}
-        check._sanitizer("sanitizer", section, 2)
-        text = "\n".join(gpu_check._sanitizer_lines(section))
+        check = self.check(tmp_path, monkeypatch, "compute-sanitizer", said[tool])
+        passed = check.run(["sanitizer"])
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert passed == (tool != "dirty")
         if tool == "slow":
-            assert section["state"] == "skipped"
-            assert "- memcheck: took too long" in text
+            assert "| sanitizer | skipped |" in text
+            assert "- memcheck: it took too long" in text
         else:
-            assert section["state"] == {"clean": "passed", "dirty": "failed"}[tool]
+            assert f"| sanitizer | {'passed' if tool == 'clean' else 'failed'} |" in text
             assert "- racecheck: ERROR SUMMARY: " in text
             assert ("  - Invalid __global__ read of size 4 bytes" in text) == (tool == "dirty")
+            assert ("(1 ops were run)" in text) == (tool == "clean")
 
-    def test_no_tests(self, tmp_path: Path) -> None:
-        section: dict[str, Any] = {}
-        self.check(tmp_path, tests=tmp_path / "nowhere")._tests("tests", section, 8)
-        assert section["state"] == "skipped"
-        assert "give --tests" in section["error"]
+    CSV = (
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","Stream","Section Name","Metric Name","Metric Unit","Metric Value","Rule Description"\n'
+        '"0","pool(int)","13","SpeedOfLight","Duration","us","1,234.5",""\n'
+        '"0","pool(int)","13","SpeedOfLight","","","","Memory is busier"\n'
+        '"1","bias(int)","13","SpeedOfLight","Duration","us","7",""\n'
+        '"2","lrn(int)","14","LaunchStats","Registers Per Thread","register/thread","62",""\n'
+    )
 
-    def test_out_of_time(self) -> None:
-        found = list(gpu_check.time_ops(CPU, gpu_check.Budget(0), set()))
-        late = {name.partition(",")[0] for line in found for name in line["unfinished"]}
-        assert late == set(alexnet_kernels.ops.__all__)
+    def test_counters_are_those_of_the_slowest_rows(self, tmp_path: Path, monkeypatch) -> None:
+        (tmp_path / "csv").write_text(self.CSV)
+        script = f'while [ "$1" != --log-file ]; do shift; done; cp {tmp_path / "csv"} "$2"'
+        check = self.check(tmp_path, monkeypatch, "ncu", script)
+        rates = {"copy": 1e9, "gemm": {"bf16": 1e12}}
+        check.findings.add("ceilings", item="rates", result=rates)
+        for name, seconds in (("slow, bf16", 5.0), ("fast, bf16", 1.0), ("slower, bf16, NCHW", 9.0)):
+            measured = {"bytes": 1e9, "operations": 0, "cached": False, "times": {"cuda": timing(seconds)}}
+            row = {"op": "x", "dtype": "bf16", "wrong": {}, "errors": {}, "missing": {}, "forward": measured}
+            check.findings.add("ops", item=name, result=row)
+        chosen = counters.slowest(findings.results(check.findings.lines("ops")), Ceilings(**rates))
+        assert chosen == [("slow, bf16", "forward", 0.2), ("fast, bf16", "forward", 1.0)]
+        assert check.run(["counters"])
+        results = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["counters"]["results"]
+        assert list(results) == ["slow, bf16, forward", "fast, bf16, forward"]
+        pool, bias = results["slow, bf16, forward"]["kernels"]
+        assert pool == {"kernel": "pool(int)", "Duration [us]": 1234.5, "rules": ["Memory is busier"]}
+        assert bias == {"kernel": "bias(int)", "Duration [us]": 7.0}
+        assert results["fast, bf16, forward"]["kernels"][0]["Registers Per Thread [register/thread]"] == 62.0
+        assert "`lrn(int)`: Registers Per Thread [register/thread] 62" in (tmp_path / "out" / "report.md").read_text()
 
+    def test_counters_of_a_tool_that_refuses(self, tmp_path: Path, monkeypatch) -> None:
+        check = self.check(tmp_path, monkeypatch, "ncu", "echo '==ERROR== no permission'; exit 1")
+        check.findings.add("ceilings", item="rates", result={"copy": 1e9, "gemm": {"bf16": 1e12}})
+        measured = {"bytes": 1e9, "operations": 0, "cached": False, "times": {"cuda": timing(1.0)}}
+        row = {"op": "x", "dtype": "bf16", "wrong": {}, "errors": {}, "missing": {}, "forward": measured}
+        check.findings.add("ops", item="x, bf16", result=row)
+        assert check.run(["counters"])
+        part = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["counters"]
+        assert part["state"] == "skipped"
+        assert part["error"] == "0 of 1 rows: ncu ended with status 1: ==ERROR== no permission"
+
+    @pytest.mark.parametrize("op", sorted(set(alexnet_kernels.ops.__all__) - {"augment"}))
+    def test_the_rows_that_ncu_watches_can_be_run(self, op: str) -> None:
+        if op == "sgd_step":
+            counters.call_of("sgd_step, AlexNet's parameters, fp32", "step", "cpu", CPU)()
+            return
+        case = min((c for c in cases.cases() if c.op == op and c.core), key=lambda c: c.work.moved(1, True))
+        for direction in ("forward", "backward"):
+            counters.call_of(f"{case.name}, batch 2", direction, "cpu", CPU)()
+        with pytest.raises(SystemExit, match="has no direction 'step'"):
+            counters.call_of(f"{case.name}, batch 2", "step", "cpu", CPU)
+
+
+class TestLibrary:
+    def test_one_that_does_not_fit_is_refused(self, tmp_path: Path, monkeypatch) -> None:
+        package = tmp_path / "alexnet_kernels"
+        package.mkdir()
+        monkeypatch.setattr(runner, "PACKAGE", package)
+        (tmp_path / "library").write_text("no library")
+        (tmp_path / "out").mkdir()
+        check = runner.Check(tmp_path / "out", "cpu", 60, library=tmp_path / "library")
+        monkeypatch.setattr(check, "_fits", lambda: {"state": "failed", "error": "the library: no"})
+        assert not check.run(["build"])
+        assert (package / "_C.so").read_text() == "no library"
+        assert "| build | failed | " in (tmp_path / "out" / "report.md").read_text()
+
+    def test_an_architecture_that_is_missing_is_reported(self, monkeypatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        gpu = torch.device("cuda")
+        for archs in (["8.0", "9.0"], ["9.0a"], ["10.0+PTX", "9.0+PTX"]):
+            assert worker.missing_arch({"archs": archs}, gpu) is None
+        why = worker.missing_arch({"archs": ["8.0", "10.0+PTX"]}, gpu)
+        assert why == "built for 8.0, 10.0+PTX, but the device is 9.0"
+        facts = {"missing_arch": why, "backends": []}
+        text = report.markdown(
+            {"device": "cuda", "parts": {"environment": {"state": "failed", "results": {"facts": facts}}}}
+        )
+        assert f"- The library lacks this device's architecture: {why}" in text
+        assert report.problems("environment", [{"part": "environment", "item": "facts", "result": facts}])
+
+
+class TestConvolutions:
+    @pytest.mark.parametrize("layer", cases.CONVOLUTIONS)
+    def test_every_form_computes_as_many_outputs(self, layer: str) -> None:
+        filters, _, _, _, _, _, size = cases.CONVOLUTIONS[layer]
+        count = filters * {224: 55}.get(size, size) ** 2
+        for form in ("grouped", "space-to-depth" if layer == "conv1" else "split"):
+            made = convolutions.Form(layer, torch.float32, 1, CPU, form)
+            assert sum(grad.numel() for _, _, grad in made.parts) == count
+            for direction in convolutions.ALONE:
+                made.call(direction)()
+
+    def test_rates_count_both_gradients(self) -> None:
+        found = {"layer": "conv3", "operations": 10.0}
+        assert convolutions.rate(found, "forward", 2.0) == 5
+        assert convolutions.rate(found, "op, backward", 2.0) == 10
+        assert convolutions.rate({**found, "layer": "conv1"}, "op, backward", 2.0) == 5
+
+
+def test_kernels_of_an_operator_are_told_apart() -> None:
+    launched = [("conv", 100, [("gemm", 6.0), ("pad", 3.0)]), ("relu", 50, [("clamp", 3.0)])] * kernel_times.STEPS
+    found = kernel_times.summary(launched)
+    assert found["step_us"] == 12.0
+    assert found["kernels"] == [
+        {"name": "gemm", "calls": 1.0, "us": 6.0, "share": 0.5},
+        {"name": "pad", "calls": 1.0, "us": 3.0, "share": 0.25},
+        {"name": "clamp", "calls": 1.0, "us": 3.0, "share": 0.25, "bytes": 50},
+    ]
+    assert found["operators"][0] == {
+        "name": "conv",
+        "bytes": 100,
+        "calls": 1.0,
+        "us": 9.0,
+        "share": 0.75,
+        "kernels": ["gemm", "pad"],
+    }
+
+
+class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -293,22 +602,41 @@ class TestFaults:
             (["--out", "x", "--minutes", "0"], "--minutes must be positive, not 0.0"),
             (["--out", "/dev/null/x", "--device", "cpu"], "--out /dev/null/x: Not a directory"),
             (["--out", "x", "--only", "speed"], "invalid choice: 'speed'"),
+            (["--out", "x", "--only", "ops", "--from", "ops"], "not allowed with argument"),
+            (["--out", "x", "--device", "cpu", "--library", "nowhere"], "--library nowhere: there is no such file"),
             pytest.param(
                 ["--out", "x", "--device", "cuda"],
                 "torch sees no CUDA device",
                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
             ),
         ],
-        ids=["no out", "no time", "no folder", "no such part", "no device"],
+        ids=["no out", "no time", "no folder", "no such part", "both", "no library", "no device"],
     )
     def test_bad_arguments(self, arguments, message, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as error:
-            gpu_check.main(arguments)
+            __main__.main(arguments)
         assert error.value.code == 2
         assert message in capsys.readouterr().err
 
+    def test_findings_of_an_earlier_run_are_not_lost(self, tmp_path: Path, capsys) -> None:
+        Findings(tmp_path / findings.FILE).add("ops", item="one", result={})
+        with pytest.raises(SystemExit):
+            __main__.main(["--out", str(tmp_path), "--device", "cpu"])
+        assert "has findings already: go on with --from or --only" in capsys.readouterr().err
 
-def test_the_script_says_how_it_is_used() -> None:
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_check.sh")], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "usage: " in done.stderr
+    def test_a_report_can_be_written_again(self, tmp_path: Path, capsys) -> None:
+        with pytest.raises(SystemExit):
+            __main__.main(["--out", str(tmp_path), "--device", "cpu", "--report"])
+        assert "has no findings" in capsys.readouterr().err
+        Findings(tmp_path / findings.FILE).add("smoke", item="one", result={"wrong": "all", "error": None})
+        assert __main__.main(["--out", str(tmp_path), "--device", "cpu", "--report"]) == 0
+        assert "- WRONG one: all" in (tmp_path / "report.md").read_text()
+
+    def test_shares_are_of_what_is_left(self) -> None:
+        assert plan.share("ops", []) == 1
+        assert plan.share("ops", ["tests"]) == plan.SHARES["ops"] / (plan.SHARES["ops"] + plan.SHARES["tests"])
+
+    def test_the_script_says_how_it_is_used(self) -> None:
+        done = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_check.sh")], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "usage: " in done.stderr

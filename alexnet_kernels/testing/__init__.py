@@ -1,4 +1,4 @@
-"""Checking and timing the ops on a device: `alexnet-kernels bench`, and `python -m alexnet_kernels.testing.gpu_check`.
+"""Timing the ops on a device: `alexnet-kernels bench`. `alexnet_kernels.gpu_check` times the same.
 
 timing.py      the protocol: warm-up, rotated inputs, CUDA graphs, interleaved rounds, medians
 machine.py     what is said of the device
@@ -9,7 +9,4 @@ rows.py        what is timed: an op, the optimizer's step, a network, each check
 tables.py      Markdown, and what changed between two reports
 plots.py       pictures
 bench.py       which rows, and their report
-exercise.py    every op once on small odd shapes, for memory checkers
-progress.py    a pytest plugin that keeps what is known of a run that ends early
-gpu_check.py   the command that checks a GPU, and its report
 """

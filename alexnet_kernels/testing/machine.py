@@ -35,7 +35,9 @@ def cpu() -> str:
 
 
 def commit() -> str:
-    """Of the source tree that the package is in, if any."""
+    """Of the source tree that the package is in, if any; a tree without git has it from ALEXNET_KERNELS_COMMIT."""
+    if given := os.environ.get("ALEXNET_KERNELS_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True)

@@ -7,7 +7,8 @@ same process. `time` returns
      "wrong", "errors", "missing": {variant: reason},
      DIRECTION: {"bytes", "operations", "cached": whether they fit in the cache, "times": {variant: Timing or "error"}}}
 
-with the directions "forward" and "forward and backward" of ops, "step", and "inference" or "training step" of networks.
+with the directions "forward" and "forward and backward" of ops (or "backward", apart), "step", and "inference" or
+"training step" of networks.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from alexnet_kernels.nn import Dropout
 from alexnet_kernels.testing import cases as registry
 from alexnet_kernels.testing import peers, roofline
 from alexnet_kernels.testing.machine import cache_bytes
-from alexnet_kernels.testing.timing import Call, guarded, input_sets, measure
+from alexnet_kernels.testing.timing import Call, guarded, input_sets, measure, on_capture_stream
 
 OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 WITHOUT_MASTERS = "auto, pure bf16, no masters"
 OUR_NETS = ("auto", "auto, pure bf16", WITHOUT_MASTERS, "triton")
-DIRECTIONS = ("forward", "forward and backward", "step", "inference", "training step")
-PURPOSES = DIRECTIONS[3:]
+DIRECTIONS = ("forward", "backward", "forward and backward", "step", "inference", "training step")
+PURPOSES = DIRECTIONS[-2:]
 
 
 def is_ours(variant: str) -> bool:
@@ -61,6 +62,7 @@ COMPILED: Mapping[str, dict[str, Any]] = {
     # CUDA graphs are the timing's own.
     "compiled, max-autotune": {"mode": "max-autotune-no-cudagraphs"},
 }
+HARDENED = "hardened"  # a network for experts, with max-autotune; "hardened, compiled" is without, and soon compiled
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,18 @@ class OpRow:
     case: registry.Case
     batch: int
     compile: Collection[str] = ()  # of COMPILED
+    apart: bool = False  # the backward pass alone, in place of both passes
+    label: str = ""  # that tells the row from another one of the same case
 
     @property
     def name(self) -> str:
-        return f"{self.case.name}, batch {self.batch}"
+        return f"{_prefix(self.label)}{self.case.name}, batch {self.batch}"
 
     @property
     def directions(self) -> Sequence[str]:
-        return DIRECTIONS[: 2 if self.case.wrt else 1]
+        if not self.case.wrt:
+            return ("forward",)
+        return ("forward", "backward" if self.apart else "forward and backward")
 
     def variants(self, device: torch.device) -> list[str]:
         """Those that the device has, if nothing goes wrong."""
@@ -135,36 +141,60 @@ class OpRow:
         graphs = case.layer != registry.OVERHEAD
         for direction in self.directions:
             backward = direction != "forward"
-            moved = case.work.moved(batch, backward)
+            moved, done = self._work(direction)
             count = input_sets(int(moved), device)
             inputs = [registry.with_gradients(case.make(batch, device), case.wrt) for _ in range(count)]
             calls: dict[str, list[Call]] = {}
             for name, variant in variants.items():
                 if variant.differentiable or not backward:
                     with guarded(name, device, errors):
-                        calls[name] = [_call(case, variant, x, backward) for x in inputs]
+                        calls[name] = [_call(case, variant, x, direction, device) for x in inputs]
             times = measure(calls, device, seconds=seconds, rounds=rounds, graphs=graphs)
             result[direction] = {
                 "bytes": moved,
-                "operations": case.work.done(batch, backward),
+                "operations": done,
                 "cached": moved * count < cache_bytes(device),
                 "times": times,
             }
         return result
+
+    def call(self, direction: str, backend: str, device: torch.device) -> Call:
+        """One direction by a backend, on inputs of its own; "backward" on the current stream."""
+        case = self.case
+        inputs = registry.with_gradients(case.make(self.batch, device), case.wrt)
+        if direction == "backward":
+            return _backward(case.call(inputs, backend), inputs, case.wrt)
+        return _call(case, self._by(backend), inputs, direction, device)
+
+    def _work(self, direction: str) -> tuple[float, float]:
+        """(bytes, operations)."""
+        work, backward = self.case.work, direction != "forward"
+        moved, done = work.moved(self.batch, backward), work.done(self.batch, backward)
+        if direction == "backward":
+            return moved - work.moved(self.batch, False), done - work.done(self.batch, False)
+        return moved, done
+
+
+def _prefix(label: str) -> str:
+    return f"{label}: " if label else ""
 
 
 def _result(op: str, layer: str, dtype: str, batch: int) -> dict[str, Any]:
     return {"op": op, "layer": layer, "dtype": dtype, "batch": batch, "wrong": {}, "errors": {}, "missing": {}}
 
 
-def _call(case: registry.Case, variant: registry.Peer, inputs: registry.Inputs, backward: bool) -> Call:
-    if not backward:
+def _call(
+    case: registry.Case, variant: registry.Peer, inputs: registry.Inputs, direction: str, device: torch.device
+) -> Call:
+    if direction == "forward":
 
         def forward() -> None:
             with torch.no_grad():
                 variant.call(inputs)
 
         return forward
+    if direction == "backward":
+        return backward_call(variant.call, inputs, case.wrt, device)
     with torch.no_grad():
         grad = torch.randn_like(variant.call(inputs))
 
@@ -172,6 +202,28 @@ def _call(case: registry.Case, variant: registry.Peer, inputs: registry.Inputs, 
         registry.backward_of(variant.call(inputs), inputs, case.wrt, grad)
 
     return both
+
+
+def backward_call(
+    function: Callable[[registry.Inputs], Tensor], inputs: registry.Inputs, wrt: tuple[str, ...], device: torch.device
+) -> Call:
+    """The backward pass alone, of a forward pass made here: on the stream on which the call is captured."""
+    with on_capture_stream(device):
+        return _backward(function(inputs), inputs, wrt)
+
+
+def _backward(out: Tensor, inputs: registry.Inputs, wrt: tuple[str, ...]) -> Call:
+    grad = torch.randn_like(out)
+
+    def backward() -> None:
+        torch.autograd.grad(out, [inputs[name] for name in wrt], grad, retain_graph=True)
+
+    return backward
+
+
+def capturable(lr: float, device: torch.device) -> float | Tensor:
+    """A learning rate for steps that CUDA graphs capture."""
+    return torch.tensor(lr, device=device) if device.type == "cuda" else lr
 
 
 @dataclass(frozen=True)
@@ -199,15 +251,19 @@ class SgdRow:
             if f"{self.name} by {name}" in skip:
                 continue
             with guarded(name, device, result["errors"]):
-                if fault := self._problem(name, device):
+                if fault := self.problem(name, device):
                     result["wrong"][name] = fault
                 else:
-                    calls[name] = [self._step(self._parameters(shapes, device), name)]
+                    calls[name] = [self.call(name, device)]
         count = sum(torch.Size(shape).numel() for shape in shapes)
         moved = roofline.SGD_BYTES * count
         times = measure(calls, device, seconds=seconds, rounds=rounds)
         cached = moved < cache_bytes(device)
         return result | {"step": {"bytes": moved, "operations": 0, "cached": cached, "times": times}}
+
+    def call(self, name: str, device: torch.device) -> Call:
+        """A step of this variant."""
+        return self._step(self._parameters(self._SMALL if self.small else registry.PARAMETERS, device), name)
 
     def _step(self, parameters: list[nn.Parameter], name: str) -> Call:
         """A step of this variant; the gradients are there already."""
@@ -216,7 +272,8 @@ class SgdRow:
                 parameters, **self._SETTINGS, fused=name == "torch fused", foreach=name == "torch foreach"
             )
         else:
-            stepper = optim.SGD(parameters, **self._SETTINGS, rule="torch")
+            settings = {**self._SETTINGS, "lr": capturable(self._SETTINGS["lr"], parameters[0].device)}
+            stepper = optim.SGD(parameters, **settings, rule="torch")
         backend = "auto" if name.startswith("torch") else name
 
         def step() -> None:
@@ -233,7 +290,7 @@ class SgdRow:
             value.grad = torch.randn_like(value)
         return values
 
-    def _problem(self, name: str, device: torch.device) -> str | None:
+    def problem(self, name: str, device: torch.device) -> str | None:
         few = self._parameters(self._SMALL, device)
         exact = [nn.Parameter(p.detach().cpu().double()) for p in few]
         for wide, value in zip(exact, few, strict=True):
@@ -260,9 +317,11 @@ class NetRow:
     purpose: str
     dtype: torch.dtype = torch.bfloat16
     channels_last: bool = True
-    compile: Collection[str] = ()  # of COMPILED, and "hardened"
+    compile: Collection[str] = ()  # of COMPILED, HARDENED, and "hardened, compiled"
     width: float = 1.0
     size: int | None = None  # of the images, if not the preset's
+    more: Collection[str] = ()  # "hardened, eager"
+    label: str = ""  # that tells the row from another one of the same network
 
     # Of the norm of the definition's, by dtype: activations and gradients are rounded in every layer.
     TOLERANCES: ClassVar[dict[torch.dtype, float]] = {torch.float32: 5e-3, torch.bfloat16: 0.05}
@@ -270,7 +329,8 @@ class NetRow:
     @property
     def name(self) -> str:
         layout = "" if self.channels_last else ", NCHW"
-        return f"{self.preset}, {roofline.SHORT[self.dtype]}{layout}, batch {self.batch}, {self.purpose}"
+        network = f"{_prefix(self.label)}{self.preset}, {roofline.SHORT[self.dtype]}{layout}"
+        return f"{network}, batch {self.batch}, {self.purpose}"
 
     @property
     def directions(self) -> Sequence[str]:
@@ -284,7 +344,7 @@ class NetRow:
             found["triton"] = backends.unavailable("max_pool2d", "triton")
         if bf16:
             found["auto, pure bf16"] = None
-        found |= dict.fromkeys(("eager", *self.compile))
+        found |= dict.fromkeys(("eager", *self.more, *self.compile))
         if bf16:
             found["eager, pure bf16"] = None
             if self.purpose != "inference":
@@ -318,7 +378,7 @@ class NetRow:
             if name == WITHOUT_MASTERS and "eager, pure bf16" not in calls:  # no peer is without
                 continue
             with guarded(name, device, result["errors"]):
-                variant = _NetVariant(self, name, device)
+                variant = NetVariant(self, name, device)
                 if problem := expected.problem(variant):
                     result["wrong"][name] = problem
                 else:
@@ -352,8 +412,9 @@ class NetRow:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images, labels
 
     def model(self, device: torch.device) -> AlexNet:
+        """The same on every call for the same device."""
         torch.manual_seed(0)
-        model = AlexNet(preset=self.preset, width=self.width).to(device).train(self.purpose != "inference")
+        model = AlexNet(preset=self.preset, width=self.width, device=device).train(self.purpose != "inference")
         for module in model.modules():
             if isinstance(module, Dropout):
                 module.scale_at = "training"
@@ -362,7 +423,7 @@ class NetRow:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
 
-class _NetVariant:
+class NetVariant:
     def __init__(self, row: NetRow, name: str, device: torch.device) -> None:
         self.row, self.device = row, device
         self.images, self.labels = row.inputs(device)
@@ -382,17 +443,21 @@ class _NetVariant:
             self.model, self.images = self.model.to(torch.bfloat16), self.images.to(torch.bfloat16)
             self.run = self.model
         if not self.ours:
-            make = {"torchvision": peers.torchvision_alexnet, "hardened": peers.hardened}.get(name, peers.stock)
+            make: Callable[[AlexNet], nn.Module] = peers.hardened if name.startswith(HARDENED) else peers.stock
+            if name == "torchvision":
+                make = peers.torchvision_alexnet
             self.model = make(ours)
             if row.channels_last:
                 self.model = self.model.to(memory_format=torch.channels_last)
             self.run = self.model
         if self.compiled:
-            options = COMPILED["compiled, max-autotune" if name == "hardened" else name]
+            named = {HARDENED: "compiled, max-autotune", f"{HARDENED}, compiled": "compiled"}
+            options = COMPILED[named.get(name, name)]
             self.run = torch.compile(self.model, dynamic=False, fullgraph=True, **options)
         settings: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
         if self.ours:
             masters = False if name == WITHOUT_MASTERS else None
+            settings["lr"] = capturable(settings["lr"], device)
             self.optimizer: torch.optim.Optimizer = optim.SGD(
                 self.model.parameters(), rule="torch", master_weights=masters, **settings
             )
@@ -450,7 +515,7 @@ class _NetExpectation:
     def __init__(self, row: NetRow, device: torch.device) -> None:
         self.row, self.device = row, device
         cpu = torch.device("cpu")
-        exact = peers.stock(row.model(cpu)).double().eval()
+        exact = peers.stock(row.model(device)).to(cpu, torch.float64).eval()
         self.images = row.inputs(cpu)[0][: self.IMAGES]
         self.gradients: list[Tensor] = []
         self.tolerances: list[float] = []
@@ -459,7 +524,7 @@ class _NetExpectation:
             self.logits = out.detach()
         if row.purpose != "inference":
             self.gradients = list(torch.autograd.grad(self.scalar(out), list(exact.parameters())))
-            eager = _NetVariant(row, "eager", device).gradients(self.images.to(device))
+            eager = NetVariant(row, "eager", device).gradients(self.images.to(device))
             for actual, expected in zip(eager, self.gradients, strict=True):
                 self.tolerances.append(max(row.TOLERANCES[row.dtype], self.SLACK * _distance(actual, expected)))
 
@@ -471,12 +536,12 @@ class _NetExpectation:
     @cached_property
     def loss(self) -> tuple[float, float]:
         """torch.nn's: mean and standard deviation over dropout's masks."""
-        eager = _NetVariant(self.row, "eager", self.device)
+        eager = NetVariant(self.row, "eager", self.device)
         with use_backend("native"):
             losses = torch.tensor([eager.loss().item() for _ in range(self.LOSSES)])
         return losses.mean().item(), losses.std().item()
 
-    def problem(self, variant: _NetVariant) -> str | None:
+    def problem(self, variant: NetVariant) -> str | None:
         if self.row.purpose == "inference":
             return _far(variant.logits()[: self.IMAGES], self.logits, NetRow.TOLERANCES[self.row.dtype], "logits")
         if variant.compiled:  # for its own shapes and mode only, which draws dropout's masks

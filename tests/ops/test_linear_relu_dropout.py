@@ -38,6 +38,10 @@ def settled(input, weight, bias=None, relu=True, **_):
 
 def check_linear(values, options, backend=None, **more):
     # A gradient scaled by 1 / (1 - p) is rounded before the products.
+    slack, input = "operand", values["input"]
+    if input.is_cuda and input.dtype in (torch.bfloat16, torch.float16):
+        slack = "library"  # cuBLAS rounds a product of few rows before it adds the bias
+        more |= {"output_slack": slack}
     check(
         linear_relu_dropout,
         reference.linear_relu_dropout,
@@ -45,7 +49,7 @@ def check_linear(values, options, backend=None, **more):
         options,
         backend=backend,
         settled=settled,
-        slack="operand",
+        slack=slack,
         **more,
     )
 

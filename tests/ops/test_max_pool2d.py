@@ -70,7 +70,7 @@ def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
     out = max_pool2d(x, relu=relu, backend=backend)
     assert_same(out.double(), expected)
     assert out.isnan().sum() == 5
-    if not relu:
+    if not relu and not (x.is_cuda and backend == "native"):  # whose gradient goes to another NaN of a window
         check(max_pool2d, reference.max_pool2d, {"input": x}, {}, backend=backend, exact=True)
 
 

@@ -1,0 +1,144 @@
+"""cuDNN's convolutions of each layer alone, forward, for the input and for the filters, beside this package's op.
+
+Forms of the same convolution: "grouped", as the layer is; "split", a convolution for each group, on tensors of its own
+(joining them costs extra); "space-to-depth", with stride 1 on blocks of pixels that are channels already; "fused", with
+bias and ReLU inside cuDNN's kernel. The op's time has bias, ReLU and their gradients in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels import backends
+from alexnet_kernels.testing import cases as registry
+from alexnet_kernels.testing import roofline
+from alexnet_kernels.testing.machine import cache_bytes
+from alexnet_kernels.testing.rows import OURS, backward_call
+from alexnet_kernels.testing.timing import Call, guarded, input_sets, measure
+
+ALONE = ("forward", "input gradient", "filter gradient")
+Operands = tuple[Tensor, Tensor, Tensor]  # input, filters, gradient of the output
+
+
+class Form:
+    """A convolution, or one for each part, of random numbers in channels_last."""
+
+    def __init__(self, layer: str, dtype: torch.dtype, batch: int, device: torch.device, form: str) -> None:
+        filters, channels, kernel, stride, padding, groups, size = registry.CONVOLUTIONS[layer]
+        self.stride, self.padding, self.groups = stride, padding, groups
+        parts, inputs = 1, channels * groups
+        if form == "split":
+            parts, self.groups = groups, 1
+            filters, inputs = filters // groups, channels
+        elif form == "space-to-depth":
+            out = (size + 2 * padding - kernel) // stride + 1
+            kernel = -(-kernel // stride)
+            size, inputs = out + kernel - 1, inputs * stride**2
+            channels, self.stride, self.padding = inputs, 1, 0
+        out = (size + 2 * self.padding - kernel) // self.stride + 1
+
+        def images(*shape: int) -> Tensor:
+            values = torch.randn(shape, device=device).to(dtype)
+            return values.contiguous(memory_format=torch.channels_last)
+
+        self.parts: list[Operands] = [
+            (
+                images(batch, inputs, size, size),
+                images(filters, channels, kernel, kernel),
+                images(batch, filters, out, out),
+            )
+            for _ in range(parts)
+        ]
+
+    def call(self, direction: str) -> Call:
+        pair = [self.stride] * 2, [self.padding] * 2, [1, 1]
+
+        def forward() -> None:
+            for x, w, _ in self.parts:
+                torch.ops.aten.convolution(x, w, None, *pair, False, [0, 0], self.groups)
+
+        def gradient(mask: list[bool]) -> Call:
+            def call() -> None:
+                for x, w, g in self.parts:
+                    torch.ops.aten.convolution_backward(g, x, w, None, *pair, False, [0, 0], self.groups, mask)
+
+            return call
+
+        if direction == "forward":
+            return forward
+        return gradient([direction == "input gradient", direction == "filter gradient", False])
+
+
+def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device, small: bool = False) -> dict[str, Any]:
+    """{"operations", "bytes", "errors", DIRECTION: {VARIANT: timing}} with the directions of ALONE, and of the op."""
+    case = next(
+        case
+        for case in registry.cases()
+        if (case.op, case.layer, case.dtype, case.channels_last) == ("conv2d_relu", layer, dtype, True)
+    )
+    groups, stride = registry.CONVOLUTIONS[layer][5], registry.CONVOLUTIONS[layer][3]
+    forms = ["grouped" if groups > 1 else "plain"]
+    forms += ["split"] if groups > 1 else []
+    forms += ["space-to-depth"] if stride > 1 else []
+    moved = int(case.work.moved(batch, False))
+    sets = 1 if small else input_sets(moved, device)
+    found: dict[str, Any] = {
+        "layer": layer,
+        "operations": case.work.done(batch, False),
+        "bytes": moved,
+        "cached": moved * sets < cache_bytes(device),
+        "errors": {},
+    }
+    errors: dict[str, str] = found["errors"]
+    timing: dict[str, Any] = {"seconds": 0.05, "rounds": 1} if small else {"seconds": 0.4, "rounds": 10}
+
+    def measured(direction: str, calls: dict[str, Sequence[Call]]) -> None:
+        times = measure(calls, device, **timing)
+        found[direction] = {name: value.to_json() for name, value in times.items()}
+
+    made = {form: [Form(layer, dtype, batch, device, form) for _ in range(sets)] for form in forms}
+    for direction in ALONE:
+        measured(direction, {form: [one.call(direction) for one in all_] for form, all_ in made.items()})
+    del made
+    inputs = [registry.with_gradients(case.make(batch, device), case.wrt) for _ in range(sets)]
+    variants: dict[str, Callable[[registry.Inputs], Tensor]] = {"eager": lambda x: case.call(x, "native")}
+    if device.type == "cuda":
+        variants |= {name: peer.call for name, peer in case.peers.items()}
+    for backend in OURS[device.type]:
+        if reason := backends.unavailable("conv2d_relu", backend):
+            errors[backend] = reason
+        else:
+            variants[backend] = lambda x, backend=backend: case.call(x, backend)  # type: ignore[misc]
+
+    def forward(function: Callable[[registry.Inputs], Tensor], x: registry.Inputs) -> Call:
+        def call() -> None:
+            with torch.no_grad():
+                function(x)
+
+        return call
+
+    measured("op, forward", {name: [forward(f, x) for x in inputs] for name, f in variants.items()})
+    backward: dict[str, Sequence[Call]] = {}
+    for name, function in variants.items():
+        if name not in case.peers:
+            with guarded(name, device, errors):
+                backward[name] = [backward_call(function, x, case.wrt, device) for x in inputs]
+    measured("op, backward", backward)
+    return found
+
+
+def rate(found: dict[str, Any], direction: str, seconds: float) -> float:
+    """Operations a second: each gradient takes as many as the forward pass, and the op's backward takes both."""
+    passes = 1.0
+    if direction == "op, backward":
+        passes = 1.0 if found["layer"] == "conv1" else 2.0
+    return passes * found["operations"] / seconds
+
+
+def floor(found: dict[str, Any], ceilings: roofline.Ceilings, dtype: str = "bf16") -> float:
+    """Seconds that one pass takes at least at the measured rates."""
+    return ceilings.seconds(found["bytes"], found["operations"], dtype)

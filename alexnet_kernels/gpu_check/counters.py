@@ -1,0 +1,114 @@
+"""Nsight Compute's counters of this package's kernels.
+
+    ncu ... python -m alexnet_kernels.gpu_check.counters CASE DIRECTION [CASE DIRECTION ...]
+
+runs the kernels of rows of the ops once, for ncu to watch: each row's on a stream of its own, which tells them apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_kernels.testing import cases as registry
+from alexnet_kernels.testing import tables
+from alexnet_kernels.testing.roofline import Ceilings
+from alexnet_kernels.testing.rows import OpRow, SgdRow
+from alexnet_kernels.testing.timing import Call
+
+SECTIONS = (
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "InstructionStats",
+    "LaunchStats",
+    "Occupancy",
+)
+Chosen = tuple[str, str, float]  # row, direction, share of the memory floor
+
+
+def command(ncu: str, log: Path, chosen: Sequence[Chosen]) -> list[str]:
+    """Clocks are left as they are: locking them needs rights that a container lacks."""
+    words = [ncu, "--clock-control", "none", "--csv", "--page", "details", "--profile-from-start", "off"]
+    words += ["--log-file", str(log), "--kernel-name-base", "demangled", "--kernel-name", "regex:alexnet_kernels"]
+    for section in SECTIONS:
+        words += ["--section", section]
+    words += [sys.executable, "-m", "alexnet_kernels.gpu_check.counters"]
+    return words + [word for row, direction, _ in chosen for word in (row, direction)]
+
+
+def slowest(results: dict[str, Any], rates: Ceilings, count: int = 4) -> list[Chosen]:
+    """The rows and directions of backend "cuda" that are the furthest from the memory floor, the furthest first.
+
+    Of bfloat16 in channels_last, and of those that move enough for bandwidth to count.
+    """
+    found = []
+    for name, direction, result, measured in tables.measurements(results):
+        timing = measured["times"].get("cuda", {})
+        if "median" in timing and not measured["cached"] and result["dtype"] == "bf16" and "NCHW" not in name:
+            reached = tables.floor(result, measured, rates) / timing["median"]
+            found.append((name, direction, round(reached, 3)))
+    return sorted(found, key=lambda entry: entry[2])[:count]
+
+
+def parsed(text: str) -> list[list[dict[str, Any]]]:
+    """Of each row, in order, a dict for each kernel: "kernel", and its metrics by name and unit."""
+    start = text.find('"ID"')
+    if start < 0:
+        return []
+    kernels: dict[str, dict[str, Any]] = {}
+    streams: dict[str, list[dict[str, Any]]] = {}
+    for line in csv.DictReader(text[start:].splitlines()):
+        if line["ID"] not in kernels:
+            kernels[line["ID"]] = {"kernel": line["Kernel Name"]}
+            streams.setdefault(line["Stream"], []).append(kernels[line["ID"]])
+        kernel = kernels[line["ID"]]
+        if name := line.get("Metric Name"):
+            unit = line.get("Metric Unit") or ""
+            kernel[f"{name} [{unit}]" if unit else name] = _number(line.get("Metric Value") or "")
+        elif rule := line.get("Rule Description"):
+            kernel.setdefault("rules", []).append(rule)
+    return list(streams.values())
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return text
+
+
+def call_of(name: str, direction: str, backend: str, device: torch.device) -> Call:
+    """One direction of a row of the ops; a backward pass belongs to a forward pass made here."""
+    if name == SgdRow.name:
+        return SgdRow().call(backend, device)
+    case = next(case for case in registry.cases() if name.startswith(f"{case.name}, batch "))
+    row = OpRow(case, int(name.rpartition(" ")[2]), apart=True)
+    if direction not in row.directions:
+        raise SystemExit(f"{name} has no direction {direction!r}")
+    return row.call(direction, backend, device)
+
+
+def main(arguments: Sequence[str]) -> int:
+    device = torch.device("cuda")
+    for name, direction in zip(arguments[::2], arguments[1::2], strict=True):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call = call_of(name, direction, "cuda", device)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

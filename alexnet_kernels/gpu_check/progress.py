@@ -1,0 +1,160 @@
+"""A pytest plugin that appends what a run finds to the check's findings, test by test, and prints whole tracebacks.
+
+    pytest -p alexnet_kernels.gpu_check.progress [-n PROCESSES --maxschedchunk 2]
+
+What a run had found is known even if it never ends. A second run with the same findings takes only the tests that the
+first did not: `SEEN` is the size of the file up to which they are read, so that all of its processes agree. A test
+that leaves the device unusable, or takes longer than PATIENCE seconds, ends its process: xdist starts another one. A
+sample of SAMPLE cases of each test function and backend comes first, then the other cases; Triton, whose kernels
+compile first, last in each.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alexnet_kernels.gpu_check.findings import Findings
+from alexnet_kernels.testing.timing import works
+
+VARIABLE = "ALEXNET_KERNELS_FINDINGS"
+SEEN = "ALEXNET_KERNELS_FINDINGS_SEEN"
+PATIENCE = "ALEXNET_KERNELS_TEST_PATIENCE"
+LOST = 70
+PART = "tests"
+SAMPLE = 3
+STDERR = os.dup(2)  # before pytest captures it
+
+
+def under_way(lines: Iterable[dict[str, Any]]) -> str | None:
+    """The test that a run of one process was in at its end."""
+    current = None
+    for line in lines:
+        if "started" in line:
+            current = line["started"]
+        elif line.get("test") == current:
+            current = None
+    return current
+
+
+_xdists = False  # whether this is a process of xdist's, whose reports come to the one that started it
+
+
+def pytest_configure(config: Any) -> None:
+    global _xdists
+    _xdists = hasattr(config, "workerinput")
+
+
+def _findings() -> Findings | None:
+    path = os.environ.get(VARIABLE)
+    return Findings(Path(path)) if path and not _xdists else None
+
+
+def _write(**values: Any) -> None:
+    if findings := _findings():
+        findings.add(PART, **values)
+
+
+def _reason(report: Any) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None:
+        text = crash.message
+    else:
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.strip().partition("\n")[0][:300]
+
+
+def _place(item: Any) -> tuple[bool, str]:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = next((name for name in ("cuda", "triton", "native") if name in params.values()), "")
+    return backend == "triton", f"{item.location[0]}::{getattr(item, 'originalname', item.name)} {backend}"
+
+
+def ordered(items: list[Any]) -> list[Any]:
+    """The sample, spread over each function's cases, then the rest."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(_place(item)[1], []).append(item)
+    first = set()
+    for group in groups.values():
+        step = max(1, len(group) // SAMPLE)
+        first |= {id(item) for item in group[::step][:SAMPLE]}
+    return sorted(items, key=lambda item: (id(item) not in first, _place(item)[0]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    if VARIABLE in os.environ:
+        seen = Findings(Path(os.environ[VARIABLE])).lines(PART, until=int(os.environ.get(SEEN, "0")))
+        done = {line["test"] for line in seen if "test" in line}
+        earlier = [item for item in items if item.nodeid in done]
+        if earlier:
+            config.hook.pytest_deselected(items=earlier)
+        items[:] = [item for item in items if item.nodeid not in done]
+    items[:] = ordered(items)
+
+
+def pytest_collection_finish(session: Any) -> None:
+    if session.items:  # xdist's first process collects none
+        _write(collected=len(session.items))
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Test by test, in order; the one scheduler of xdist's whose crashed processes can be replaced at any moment."""
+    from xdist.scheduler import LoadScheduling
+
+    return LoadScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    _write(collected=len(ids))
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:
+        _write(test=report.nodeid, outcome="error", reason=_reason(report))
+        print(f"\n{report.nodeid}\n{report.longreprtext}", file=sys.stderr, flush=True)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write(started=nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: Any, nextitem: Any) -> Any:
+    faulthandler.dump_traceback_later(float(os.environ.get(PATIENCE, "100")), exit=True, file=STDERR)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: Any) -> None:
+    session.config.option.tbstyle = "no"  # printed already
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when != "call" and report.outcome == "passed":
+        return
+    outcome = report.outcome if report.when in ("call", "???") or report.outcome == "skipped" else "error"
+    line = {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 3)}
+    if outcome != "passed":
+        line["reason"] = _reason(report)
+    _write(**line)
+    if outcome in ("failed", "error"):
+        if _findings():
+            sections = "\n".join(text for name, text in report.sections if "log" not in name)
+            print(f"\n{report.nodeid}\n{report.longreprtext}\n{sections}", file=sys.stderr, flush=True)
+        if torch.cuda.is_initialized() and not works(torch.device("cuda")):
+            os._exit(LOST)

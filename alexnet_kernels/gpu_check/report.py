@@ -1,0 +1,257 @@
+"""The report of a check's findings: Markdown to read, JSON with every figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_kernels.gpu_check import convolutions, findings
+from alexnet_kernels.gpu_check.findings import Findings, Line
+from alexnet_kernels.gpu_check.plan import PARTS
+from alexnet_kernels.testing import machine, roofline, tables
+from alexnet_kernels.testing.rows import OURS
+
+MARKDOWN, JSON = "report.md", "report.json"
+KERNELS = 14  # of a network's step, that the Markdown shows
+FACTS = ("device", "driver", "torch", "cuda", "cudnn", "triton", "nvcc", "python", "host", "commit", "date")
+
+
+def write(out: Path, found: Findings, device: str) -> None:
+    report = gathered(found.lines(), device)
+    machine.write_atomically(out / JSON, json.dumps(report, indent=1) + "\n")
+    machine.write_atomically(out / MARKDOWN, markdown(report))
+
+
+def gathered(lines: Sequence[Line], device: str) -> dict[str, Any]:
+    """{"device", "parts": {PART: {"state", "seconds", "error"?, "results"?, "crashed"?, "late"?, ...}}}."""
+    report: dict[str, Any] = {"device": device, "parts": {}}
+    for part in PARTS:
+        mine = [line for line in lines if line["part"] == part]
+        if not mine:
+            continue
+        section: dict[str, Any] = {"state": "interrupted"}
+        for line in mine:
+            if "state" in line:
+                section = {key: value for key, value in line.items() if key != "part"}
+        if part == "tests":
+            section |= _tests(mine)
+        else:
+            results = findings.results(mine)
+            crashed = {line["crashed"]: line["reason"] for line in mine if "crashed" in line}
+            late = [item for line in mine for item in line.get("late", []) if item not in results]
+            current = findings.under_way(mine)
+            if section["state"] == "interrupted" and current:
+                section["in"] = current[1]
+            section |= {"results": results}
+            section |= {"crashed": crashed} if crashed else {}
+            section |= {"late": list(dict.fromkeys(late))} if late else {}
+        report["parts"][part] = section
+    return report
+
+
+def count_tests(lines: Iterable[Line]) -> dict[str, int]:
+    outcomes = {line["test"]: line["outcome"] for line in lines if "test" in line}
+    every = list(outcomes.values())
+    names = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped"}
+    return {name: every.count(outcome) for name, outcome in names.items()}
+
+
+def _tests(lines: Sequence[Line]) -> dict[str, Any]:
+    ended = {line["test"]: line for line in lines if "test" in line}
+    failures = {name: line["reason"] for name, line in ended.items() if line["outcome"] in ("failed", "error")}
+    reasons = [line["reason"] for line in ended.values() if line["outcome"] == "skipped"]
+    slowest = sorted(ended.values(), key=lambda line: -line.get("seconds", 0))[:10]
+    return {
+        **count_tests(lines),
+        "collected": max((line["collected"] for line in lines if "collected" in line), default=0),
+        "failures": failures,
+        "skips": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "slowest": {line["test"]: line.get("seconds", 0) for line in slowest},
+    }
+
+
+def problems(part: str, lines: Iterable[Line]) -> list[str]:
+    """What is wrong with this package in a part's results: wrong values and errors."""
+    results = findings.results(lines)
+    if part == "smoke":
+        return [f"{item}: {r['wrong'] or r['error']}" for item, r in results.items() if r["wrong"] or r["error"]]
+    if part == "environment":
+        return [f"the library: {r['missing_arch']}" for r in results.values() if r["missing_arch"]]
+    if part == "convolutions":
+        return [f"{item}, {name}: {why}" for item, r in results.items() for name, why in r["errors"].items()]
+    return tables.problems(_rows(results))
+
+
+def _rows(results: dict[str, Any]) -> dict[str, Any]:
+    """Those that are rows of rows.py."""
+    return {name: result for name, result in results.items() if "missing" in result}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    parts = report["parts"]
+    cuda = report["device"] == "cuda"
+    results = {name: section.get("results", {}) for name, section in parts.items()}
+    lines = ["# GPU check" if cuda else "# GPU check, run on a CPU: its figures say nothing", ""]
+    facts = results.get("environment", {}).get("facts", {})
+    lines += [", ".join(f"{key} {facts[key]}" for key in FACTS if key in facts), ""]
+    if "capability" in facts:
+        memory = facts["memory"] / 2**30
+        lines += [f"Compute capability {facts['capability']}, {facts['multiprocessors']} SMs, {memory:.0f} GiB.", ""]
+    lines += _absent(facts, report["device"])
+    rates = roofline.ceilings(results.get("ceilings", {}).get("rates", {}))
+    lines += [tables.ceilings_text(rates), ""] if rates else []
+    lines += ["| part | state | seconds | |", "|---|---|---|---|"]
+    for name, section in parts.items():
+        note = section.get("error") or (f"in {section['in']}" if "in" in section else "")
+        lines.append(f"| {name} | {section['state']} | {section.get('seconds', '')} | {_cell(note)} |")
+    lines.append("")
+    for name, section in parts.items():
+        lines += [f"- CRASHED in {name}: {item}: {why}" for item, why in section.get("crashed", {}).items()]
+        if late := section.get("late"):
+            lines.append(f"- Not reached in the time, of {name}: {'; '.join(late)}")
+    lines.append("")
+    lines += _smoke_lines(results.get("smoke", {}))
+    legend = f"{tables.LEGEND}\n* without a CUDA graph, the time to launch included." if cuda else tables.LEGEND
+    lines += [legend, ""] if any(name in parts for name in ("networks", "ops", "compiled")) else []
+    for title, name in (
+        ("Networks", "networks"),
+        ("Beside compiled peers, and torchvision", "compiled"),
+        ("Ops", "ops"),
+    ):
+        if found := tables.table(_rows(results.get(name, {})), rates, cuda):
+            lines += [f"## {title}", "", *found]
+    lines += _convolution_lines(results.get("convolutions", {}), rates)
+    lines += _kernel_lines(results.get("networks", {}))
+    lines += _tests_lines(parts.get("tests"))
+    lines += _counter_lines(results.get("counters", {}))
+    lines += _sanitizer_lines(results.get("sanitizer", {}))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _absent(facts: dict[str, Any], device: str) -> list[str]:
+    absent: dict[str, list[str]] = {}
+    for entry in facts.get("backends", []):
+        for backend in OURS[device]:
+            if entry["backends"][backend] != "available":
+                absent.setdefault(f"{backend}: {entry['backends'][backend]}", []).append(entry["op"])
+    lines = [f"- No backend {reason} ({', '.join(ops)})" for reason, ops in absent.items()]
+    if facts.get("missing_arch"):
+        lines.append(f"- The library lacks this device's architecture: {facts['missing_arch']}")
+    return [*lines, ""] if lines else []
+
+
+def _smoke_lines(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    wrong = {item: r for item, r in results.items() if r["wrong"] or r["error"]}
+    lines = ["## Every op at AlexNet's layers, against float64", ""]
+    lines += [f"{len(results) - len(wrong)} of {len(results)} right, outputs and gradients.", ""]
+    for item, result in wrong.items():
+        lines.append(f"- {'WRONG' if result['wrong'] else 'ERROR'} {item}: {_cell(result['wrong'] or result['error'])}")
+    return [*lines, ""]
+
+
+def _convolution_lines(results: dict[str, Any], rates: roofline.Ceilings | None) -> list[str]:
+    if not results:
+        return []
+    lines = ["## Convolutions one by one", ""]
+    lines += [
+        "Microseconds, TFLOP/s in brackets. cuDNN's alone, without bias and ReLU, in several forms; then the op.",
+        "",
+    ]
+    directions = [*convolutions.ALONE, "op, forward", "op, backward"]
+    for item, found in results.items():
+        floor = f", floor of a pass {convolutions.floor(found, rates) * 1e6:.0f} us" if rates else ""
+        lines += [f"**{item}**{floor}", "", "| | |", "|---|---|"]
+        for direction in directions:
+            cells = []
+            for name, timing in found.get(direction, {}).items():
+                if "median" in timing:
+                    us, rate = timing["median"] * 1e6, convolutions.rate(found, direction, timing["median"])
+                    cells.append(f"{name} {us:.1f} ({rate / 1e12:.0f}){'' if timing['graph'] else '*'}")
+                else:
+                    cells.append(f"{name}: {_cell(timing['error'])}")
+            lines.append(f"| {direction} | {'; '.join(cells)} |")
+        lines += ["", *[f"- {name}: {_cell(why)}" for name, why in found["errors"].items()], ""]
+    return lines
+
+
+def _kernel_lines(results: dict[str, Any]) -> list[str]:
+    found = {item: result for item, result in results.items() if "kernels" in result}
+    if not found:
+        return []
+    lines = ["## Where a step's time goes", ""]
+    lines += ["Of one step, eagerly launched, by torch.profiler: the sum of its kernels, and the longest of them.", ""]
+    for item, result in found.items():
+        lines += [f"**{item.removeprefix('kernels of ')}**: {result['step_us']:.0f} us in kernels", ""]
+        lines += ["| kernel | calls | us | share | MB | GB/s |", "|---|---|---|---|---|---|"]
+        for kernel in result["kernels"][:KERNELS]:
+            moved = kernel["bytes"] * kernel["calls"] if kernel.get("bytes") else None
+            rate = ["-", "-"] if moved is None else [f"{moved / 1e6:.1f}", f"{moved / kernel['us'] / 1e3:.0f}"]
+            name = _cell(kernel["name"])
+            name = name if len(name) <= 110 else f"{name[:107]}..."
+            cells = [f"`{name}`", f"{kernel['calls']:g}", f"{kernel['us']:.1f}", f"{kernel['share']:.1%}", *rate]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _tests_lines(tests: dict[str, Any] | None) -> list[str]:
+    if not tests:
+        return []
+    ended = sum(tests[outcome] for outcome in ("passed", "failed", "errors", "skipped"))
+    end = f" {tests['collected'] - ended} were not reached in the time." if ended < tests["collected"] else ""
+    lines = ["## Tests", ""]
+    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['errors']} errors, {tests['skipped']} skipped"
+    lines += [f"{counts} of {tests['collected']}.{end}", ""]
+    lines += [f"- FAILED `{name}`: {_cell(reason)}" for name, reason in tests["failures"].items()]
+    lines += [f"- {count} skipped: {reason}" for reason, count in tests["skips"].items()]
+    return [*lines, ""]
+
+
+# Of Nsight Compute's metrics, those that tell what binds a kernel.
+METRICS = (
+    "Duration",
+    "DRAM Throughput",
+    "Memory Throughput",
+    "Compute (SM) Throughput",
+    "Executed Ipc Active",
+    "Issue Slots Busy",
+    "Achieved Occupancy",
+    "Registers Per Thread",
+    "Executed Instructions",
+    "L2 Hit Rate",
+)
+
+
+def _counter_lines(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    lines = ["## Nsight Compute, the rows furthest from the memory floor", ""]
+    for item, result in results.items():
+        lines += [f"**{item}**: {result['share_of_floor']:.0%} of the floor", ""]
+        for kernel in result["kernels"]:
+            values = [
+                f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in kernel.items()
+                if name.partition(" [")[0] in METRICS
+            ]
+            lines.append(f"- `{_cell(kernel['kernel'])[:110]}`: {', '.join(values)}")
+        lines.append("")
+    return lines
+
+
+def _sanitizer_lines(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    lines = ["## compute-sanitizer", ""]
+    for tool, result in results.items():
+        lines.append(f"- {tool}: {_cell(result['summary'])} ({len(result['ops'])} ops were run)")
+        lines += [f"  - {_cell(error)}" for error in result["errors"]]
+    return [*lines, ""]
