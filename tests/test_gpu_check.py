@@ -169,7 +169,7 @@ class TestFindings:
         found.add("ops", item="one", result={"wrong": {}, "errors": {}, "missing": {}, "op": "x"})
         found.add("ops", started="two", worker=0)
         report.write(tmp_path, found, "cuda")
-        assert "| ops | interrupted |  | in two |" in (tmp_path / "report.md").read_text()
+        assert "| ops | interrupted |  |  | in two |" in (tmp_path / "report.md").read_text()
 
 
 PROCESS = runner.Check.process

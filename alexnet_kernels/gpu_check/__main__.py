@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _work(options)
     if options.minutes <= 0:
         parser.error(f"--minutes must be positive, not {options.minutes}")
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not options.report and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if options.library is not None and not options.library.is_file():
         parser.error(f"--library {options.library}: there is no such file")

@@ -7,7 +7,7 @@ Every line has "part". Of a part's items:
     {"part", "crashed": ITEM, "reason"}    its process ended, or was ended, in it
     {"part", "late": [ITEM, ...]}          not reached in the time
 
-and of the part itself {"part", "state", "seconds", "error"?, "run"}.
+and of the part itself {"part", "state", "seconds", "commit", "error"?}.
 """
 
 from __future__ import annotations

@@ -102,10 +102,11 @@ def markdown(report: dict[str, Any]) -> str:
     lines += _absent(facts, report["device"])
     rates = roofline.ceilings(results.get("ceilings", {}).get("rates", {}))
     lines += [tables.ceilings_text(rates), ""] if rates else []
-    lines += ["| part | state | seconds | |", "|---|---|---|---|"]
+    lines += ["| part | state | seconds | commit | |", "|---|---|---|---|---|"]
     for name, section in parts.items():
         note = section.get("error") or (f"in {section['in']}" if "in" in section else "")
-        lines.append(f"| {name} | {section['state']} | {section.get('seconds', '')} | {_cell(note)} |")
+        cells = [name, section["state"], section.get("seconds", ""), section.get("commit", ""), _cell(note)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines.append("")
     for name, section in parts.items():
         lines += [f"- CRASHED in {name}: {item}: {why}" for item, why in section.get("crashed", {}).items()]

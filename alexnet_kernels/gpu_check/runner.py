@@ -106,6 +106,7 @@ class Check:
         self.out, self.device, self.library, self.patience = out, device, library, patience
         self.tests = (tests or ROOT / "tests").resolve()
         self.budget = Budget(seconds)
+        self.commit = machine.commit()
         self.findings = Findings(out / findings.FILE)
         self.log = Log(out / LOG)
         self.failed = False
@@ -162,7 +163,7 @@ class Check:
         finally:
             seconds = round(time.monotonic() - start, 1)
             for part, state in states.items():
-                line = {"seconds": seconds, **state}
+                line = {"seconds": seconds, **state, "commit": self.commit}
                 self.findings.add(part, **line)
                 self.failed |= line["state"] not in ("passed", "skipped")
                 why = f": {line['error']}" if line.get("error") else ""
