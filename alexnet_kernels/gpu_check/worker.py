@@ -21,7 +21,7 @@ from alexnet_kernels.gpu_check.findings import Findings, finished
 from alexnet_kernels.gpu_check.plan import Budget, share
 from alexnet_kernels.testing import bench, machine, roofline
 from alexnet_kernels.testing import cases as registry
-from alexnet_kernels.testing.rows import OURS, PURPOSES, NetRow, OpRow, Row, SgdRow, to_json
+from alexnet_kernels.testing.rows import HARDENED, OURS, PURPOSES, NetRow, OpRow, Row, SgdRow, to_json
 from alexnet_kernels.testing.timing import DeviceLost, reason_of, works
 
 BATCH = 128
@@ -221,17 +221,18 @@ def compiled(part: Part) -> Found:
     """Networks beside torch.compile's of the same, then torchvision's, then single ops."""
     if part.small:
         return
-    names = ("compiled", "hardened, compiled")
-    rows: list[Row] = [NetRow("paper", BATCH, purpose, compile=names, label="compiled") for purpose in PURPOSES[::-1]]
+
+    def beside(preset: str, compiled: str) -> list[Row]:
+        """A row for each compilation: one that outlasts the time costs no other."""
+        return [NetRow(preset, BATCH, purpose, compile=(compiled,), label=compiled) for purpose in PURPOSES[::-1]]
+
+    rows = beside("paper", f"{HARDENED}, compiled") + beside("paper", "compiled")
     rows += [NetRow("torchvision", n, purpose) for n in (BATCH, LARGE) for purpose in PURPOSES[::-1]]
-    rows += [NetRow("torchvision", BATCH, purpose, compile=names[:1], label="compiled") for purpose in PURPOSES[::-1]]
+    rows += beside("torchvision", "compiled")
     rows += [NetRow("batchnorm", BATCH, purpose) for purpose in PURPOSES[::-1]]
     core = [case for case in registry.cases() if case.core and case.dtype == torch.bfloat16 and case.channels_last]
     rows += [OpRow(case, BATCH, ("compiled",), label="compiled") for case in core if case.op != "augment"]
-    rows += [
-        NetRow("paper", BATCH, purpose, compile=("compiled, max-autotune",), label="max-autotune")
-        for purpose in PURPOSES[::-1]
-    ]
+    rows += beside("paper", "compiled, max-autotune")
     yield from _timed(part, rows, seconds=1.5, rounds=10, least=10.0)
 
 
