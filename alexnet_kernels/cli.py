@@ -735,8 +735,8 @@ def _info(options: argparse.Namespace) -> int:
     print("  ".join(f"{name} {value}" for name, value in facts["versions"].items()))
     print(f"devices: {', '.join(devices)} ({torch.get_num_threads()} CPU threads)")
     if library["loaded"]:
-        cuda = "with" if library["cuda_built"] else "without"
-        print(f"library: {library['path']}, {library['isa']} on the CPU, {cuda} CUDA kernels")
+        cuda = f"CUDA kernels for {', '.join(library['archs'])}" if library["cuda_built"] else "no CUDA kernels"
+        print(f"library: {library['path']}, {library['isa']} on the CPU, {cuda}")
     else:
         print(f"library: not loaded: {library['reason']}")
     print(f"backend: {facts['backend']}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import alexnet_kernels
-from alexnet_kernels import _library, ops
+from alexnet_kernels import _library, _sources, ops
 
 ROOT = Path(__file__).parent.parent
 BUILD_VARIABLES = ("ALEXNET_KERNELS_CUDA", "ALEXNET_KERNELS_ARCHS", "CUDA_HOME")
@@ -138,6 +138,12 @@ def test_source_distribution_holds_the_sources(tmp_path: Path) -> None:
     assert "_C.so" not in names
 
 
+def test_the_library_tells_its_sources() -> None:
+    status = _library.status()
+    assert status["sources"] == _sources.digest(ROOT / "csrc")
+    assert bool(status["archs"]) == status["cuda_built"]
+
+
 class TestBuildSettings:
     @staticmethod
     def evaluate(expression: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -150,6 +156,26 @@ class TestBuildSettings:
         return subprocess.run(
             [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True
         )
+
+    def test_kernels_have_line_information(self, tmp_path: Path) -> None:
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text("#!/bin/sh\n")
+        nvcc.chmod(0o755)
+        (tmp_path / "lib64").mkdir()
+        (tmp_path / "bin").mkdir()
+        shutil.copy(nvcc, tmp_path / "bin" / "nvcc")
+        paths = f"type(module['ROOT'])({str(tmp_path)!r})"
+        written = self.evaluate(
+            f"'write_ninja']({paths}, {paths} / '_C.so')", CUDA_HOME=str(tmp_path), ALEXNET_KERNELS_ARCHS="9.0a"
+        )
+        assert written.returncode == 0, written.stderr
+        text = (tmp_path / "build.ninja").read_text()
+        builds = re.findall(r"build (\w+)\.cu\.o: nvcc .*\n  flags = (.*)", text)
+        assert {name for name, _ in builds} == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+        for _, flags in builds:
+            assert "-lineinfo" in flags
+            assert "-gencode=arch=compute_90a,code=sm_90a" in flags
+        assert f"sources={_sources.digest(ROOT / 'csrc')} archs=9.0a" in text
 
     def test_architectures(self) -> None:
         result = self.evaluate("'gencode']('8.0;9.0a;10.0+PTX')")

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from helpers import check_network
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import alexnet_kernels
 from alexnet_kernels import _library, backends, ops
@@ -30,6 +32,7 @@ interpreted = pytest.mark.skipif(not _library.INTERPRETED, reason="TRITON_INTERP
 TRACE = """
 import json, torch
 from torch._functorch.aot_autograd import aot_function
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -50,10 +53,11 @@ def trace(name, function, *args):
     def compiler(graph, _):
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         found[name] = sorted({t for t in targets if "triton" in t})
-        found[name + " written"] = [
-            list(node.kwargs["tensors_to_clone"]) for node in graph.graph.nodes
-            if "triton_kernel_wrapper" in str(node.target)
-        ]
+        launches = [node.kwargs for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+        found[name + " written"] = [list(kwargs["tensors_to_clone"]) for kwargs in launches]
+        values = [kernel_side_table.get_constant_args(kwargs["constant_args_idx"]) for kwargs in launches]
+        values = [value for constants in values for value in constants.values() if type(value) is int]
+        found[name + " largest"] = max(map(abs, values), default=0)
         return graph
     with torch.no_grad():
         aot_function(function, fw_compiler=compiler)(*args)
@@ -79,7 +83,7 @@ with FakeTensorMode():
     trace("batch_norm_relu", lambda x, v: ops.batch_norm_relu(x, None, None, v, v, True), x, v)
     trace("batch_norm_relu_backward",
           lambda g, x, v: kernels.batch_norm_relu_backward(g, x, v, v, v, v, True, 1e-5), x, x, v)
-    trace("dropout", lambda x: ops.dropout(x, 0.5, seed=1), x)
+    trace("dropout", lambda x: ops.dropout(x, 0.5, seed=1, offset=2**63 - 1), x)
     trace("linear_relu_dropout", lambda x, w: ops.linear_relu_dropout(x, w, seed=1), empty(4, 16), empty(32, 16))
     trace("relu_dropout_backward", lambda g, y: kernels.relu_dropout_backward(g, y, 2.0), x, x)
     trace("conv2d_relu", lambda x, w, b: ops.conv2d_relu(x, w, b, 1, 1, 2, backend="triton"), x, w, b)
@@ -199,17 +203,57 @@ def test_every_contract_has_a_triton_operator_with_its_arguments() -> None:
 
 def test_compile_sees_through_every_operator(tmp_path: Path) -> None:
     found, choices = json.loads(run(TRACE, tmp_path))
-    traced = {name for name in found if not name.endswith(" written")}
+    traced = {name for name in found if not name.endswith((" written", " largest"))}
     # sgd_step launches one kernel with tuples of tensors, which torch.compile can't hold.
     assert traced == set(_common.CONTRACTS) - {"sgd_step"}
     for name in traced:
         assert found[name] == ["triton_kernel_wrapper_functional"], name
+        assert found[f"{name} largest"] <= 2**31, name  # torch 2.11 compiles no launch with a larger number
     assert found["lrn_max_pool2d written"] == [["out_ptr", "arg_ptr"]]
     assert found["lrn_max_pool2d_backward written"] == [["dx_ptr"]]
     # Without CUDA C++ kernels.
     if not any(key == "CUDA" for _, key in _library.KERNELS):
         expected = {op: "native" if op == "conv2d_relu" else "triton" for op in ops.__all__}
         assert choices == {**expected, "float64": "native"}
+
+
+def test_a_launch_makes_its_tensors_device_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alexnet_kernels.triton._common import on_its_device
+
+    entered: list[torch.device] = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launched = on_its_device(lambda tensors, *_: len(entered))
+    with FakeTensorMode():
+        here, there = (torch.empty(2, device=f"cuda:{i}") for i in range(2))
+    assert launched(torch.empty(2)) == launched(here) == launched([]) == launched([here]) == 0
+    assert launched(there, here) == 1
+    assert launched([there, there], 1) == 2
+    assert entered == [there.device] * 2
+
+
+@interpreted
+def test_every_operator_launches_on_its_tensors_device() -> None:
+    import alexnet_kernels.triton
+    from alexnet_kernels.triton._common import on_its_device
+
+    modules = [value for value in vars(alexnet_kernels.triton).values() if isinstance(value, ModuleType)]
+    operators = [value for module in modules for value in vars(module).values() if hasattr(value, "_init_fn")]
+    assert {operator._name for operator in operators} == set(_common.CONTRACTS)
+    guarded = on_its_device(print).__code__
+    assert {operator._name for operator in operators if operator._init_fn.__code__ is not guarded} == set()
 
 
 POOL, LRN = ([3, 3], [2, 2], [0, 0]), (5, 1e-4, 0.75, 1.0, 2)

@@ -89,11 +89,17 @@ def ordered(items: list[Any]) -> list[Any]:
     return sorted(items, key=lambda item: (id(item) not in first, _place(item)[0]))
 
 
+def _done() -> set[str]:
+    """The tests of earlier runs."""
+    if VARIABLE not in os.environ:
+        return set()
+    seen = Findings(Path(os.environ[VARIABLE])).lines(PART, until=int(os.environ.get(SEEN, "0")))
+    return {line["test"] for line in seen if "test" in line}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    if VARIABLE in os.environ:
-        seen = Findings(Path(os.environ[VARIABLE])).lines(PART, until=int(os.environ.get(SEEN, "0")))
-        done = {line["test"] for line in seen if "test" in line}
+    if done := _done():
         earlier = [item for item in items if item.nodeid in done]
         if earlier:
             config.hook.pytest_deselected(items=earlier)
@@ -103,7 +109,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 def pytest_collection_finish(session: Any) -> None:
     if session.items:  # xdist's first process collects none
-        _write(collected=len(session.items))
+        _write(collected=len(session.items) + len(_done()))
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -116,7 +122,7 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
-    _write(collected=len(ids))
+    _write(collected=len(ids) + len(_done()))
 
 
 def pytest_collectreport(report: Any) -> None:

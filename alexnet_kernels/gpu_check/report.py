@@ -20,7 +20,7 @@ FACTS = ("device", "driver", "torch", "cuda", "cudnn", "triton", "nvcc", "python
 
 def write(out: Path, found: Findings, device: str) -> None:
     report = gathered(found.lines(), device)
-    machine.write_atomically(out / JSON, json.dumps(report, indent=1) + "\n")
+    machine.write_atomically(out / JSON, json.dumps(report) + "\n")
     machine.write_atomically(out / MARKDOWN, markdown(report))
 
 

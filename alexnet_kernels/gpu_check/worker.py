@@ -88,7 +88,7 @@ def environment(part: Part) -> Found:
             "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU threads",
             "triton": machine.version("triton"),
             "nvcc": machine.output(machine.tool("nvcc") or "nvcc", "--version", pattern=r"V([\d.]+)"),
-            "library": library,
+            "library": {name: value for name, value in library.items() if name != "path"},
             "missing_arch": missing_arch(library, part.device),
             "backends": backends.report(),
         }

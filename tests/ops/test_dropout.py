@@ -20,6 +20,7 @@ from helpers import (
 
 from alexnet_kernels import reference
 from alexnet_kernels.ops import dropout
+from alexnet_kernels.ops.dropout import seed_tensor
 
 KEYED = {"seed": 1234, "offset": 5}
 
@@ -255,3 +256,12 @@ def test_errors(choice):
     raises(ValueError, r"is not inside \[0, 8\)", call(shard=(0, -1, 8)))
     raises(ValueError, r"dimensions 0 to 1", call(shard=(2, 0, 6)))
     raises(ValueError, r"without dimensions has no shards", call(x=torch.zeros(()), shard=(0, 0, 1)))
+
+
+def test_a_seed_on_the_cpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying it to a GPU would wait for the device, and is refused while a CUDA graph captures."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_: pytest.fail("copied"), raising=False)
+    seed = seed_tensor("dropout", torch.tensor(-(2**63)), torch.device("meta"))
+    assert seed.device.type == "meta"
+    assert seed.dtype == torch.int64
+    assert seed.shape == ()

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import TOLERANCES, assert_close, assert_same, raises, random
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alexnet_kernels import reference
 from alexnet_kernels.ops import sgd_step
+from alexnet_kernels.ops.sgd_step import _learning_rate
 
 SHAPES = [(24, 3, 11, 11), (7,), (64, 50), (1,), (0,), (), (5, 3, 3, 3)]
 
@@ -273,3 +275,19 @@ def test_errors(choice):
     )
     raises(ValueError, r"nesterov needs a momentum", call(rule="torch", nesterov=True, dampening=0.1))
     assert_same([w, g, v], [torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(3, 4)], "after the refusals")
+
+
+@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "capturing"])
+def test_a_captured_step_does_not_keep_a_number_for_lr(capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with FakeTensorMode():
+        on_gpu = torch.empty(3, device="cuda")
+        assert _learning_rate(torch.empty((), device="cuda"), [on_gpu])[1].device == on_gpu.device
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        if capturing:
+            raises(
+                RuntimeError, r"a CUDA graph would keep lr=0.1: give lr as", lambda lr=lr: _learning_rate(lr, [on_gpu])
+            )
+        else:
+            assert _learning_rate(lr, [on_gpu]) == (0.1, None)
+    assert _learning_rate(0.1, [torch.empty(3)]) == (0.1, None)
