@@ -30,24 +30,29 @@ struct SgdTensors {
   int count;
 };
 
+struct SgdRates {
+  float lr, decay_lr;  // decay_lr = weight_decay lr
+};
+
 struct SgdRule {
-  float lr, momentum, weight_decay, keep, decay_lr;  // keep = 1 - dampening, decay_lr = weight_decay lr
+  SgdRates rates;
+  float momentum, weight_decay, keep;  // keep = 1 - dampening
   bool nesterov, paper, first_step;
   const float* lr_pointer;  // null, or of the value that takes lr's place
 };
 
-__device__ __forceinline__ void step(const SgdRule& rule, float& w, float g, float& v) {
+__device__ __forceinline__ void step(const SgdRule& rule, const SgdRates& rates, float& w, float g, float& v) {
   if (rule.paper) {
-    v = rule.momentum * v - rule.decay_lr * w - rule.lr * g;
+    v = rule.momentum * v - rates.decay_lr * w - rates.lr * g;
     w += v;
     return;
   }
   g += rule.weight_decay * w;
   if (rule.momentum == 0.f) {
-    w -= rule.lr * g;
+    w -= rates.lr * g;
   } else {
     v = rule.first_step ? g : rule.momentum * v + rule.keep * g;
-    w -= rule.lr * (rule.nesterov ? g + rule.momentum * v : v);
+    w -= rates.lr * (rule.nesterov ? g + rule.momentum * v : v);
   }
 }
 
@@ -73,7 +78,7 @@ __device__ __forceinline__ void store_if(bool aligned, T* p, const float (&in)[k
 
 // The elements [at, at + kCount).
 template <int kCount, class P, class G, class M>
-__device__ __forceinline__ void step_at(const SgdRule& rule, const SgdTensor& t, int64_t at) {
+__device__ __forceinline__ void step_at(const SgdRule& rule, const SgdRates& rates, const SgdTensor& t, int64_t at) {
   float w[kCount], g[kCount], v[kCount];
   if (t.master != nullptr) {
     load_if<kCount>(t.master_aligned, t.master + at, w);
@@ -83,26 +88,27 @@ __device__ __forceinline__ void step_at(const SgdRule& rule, const SgdTensor& t,
   load_if<kCount>(t.grad_aligned, static_cast<const G*>(t.grad) + at, g);
   load_if<kCount>(t.momentum_aligned, static_cast<const M*>(t.momentum) + at, v);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) step(rule, w[i], g[i], v[i]);
+  for (int i = 0; i < kCount; ++i) step(rule, rates, w[i], g[i], v[i]);
   store_if<kCount>(t.momentum_aligned, static_cast<M*>(t.momentum) + at, v);
   if (t.master != nullptr) store_if<kCount>(t.master_aligned, t.master + at, w);
   store_if<kCount>(t.param_aligned, static_cast<P*>(t.param) + at, w);
 }
 
 template <class P, class G, class M>
-__global__ void __launch_bounds__(kThreads) sgd(SgdTensors tensors, SgdRule rule) {
+__global__ void __launch_bounds__(kThreads, 6) sgd(SgdTensors tensors, SgdRule rule) {
   int i = 0;
   while (i + 1 < tensors.count && tensors.tensor[i + 1].first_block <= int(blockIdx.x)) ++i;
   const SgdTensor& t = tensors.tensor[i];
   const int64_t at = (int64_t(int(blockIdx.x) - t.first_block) * kThreads + threadIdx.x) * kStep;
+  SgdRates rates = rule.rates;
   if (rule.lr_pointer != nullptr) {
-    rule.lr = *rule.lr_pointer;
-    rule.decay_lr = rule.weight_decay * rule.lr;
+    rates.lr = *rule.lr_pointer;
+    rates.decay_lr = rule.weight_decay * rates.lr;
   }
   if (at + kStep <= t.count) {
-    step_at<kStep, P, G, M>(rule, t, at);
+    step_at<kStep, P, G, M>(rule, rates, t, at);
   } else {
-    for (int64_t j = at; j < min(at + kStep, t.count); ++j) step_at<1, P, G, M>(rule, t, j);
+    for (int64_t j = at; j < min(at + kStep, t.count); ++j) step_at<1, P, G, M>(rule, rates, t, j);
   }
 }
 
@@ -133,8 +139,14 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
                         lr_tensor->get_device() == params[0].get_device(),
                     "sgd_step: lr_tensor must be one float32 on the parameters' device");
   }
-  const SgdRule rule{float(lr), float(momentum), float(weight_decay), float(1 - dampening), float(weight_decay * lr),
-                     nesterov,  paper_rule,      first_step,          lr_tensor ? data<float>(*lr_tensor) : nullptr};
+  const SgdRule rule{{float(lr), float(weight_decay * lr)},
+                     float(momentum),
+                     float(weight_decay),
+                     float(1 - dampening),
+                     nesterov,
+                     paper_rule,
+                     first_step,
+                     lr_tensor ? data<float>(*lr_tensor) : nullptr};
   std::vector<bool> done(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     if (done[i]) continue;

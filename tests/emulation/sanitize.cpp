@@ -302,7 +302,8 @@ void sgd_step(const Settings& s) {
       call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.9, 5e-4, 0.0, true, false, true, Optional()});
       call("sgd_step", 0, {params, grads, momentum, masters, 0.01, 0.0, 5e-4, 0.5, false, false, false, Optional()});
       call("sgd_step", 0,
-           {params, grads, momentum, masters, 0.0, 0.9, 5e-4, 0.0, false, true, false, Optional(tensor({}, ScalarType::Float))});
+           {params, grads, momentum, masters, 0.0, 0.9, 5e-4, 0.0, false, true, false,
+            Optional(tensor({}, ScalarType::Float))});
     }
   }
 }
