@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # Builds the library in place for the GPU present, then checks and times everything on it: scripts/gpu_check.sh OUT
 # Needs nvcc, a C++ compiler, torch and ninja; no network, no installation. Without a GPU it runs on the CPU.
-# More arguments go to python -m alexnet_kernels.gpu_check: --help tells them.
+# More arguments go to python -m alexnet_kernels.gpu_check; scripts/gpu_check.sh --help tells them.
 set -euo pipefail
-if [ $# -lt 1 ]; then
-  echo "usage: $0 OUT [--minutes N] [--from PART | --only PART ...] [--library FILE]" >&2
-  exit 2
-fi
-out=$(realpath -m "$1")
-shift
-cd "$(dirname "$0")/.."
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m alexnet_kernels.gpu_check --out "$out" "$@"
+case "${1:-}" in
+  "")
+    echo "usage: $0 OUT [--minutes N] [--from PART | --only PART ...] [--library FILE]" >&2
+    exit 2
+    ;;
+  -*) out=() ;;
+  *)
+    out=(--out "$1")
+    shift
+    ;;
+esac
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" -m alexnet_kernels.gpu_check "${out[@]}" "$@"

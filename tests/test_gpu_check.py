@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,10 @@ class TestWhole:
 
     def test_convolutions_alone(self, whole) -> None:
         found = whole[1]["parts"]["convolutions"]["results"]["conv5, bf16, batch 2"]
-        assert found["errors"] == {}
+        assert found["missing"] == {}
         for direction in convolutions.ALONE:
             assert set(found[direction]) == {"grouped", "split"}
-        for direction in ("op, forward", "op, backward"):
+        for direction in convolutions.OP:
             assert set(found[direction]) == {"eager", "cpu"}
             assert all("median" in timing for timing in found[direction].values())
 
@@ -154,21 +155,25 @@ class TestFindings:
 
     def test_what_is_finished_and_what_was_under_way(self) -> None:
         lines: list[findings.Line] = [
+            {"part": "ops", "items": ["one", "two", "three"]},
             {"part": "ops", "started": "one"},
             {"part": "ops", "item": "one", "result": {}},
             {"part": "ops", "started": "two"},
         ]
-        assert findings.finished(lines) == {"one"}
+        assert findings.unreached(lines) == ["two", "three"]
         assert findings.under_way(lines) == ("ops", "two")
         lines.append({"part": "ops", "crashed": "two", "reason": "x"})
-        assert findings.finished(lines) == {"one", "two"}
+        assert findings.crashed(lines) == {"two": "x"}
+        assert findings.unreached(lines) == ["three"]
+        lines.append({"part": "ops", "item": "two", "result": {}})
+        assert findings.crashed(lines) == {}
 
     def test_a_part_that_never_ended_is_told_with_what_it_was_in(self, tmp_path: Path) -> None:
         found = Findings(tmp_path / findings.FILE)
         found.add("ops", started="one", worker=0)
         found.add("ops", item="one", result={"wrong": {}, "errors": {}, "missing": {}, "op": "x"})
         found.add("ops", started="two", worker=0)
-        report.write(tmp_path, found, "cuda")
+        report.write(tmp_path, found)
         assert "| ops | interrupted |  |  | in two |" in (tmp_path / "report.md").read_text()
 
 
@@ -178,17 +183,19 @@ PROCESS = runner.Check.process
 SCRIPT = """
 import os, signal, sys, time
 from alexnet_kernels.gpu_check import __main__, worker
+from alexnet_kernels.testing.timing import DeviceLost
 
-def ops(part):
-    for item in ("one", "two", "three", "four"):
-        if not part.begin(item, compiles={compiles}):
-            continue
-        if item == "two":
-            {fault}
-        yield item, {{"of": item}}
+def run(name, skip):
+    if name == "two":
+        {fault}
+    return {{"of": name}}
 
-worker.WORK["ops"] = ops
-worker.GRACE = 1.0
+def items(device):
+    names = ("one", "two", "three", "four")
+    return [worker.Item(name, lambda skip, name=name: run(name, skip), 1.0, {compiles}) for name in names]
+
+worker.WORK["ops"] = items
+worker.GRACE = 3.0
 raise SystemExit(__main__.main())
 """
 
@@ -211,7 +218,7 @@ class TestFaults:
         passed = check.run(["ops"])
         assert sorted(path.name for path in out.iterdir()) == FILES
         part = json.loads((out / "report.json").read_text())["parts"]["ops"]
-        assert passed == (part["state"] == "passed")
+        assert passed == (part["state"] in ("passed", "unfinished"))
         return part
 
     @pytest.mark.parametrize(
@@ -233,16 +240,15 @@ class TestFaults:
         if "RuntimeError" in fault:
             assert "Traceback (most recent call last)" in log
         else:
-            assert re.search(r'worker.py", line \d+ in ops', log)  # the stack
+            assert re.search(r'worker.py", line \d+ in run', log)  # the stack
         assert f"CRASHED in ops: two: {part['crashed']['two']}" in (tmp_path / "out" / "report.md").read_text()
 
     def test_a_variant_that_loses_the_device_costs_itself_only(self, tmp_path: Path, monkeypatch) -> None:
-        fault = (
-            "if 'two by cuda' not in part.done: part.findings.add('ops', started='two by cuda', worker=0); os._exit(1)"
-        )
+        fault = "if 'two by cuda' not in skip: raise DeviceLost('cuda', 'CUDA error')"
         part = self.run(tmp_path, monkeypatch, fault)
         assert set(part["results"]) == {"one", "two", "three", "four"}
         assert list(part["crashed"]) == ["two by cuda"]
+        assert part["crashed"]["two by cuda"].endswith("DeviceLost: cuda: CUDA error")
 
     def test_what_compiles_is_no_hang(self, tmp_path: Path, monkeypatch) -> None:
         part = self.run(tmp_path, monkeypatch, "time.sleep(3)", compiles=True, patience=1.0)
@@ -251,11 +257,11 @@ class TestFaults:
 
     def test_a_slow_machine_reaches_less(self, tmp_path: Path, monkeypatch) -> None:
         start = time.monotonic()
-        part = self.run(tmp_path, monkeypatch, "time.sleep(8)", seconds=9.0)
+        part = self.run(tmp_path, monkeypatch, "time.sleep(4)", seconds=10.0)
         assert time.monotonic() - start < 30
         assert set(part["results"]) == {"one", "two"}
         assert part["late"] == ["three", "four"]
-        assert part["state"] == "passed"
+        assert part["state"] == "unfinished"
         text = (tmp_path / "out" / "report.md").read_text()
         assert "- Not reached in the time, of ops: three; four" in text
 
@@ -263,8 +269,8 @@ class TestFaults:
     def test_what_overruns_its_part_is_late(self, compiles: bool, tmp_path: Path, monkeypatch) -> None:
         part = self.run(tmp_path, monkeypatch, "time.sleep(100)", compiles=compiles, seconds=6.0)
         assert set(part["results"]) == {"one"}
-        assert part["late"] == ["two"]
-        assert part["state"] == "passed"
+        assert part["late"] == ["two", "three", "four"]
+        assert (part["state"], part["error"]) == ("unfinished", "3 of 4 were not reached")
 
     def test_a_worker_that_does_not_start_ends_the_part(self, tmp_path: Path, monkeypatch) -> None:
         def broken(self, *arguments, **options):
@@ -272,14 +278,34 @@ class TestFaults:
 
         monkeypatch.setattr(runner.Check, "process", broken)
         check = runner.Check(tmp_path, "cpu", 60)
-        assert not check.run(["ops", "tests"])
+        assert not check.run(["networks", "ops", "tests"])
         parts = json.loads((tmp_path / "report.json").read_text())["parts"]
-        assert parts["ops"]["state"] == "failed"
-        assert parts["ops"]["error"] == "ended with status 1: ImportError: no such library"
+        for part in ("networks", "ops"):
+            assert parts[part]["state"] == "failed"
+            assert parts[part]["error"] == "ended with status 1: ImportError: no such library"
         assert "tests" in parts
 
+    def test_what_failed_is_tried_again_by_a_second_command(self, tmp_path: Path, monkeypatch) -> None:
+        part = self.run(tmp_path, monkeypatch, "os._exit(3)")
+        assert part["crashed"] == {"two": "ended with status 3: it printed nothing"}
+        part = self.run(tmp_path, monkeypatch, "os._exit(4)")  # nothing new passes: the part is no better
+        assert part["crashed"] == {"two": "ended with status 4: it printed nothing"}
+        assert part["state"] == "failed"
+        part = self.run(tmp_path, monkeypatch, "pass")
+        assert set(part["results"]) == {"one", "two", "three", "four"}
+        assert "crashed" not in part
+        assert part["state"] == "passed"
+
+    def test_a_part_whose_items_all_crash_ends_and_says_what_is_left(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(runner, "RESTARTS", 2)
+        part = self.run(tmp_path, monkeypatch, "pass\n    os._exit(5)")
+        assert list(part["crashed"]) == ["one", "two"]
+        assert part["late"] == ["three", "four"]
+        assert part["state"] == "failed"
+        assert part["error"].startswith("ended with status 5")
+
     def test_a_second_command_goes_on(self, tmp_path: Path, monkeypatch) -> None:
-        self.run(tmp_path, monkeypatch, "time.sleep(8)", seconds=9.0)
+        self.run(tmp_path, monkeypatch, "time.sleep(4)", seconds=10.0)
         with pytest.raises(SystemExit):
             __main__.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
         part = self.run(tmp_path, monkeypatch, "raise AssertionError('two again')")
@@ -287,11 +313,47 @@ class TestFaults:
         assert "late" not in part
         assert part["state"] == "passed"
 
+    def test_parts_without_time_are_not_reached(self, tmp_path: Path) -> None:
+        check = runner.Check(tmp_path, "cpu", 1.0)
+        assert check.run(["smoke", "networks", "tests"])
+        parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+        assert {part["state"] for part in parts.values()} == {"not reached"}
+        assert set(parts) == {"smoke", "networks", "tests"}
+
+    def test_a_report_that_cannot_be_written_costs_the_report_only(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(report, "write", lambda *_: 1 / 0)
+        check = runner.Check(tmp_path, "cpu", 1.0)
+        assert check.run(["smoke"])
+        assert "could not be written: ZeroDivisionError" in (tmp_path / "log.txt").read_text()
+
+    def test_one_check_at_a_time(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        check = runner.Check(tmp_path, "cpu", 1.0)
+        with pytest.raises(SystemExit):
+            __main__.main(["--out", str(tmp_path), "--device", "cpu", "--only", "ops"])
+        assert f"another check is at work in {tmp_path}" in capsys.readouterr().err
+        check.log.close()
+
+    def test_another_device_needs_another_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        Findings(tmp_path / findings.FILE).add("command", device="cuda", name="NVIDIA H100", parts=[])
+        with pytest.raises(SystemExit):
+            __main__.main(["--out", str(tmp_path), "--device", "cpu", "--only", "ops"])
+        assert "has findings of another device, NVIDIA H100, not " in capsys.readouterr().err
+
+    def test_what_the_log_has_no_room_for_is_told(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(runner, "LARGEST_LOG", 100)
+        log = runner.Log(tmp_path / "log")
+        for _ in range(30):
+            log.write("x", "a line")
+        text = (tmp_path / "log").read_text()
+        assert len(text) < 200
+        assert text.endswith("check| the log is full: 100 bytes\n")
+
     def test_a_part_that_fails_is_reported_and_the_others_go_on(self, tmp_path: Path, monkeypatch) -> None:
         def broken(self, limit):
             raise OSError("no space left on device")
 
         monkeypatch.setattr(runner.Check, "_tests", broken)
+        monkeypatch.setattr(__main__, "_age", lambda: 0.0)
         status = __main__.main(
             ["--out", str(tmp_path), "--device", "cpu", "--only", "tests", "environment", "--minutes", "1"]
         )
@@ -318,16 +380,14 @@ class TestFaults:
         if number == signal.SIGTERM:
             assert process.returncode == 1
             assert "interrupted: " in printed
-            assert "| interrupted |" in (out / "report.md").read_text()
-        before = findings.results(found.lines())
+            assert "| smoke | interrupted |" in (out / "report.md").read_text()
+        before = findings.results(found.lines("smoke"))
         assert len(before) >= 3
         time.sleep(1)
-        size = found.size()
-        time.sleep(2)
-        assert found.size() == size  # nothing runs on
+        assert not [line for line in subprocess.getoutput("ps -eo args").splitlines() if str(out) in line]
         done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stdout
-        after = findings.results(found.lines())
+        after = findings.results(found.lines("smoke"))
         assert {item: after[item] for item in before} == before
         assert len(after) == 10
 
@@ -343,7 +403,7 @@ class TestTests:
 
     @pytest.fixture(params=[1, 2], ids=["one process", "two processes"], autouse=True)
     def processes(self, request: pytest.FixtureRequest, monkeypatch) -> int:
-        monkeypatch.setattr(os, "cpu_count", lambda: request.param + 2)
+        monkeypatch.setattr(runner, "_cores", lambda: request.param + 2)
         for name in [name for name in os.environ if name.startswith("PYTEST_")]:
             monkeypatch.delenv(name)  # of the run that this test is in
         return request.param
@@ -370,7 +430,6 @@ class TestTests:
         assert set(failed) == {"bad", "crash", "endless", "lost"}
         assert "numbers differ" in failed["bad"]
         assert section["skips"] == {"Skipped: no such thing": 1}
-        assert section["finished"]
         log = (tmp_path / "out" / "log.txt").read_text()
         assert "seen = 1" in log  # the whole traceback
         assert "in test_definition_cpu_endless" in log  # the hang's stack
@@ -383,10 +442,10 @@ class TestTests:
             "def test_definition_cpu_slow(i): time.sleep(0 if os.path.exists('/proc/self') and i < 10 else "
             f"0 if os.path.exists({str(tmp_path / 'fast')!r}) else 5)\n",
         )
-        check.budget = plan.Budget(7)
+        check.budget = plan.Budget(12)
         check.run(["tests"])
         section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
-        assert not section["finished"]
+        assert section["state"] == "unfinished"
         assert section["collected"] == 40
         first = section["passed"]
         assert first < 40
@@ -394,7 +453,7 @@ class TestTests:
         (tmp_path / "fast").write_text("")
         assert runner.Check(tmp_path / "out", "cpu", 60, tests=tmp_path / "tests").run(["tests"])
         section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
-        assert section["finished"]
+        assert section["state"] == "passed"
         assert section["passed"] == 40
 
     def test_no_tests(self, tmp_path: Path) -> None:
@@ -444,6 +503,31 @@ def timing(seconds: float) -> dict[str, Any]:
     return {"median": seconds, "low": seconds, "high": seconds, "rounds": 1, "graph": True}
 
 
+def test_the_grandchildren_of_a_killed_check_are_ended(tmp_path: Path) -> None:
+    marker, log = f"sleep 61.{os.getpid()}", tmp_path / "log.txt"
+    code = (
+        "import pathlib, sys; from alexnet_kernels.gpu_check import runner;"
+        "check = runner.Check(pathlib.Path(sys.argv[1]), 'cpu', 60); check._undertaker = runner.Undertaker();"
+        f"check.process('x', ['sh', '-c', '{marker} & echo begun; wait'], 50)"
+    )
+
+    def until(condition: Callable[[], bool]) -> bool:
+        end = time.monotonic() + 30
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.1)
+        return condition()
+
+    def runs() -> bool:
+        return any(line.strip() == marker for line in subprocess.getoutput("ps -eo args").splitlines())
+
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT)
+    assert until(lambda: log.exists() and "x| begun" in log.read_text())
+    assert runs()
+    process.kill()
+    process.wait()
+    assert until(lambda: not runs())
+
+
 class TestTools:
     """Programs of the CUDA toolkit, in whose place scripts stand."""
 
@@ -468,8 +552,8 @@ class TestTools:
         text = (tmp_path / "out" / "report.md").read_text()
         assert passed == (tool != "dirty")
         if tool == "slow":
-            assert "| sanitizer | skipped |" in text
-            assert "- memcheck: it took too long" in text
+            assert "| sanitizer | not reached |" in text
+            assert "- Not reached in the time, of sanitizer: memcheck; racecheck" in text
         else:
             assert f"| sanitizer | {'passed' if tool == 'clean' else 'failed'} |" in text
             assert "- racecheck: ERROR SUMMARY: " in text
@@ -537,7 +621,7 @@ class TestLibrary:
         (tmp_path / "library").write_text("no library")
         (tmp_path / "out").mkdir()
         check = runner.Check(tmp_path / "out", "cpu", 60, library=tmp_path / "library")
-        monkeypatch.setattr(check, "_fits", lambda: {"state": "failed", "error": "the library: no"})
+        monkeypatch.setattr(check, "_fits", lambda: ("failed", "the library: no"))
         assert not check.run(["build"])
         assert (package / "_C.so").read_text() == "no library"
         assert "| build | failed | " in (tmp_path / "out" / "report.md").read_text()
@@ -554,7 +638,7 @@ class TestLibrary:
             {"device": "cuda", "parts": {"environment": {"state": "failed", "results": {"facts": facts}}}}
         )
         assert f"- The library lacks this device's architecture: {why}" in text
-        assert report.problems("environment", [{"part": "environment", "item": "facts", "result": facts}])
+        assert report.problems("environment", {"facts": facts}) == [f"the library: {why}"]
 
 
 class TestConvolutions:
@@ -600,6 +684,7 @@ class TestArguments:
         [
             ([], "--out DIR is required"),
             (["--out", "x", "--minutes", "0"], "--minutes must be positive, not 0.0"),
+            (["--out", "x", "--patience", "0"], "--patience must be positive, not 0.0"),
             (["--out", "/dev/null/x", "--device", "cpu"], "--out /dev/null/x: Not a directory"),
             (["--out", "x", "--only", "speed"], "invalid choice: 'speed'"),
             (["--out", "x", "--only", "ops", "--from", "ops"], "not allowed with argument"),
@@ -610,7 +695,7 @@ class TestArguments:
                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
             ),
         ],
-        ids=["no out", "no time", "no folder", "no such part", "both", "no library", "no device"],
+        ids=["no out", "no time", "no patience", "no folder", "no such part", "both", "no library", "no device"],
     )
     def test_bad_arguments(self, arguments, message, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as error:
@@ -632,11 +717,17 @@ class TestArguments:
         assert __main__.main(["--out", str(tmp_path), "--device", "cpu", "--report"]) == 0
         assert "- WRONG one: all" in (tmp_path / "report.md").read_text()
 
-    def test_shares_are_of_what_is_left(self) -> None:
-        assert plan.share("ops", []) == 1
-        assert plan.share("ops", ["tests"]) == plan.SHARES["ops"] / (plan.SHARES["ops"] + plan.SHARES["tests"])
+    def test_parts_that_share_a_workers_start(self) -> None:
+        order = [["build"], ["environment", "ceilings"], ["smoke"], ["networks", "convolutions", "ops"], ["tests"]]
+        assert plan.stages(plan.PARTS) == [*order, ["counters"], ["compiled"], ["sanitizer"]]
+        assert plan.stages(["smoke", "ops", "compiled"]) == [["smoke"], ["ops", "compiled"]]
 
     def test_the_script_says_how_it_is_used(self) -> None:
         done = subprocess.run(["bash", str(ROOT / "scripts" / "gpu_check.sh")], capture_output=True, text=True)
         assert done.returncode == 2
         assert "usage: " in done.stderr
+        words = ["bash", str(ROOT / "scripts" / "gpu_check.sh")]
+        environment = {**ENVIRONMENT, "PYTHON": "echo"}
+        for given, passed in ((["--help"], "--help"), (["x", "--minutes", "2"], "--out x --minutes 2")):
+            said = subprocess.run([*words, *given], capture_output=True, text=True, env=environment).stdout
+            assert said == f"-m alexnet_kernels.gpu_check {passed}\n"

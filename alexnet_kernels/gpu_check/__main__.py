@@ -10,9 +10,12 @@ the CPU, small, so that the command itself can be tested: its figures say nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,27 @@ import torch
 
 from alexnet_kernels.gpu_check import findings, report, runner
 from alexnet_kernels.gpu_check.findings import Findings
-from alexnet_kernels.gpu_check.plan import PARTS
+from alexnet_kernels.gpu_check.plan import IN_WORKER, PARTS, Budget
+from alexnet_kernels.testing import machine
 
 MINUTES = 8.5
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _age() -> float:
+    """Seconds since this process began, which importing torch takes, too."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def _device_name(kind: str) -> str:
+    """Asked of the driver: torch would take memory of the device for it."""
+    if kind == "cpu":
+        return machine.cpu()
+    return machine.output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", pattern=r"(.+)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,16 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--patience", type=float, default=60.0, help="seconds without a finding that mean a hang, unless it compiles"
     )
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--later", nargs="*", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", nargs="+", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.out is None:
         parser.error("--out DIR is required")
     if options.worker:
         return _work(options)
-    if options.minutes <= 0:
-        parser.error(f"--minutes must be positive, not {options.minutes}")
+    for name in ("minutes", "patience"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be positive, not {getattr(options, name)}")
     if options.device == "cuda" and not options.report and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if options.library is not None and not options.library.is_file():
@@ -75,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.report:
         if not earlier.size():
             parser.error(f"--report: {earlier.path} has no findings")
-        report.write(options.out, earlier, options.device)
+        report.write(options.out, earlier)
         return 0
     if earlier.size() and not (options.first or options.only):
         parser.error(f"{earlier.path} has findings already: go on with --from or --only, or take another folder")
@@ -83,24 +101,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = list(PARTS[PARTS.index(options.first) :])
     else:
         chosen = [name for name in PARTS if not options.only or name in options.only]
-    check = runner.Check(
-        options.out,
-        options.device,
-        options.minutes * 60,
-        tests=options.tests,
-        library=options.library,
-        patience=options.patience,
-    )
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    device = _device_name(options.device)
+    for line in earlier.lines("command"):
+        if line["name"] != device:
+            parser.error(
+                f"{earlier.path} has findings of another device, {line['name']}, not {device}: take another folder"
+            )
+    if earlier.size() and set(chosen) & set(IN_WORKER):  # told anew: the commit, the library, the driver
+        chosen = [name for name in PARTS if name in chosen or name == "environment"]
+    try:
+        check = runner.Check(
+            options.out,
+            options.device,
+            options.minutes * 60 - _age(),
+            name=device,
+            tests=options.tests,
+            library=options.library,
+            patience=options.patience,
+        )
+    except runner.Busy as error:
+        parser.error(str(error))
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         passed = check.run(chosen)
     except KeyboardInterrupt:
-        print(f"interrupted: {options.out / report.MARKDOWN} has what was found")
+        check.say(f"interrupted: {options.out / report.MARKDOWN} has what was found")
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
-    print((options.out / report.MARKDOWN).read_text())
-    print(f"{'passed' if passed else 'FAILED'}: {options.out / report.MARKDOWN}, {options.out / report.JSON}")
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with contextlib.suppress(OSError):
+        print((options.out / report.MARKDOWN).read_text())
+        print(f"{'passed' if passed else 'FAILED'}: {options.out / report.MARKDOWN}, {options.out / report.JSON}")
     return 0 if passed else 1
 
 
@@ -112,11 +144,14 @@ def _work(options: argparse.Namespace) -> int:
         reason = worker.misfit(torch.device(options.device))
         print(reason or "the library fits")
         return 1 if reason else 0
+    budgets = [Budget(seconds) for seconds in options.until]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     index, count = options.share
+    worker.prepare(count)
     found = Findings(options.out / findings.FILE)
-    device = torch.device(options.device)
-    worker.run(options.worker, options.later, options.seconds, device, found, index, count, options.patience)
+    work = worker.Worker(torch.device(options.device), found, options.since, index, count, options.patience)
+    for part, budget in zip(options.worker, budgets, strict=True):
+        work.run(part, budget.left())
     return 0
 
 

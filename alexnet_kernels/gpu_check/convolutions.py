@@ -21,6 +21,7 @@ from alexnet_kernels.testing.rows import OURS, backward_call
 from alexnet_kernels.testing.timing import Call, guarded, input_sets, measure
 
 ALONE = ("forward", "input gradient", "filter gradient")
+OP = ("op, forward", "op, backward")
 Operands = tuple[Tensor, Tensor, Tensor]  # input, filters, gradient of the output
 
 
@@ -74,7 +75,7 @@ class Form:
 
 
 def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device, small: bool = False) -> dict[str, Any]:
-    """{"operations", "bytes", "errors", DIRECTION: {VARIANT: timing}} with the directions of ALONE, and of the op."""
+    """{"operations", "bytes", "missing": {BACKEND: why}, DIRECTION: {VARIANT: timing}}; directions of ALONE and OP."""
     case = next(
         case
         for case in registry.cases()
@@ -91,9 +92,8 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
         "operations": case.work.done(batch, False),
         "bytes": moved,
         "cached": moved * sets < cache_bytes(device),
-        "errors": {},
+        "missing": {},
     }
-    errors: dict[str, str] = found["errors"]
     timing: dict[str, Any] = {"seconds": 0.05, "rounds": 1} if small else {"seconds": 0.4, "rounds": 10}
 
     def measured(direction: str, calls: dict[str, Sequence[Call]]) -> None:
@@ -110,7 +110,7 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
         variants |= {name: peer.call for name, peer in case.peers.items()}
     for backend in OURS[device.type]:
         if reason := backends.unavailable("conv2d_relu", backend):
-            errors[backend] = reason
+            found["missing"][backend] = reason
         else:
             variants[backend] = lambda x, backend=backend: case.call(x, backend)  # type: ignore[misc]
 
@@ -121,20 +121,22 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
 
         return call
 
-    measured("op, forward", {name: [forward(f, x) for x in inputs] for name, f in variants.items()})
+    measured(OP[0], {name: [forward(f, x) for x in inputs] for name, f in variants.items()})
     backward: dict[str, Sequence[Call]] = {}
+    errors: dict[str, str] = {}
     for name, function in variants.items():
         if name not in case.peers:
             with guarded(name, device, errors):
                 backward[name] = [backward_call(function, x, case.wrt, device) for x in inputs]
-    measured("op, backward", backward)
+    measured(OP[1], backward)
+    found[OP[1]] |= {name: {"error": why} for name, why in errors.items()}
     return found
 
 
 def rate(found: dict[str, Any], direction: str, seconds: float) -> float:
     """Operations a second: each gradient takes as many as the forward pass, and the op's backward takes both."""
     passes = 1.0
-    if direction == "op, backward":
+    if direction == OP[1]:
         passes = 1.0 if found["layer"] == "conv1" else 2.0
     return passes * found["operations"] / seconds
 

@@ -1,6 +1,6 @@
 """Runs every op once, forward and backward, on small odd shapes: something for memory checkers to watch.
 
-python -m alexnet_kernels.testing.exercise [--device cuda] [--backend cuda]
+python -m alexnet_kernels.gpu_check.exercise [--device cuda] [--backend cuda]
 """
 
 from __future__ import annotations

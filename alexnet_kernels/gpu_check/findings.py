@@ -1,13 +1,16 @@
 """The file that a check's processes append their findings to: a line of JSON for each, complete as soon as it is made.
 
-Every line has "part". Of a part's items:
+Every line has "part". The first line of a command is {"part": "command", ...}, what it runs on. Of a part's items:
 
-    {"part", "started": ITEM, "overtime"}  an item is under way; whether it is the part's time that ends it
+    {"part", "items": [ITEM, ...]}         what is to be done
+    {"part", "started": ITEM, "worker"}    an item is under way in a worker
     {"part", "item": ITEM, "result": {}}   what was found
     {"part", "crashed": ITEM, "reason"}    its process ended, or was ended, in it
-    {"part", "late": [ITEM, ...]}          not reached in the time
+    {"part", "worked", "worker"}           a worker has done what it could, in so many seconds
 
-and of the part itself {"part", "state", "seconds", "commit", "error"?}.
+of a part without items {"part", "ended": why its process failed}, of the tests {"part", "collected"} and
+{"part", "test", "outcome", "seconds", "reason"?}, and at the end of a part
+{"part", "state", "seconds", "commit", "error"?}.
 """
 
 from __future__ import annotations
@@ -73,11 +76,23 @@ def results(lines: Iterable[Line]) -> dict[str, Any]:
     return {line["item"]: line["result"] for line in lines if "result" in line}
 
 
-def finished(lines: Iterable[Line]) -> set[str]:
-    """The items that need not run again: those with a result, and those that crashed."""
-    return {
-        line[key] for line in lines for key, marker in (("item", "result"), ("crashed", "crashed")) if marker in line
-    }
+def crashed(lines: Iterable[Line]) -> dict[str, str]:
+    """The reason of each item whose process ended in it, unless it has a result since."""
+    found: dict[str, str] = {}
+    for line in lines:
+        if "crashed" in line:
+            found[line["crashed"]] = line["reason"]
+        elif "result" in line:
+            found.pop(line["item"], None)
+    return found
+
+
+def unreached(lines: Iterable[Line]) -> list[str]:
+    """The items that were to be done and have neither a result nor crashed."""
+    lines = list(lines)
+    items = dict.fromkeys(item for line in lines for item in line.get("items", ()))
+    done = {*results(lines), *crashed(lines)}
+    return [item for item in items if item not in done]
 
 
 def under_way(lines: Iterable[Line]) -> tuple[str, str] | None:

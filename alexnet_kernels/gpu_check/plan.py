@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-# Part: its share. What a part leaves goes to those after it, in proportion.
+# Part: its share. What a part leaves goes to those after it.
 SHARES = {
     "build": 0.15,
     "environment": 0.01,
@@ -20,13 +20,20 @@ SHARES = {
     "sanitizer": 0.07,
 }
 PARTS = tuple(SHARES)
-# Parts that one worker process runs one after the other. The rest runs in processes of other programs.
+# Parts that one worker process runs one after the other; "smoke" alone, in several. The others are programs.
 IN_WORKER = ("environment", "ceilings", "smoke", "networks", "convolutions", "ops", "compiled")
 
 
-def share(part: str, remaining: Sequence[str]) -> float:
-    """The part's share of the time that is left to it and `remaining`, which come after it."""
-    return SHARES[part] / sum(SHARES[name] for name in (part, *remaining))
+def stages(parts: Sequence[str]) -> list[list[str]]:
+    """The parts, those together that share a worker's start."""
+    found: list[list[str]] = []
+    for part in parts:
+        together = found and all(name in IN_WORKER and name != "smoke" for name in (part, *found[-1]))
+        if together:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
 
 
 class Budget:

@@ -3,7 +3,8 @@
     pytest -p alexnet_kernels.gpu_check.progress [-n PROCESSES --maxschedchunk 2]
 
 What a run had found is known even if it never ends. A second run with the same findings takes only the tests that the
-first did not: `SEEN` is the size of the file up to which they are read, so that all of its processes agree. A test
+first did not, and those that an earlier command found failing: `SEEN` is the size of the file up to which they are
+read, so that all of its processes agree, and `SINCE` where this command's begin. A test
 that leaves the device unusable, or takes longer than PATIENCE seconds, ends its process: xdist starts another one. A
 sample of SAMPLE cases of each test function and backend comes first, then the other cases; Triton, whose kernels
 compile first, last in each.
@@ -25,6 +26,7 @@ from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.testing.timing import works
 
 VARIABLE = "ALEXNET_KERNELS_FINDINGS"
+SINCE = "ALEXNET_KERNELS_FINDINGS_SINCE"
 SEEN = "ALEXNET_KERNELS_FINDINGS_SEEN"
 PATIENCE = "ALEXNET_KERNELS_TEST_PATIENCE"
 LOST = 70
@@ -44,6 +46,7 @@ def under_way(lines: Iterable[dict[str, Any]]) -> str | None:
     return current
 
 
+_failed: set[str] = set()
 _xdists = False  # whether this is a process of xdist's, whose reports come to the one that started it
 
 
@@ -90,11 +93,14 @@ def ordered(items: list[Any]) -> list[Any]:
 
 
 def _done() -> set[str]:
-    """The tests of earlier runs."""
+    """The tests that need not run again."""
     if VARIABLE not in os.environ:
         return set()
-    seen = Findings(Path(os.environ[VARIABLE])).lines(PART, until=int(os.environ.get(SEEN, "0")))
-    return {line["test"] for line in seen if "test" in line}
+    found = Findings(Path(os.environ[VARIABLE]))
+    since, seen = (int(os.environ.get(name, "0")) for name in (SINCE, SEEN))
+    earlier = {line["test"]: line["outcome"] for line in found.lines(PART, until=since) if "test" in line}
+    now = {line["test"] for line in found.lines(PART, since, seen) if "test" in line}
+    return now | {test for test, outcome in earlier.items() if outcome in ("passed", "skipped")}
 
 
 @pytest.hookimpl(trylast=True)
@@ -153,12 +159,15 @@ def pytest_sessionfinish(session: Any) -> None:
 def pytest_runtest_logreport(report: Any) -> None:
     if report.when != "call" and report.outcome == "passed":
         return
+    if report.when == "???" and report.nodeid in _failed:  # xdist's word for the end of its process
+        return
     outcome = report.outcome if report.when in ("call", "???") or report.outcome == "skipped" else "error"
     line = {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 3)}
     if outcome != "passed":
         line["reason"] = _reason(report)
     _write(**line)
     if outcome in ("failed", "error"):
+        _failed.add(report.nodeid)
         if _findings():
             sections = "\n".join(text for name, text in report.sections if "log" not in name)
             print(f"\n{report.nodeid}\n{report.longreprtext}\n{sections}", file=sys.stderr, flush=True)

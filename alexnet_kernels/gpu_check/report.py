@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,23 @@ from alexnet_kernels.gpu_check import convolutions, findings
 from alexnet_kernels.gpu_check.findings import Findings, Line
 from alexnet_kernels.gpu_check.plan import PARTS
 from alexnet_kernels.testing import machine, roofline, tables
-from alexnet_kernels.testing.rows import OURS
+from alexnet_kernels.testing.rows import OURS, is_ours
 
 MARKDOWN, JSON = "report.md", "report.json"
 KERNELS = 14  # of a network's step, that the Markdown shows
 FACTS = ("device", "driver", "torch", "cuda", "cudnn", "triton", "nvcc", "python", "host", "commit", "date")
 
 
-def write(out: Path, found: Findings, device: str) -> None:
-    report = gathered(found.lines(), device)
+def write(out: Path, found: Findings) -> None:
+    report = gathered(found.lines())
     machine.write_atomically(out / JSON, json.dumps(report) + "\n")
     machine.write_atomically(out / MARKDOWN, markdown(report))
 
 
-def gathered(lines: Sequence[Line], device: str) -> dict[str, Any]:
+def gathered(lines: Sequence[Line]) -> dict[str, Any]:
     """{"device", "parts": {PART: {"state", "seconds", "error"?, "results"?, "crashed"?, "late"?, ...}}}."""
-    report: dict[str, Any] = {"device": device, "parts": {}}
+    kinds = [line["device"] for line in lines if line["part"] == "command"]
+    report: dict[str, Any] = {"device": kinds[-1] if kinds else "cpu", "parts": {}}
     for part in PARTS:
         mine = [line for line in lines if line["part"] == part]
         if not mine:
@@ -38,33 +39,53 @@ def gathered(lines: Sequence[Line], device: str) -> dict[str, Any]:
         if part == "tests":
             section |= _tests(mine)
         else:
-            results = findings.results(mine)
-            crashed = {line["crashed"]: line["reason"] for line in mine if "crashed" in line}
-            late = [item for line in mine for item in line.get("late", []) if item not in results]
             current = findings.under_way(mine)
             if section["state"] == "interrupted" and current:
                 section["in"] = current[1]
-            section |= {"results": results}
-            section |= {"crashed": crashed} if crashed else {}
-            section |= {"late": list(dict.fromkeys(late))} if late else {}
+            section["results"] = findings.results(mine)
+            for key, value in (("crashed", findings.crashed(mine)), ("late", findings.unreached(mine))):
+                if value:
+                    section[key] = value
         report["parts"][part] = section
     return report
 
 
-def count_tests(lines: Iterable[Line]) -> dict[str, int]:
-    outcomes = {line["test"]: line["outcome"] for line in lines if "test" in line}
-    every = list(outcomes.values())
-    names = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped"}
-    return {name: every.count(outcome) for name, outcome in names.items()}
+def state(part: str, lines: Sequence[Line], now: Sequence[Line], interrupted: bool) -> tuple[str, str]:
+    """(state, why) of a part by all of its lines, and those of this command.
+
+    "passed", "failed", "interrupted", "unfinished" (what was reached passed), "not reached".
+    """
+    if part == "tests":
+        found = _tests(lines)
+        bad, ended = list(found["failures"]), sum(found[name] for name in OUTCOMES)
+        complete, some = ended >= found["collected"] > 0, ended > 0
+        late = f"{found['collected'] - ended} of {found['collected']} were not reached"
+    else:
+        results, unreached = findings.results(lines), findings.unreached(lines)
+        bad = problems(part, results) + [f"{item}: {why}" for item, why in findings.crashed(lines).items()]
+        bad = [line["ended"] for line in now if "ended" in line] + bad
+        complete, some = bool(results) and not unreached, bool(results)
+        late = f"{len(unreached)} of {len(unreached) + len(results)} were not reached"
+    if bad:
+        return "failed", bad[0] + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+    if complete:
+        return "passed", ""
+    if interrupted:
+        return "interrupted", ""
+    return ("unfinished", late) if some else ("not reached", "")
+
+
+OUTCOMES = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped"}
 
 
 def _tests(lines: Sequence[Line]) -> dict[str, Any]:
     ended = {line["test"]: line for line in lines if "test" in line}
+    outcomes = [line["outcome"] for line in ended.values()]
     failures = {name: line["reason"] for name, line in ended.items() if line["outcome"] in ("failed", "error")}
     reasons = [line["reason"] for line in ended.values() if line["outcome"] == "skipped"]
     slowest = sorted(ended.values(), key=lambda line: -line.get("seconds", 0))[:10]
     return {
-        **count_tests(lines),
+        **{name: outcomes.count(outcome) for name, outcome in OUTCOMES.items()},
         "collected": max((line["collected"] for line in lines if "collected" in line), default=0),
         "failures": failures,
         "skips": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
@@ -72,15 +93,22 @@ def _tests(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def problems(part: str, lines: Iterable[Line]) -> list[str]:
+def problems(part: str, results: dict[str, Any]) -> list[str]:
     """What is wrong with this package in a part's results: wrong values and errors."""
-    results = findings.results(lines)
     if part == "smoke":
         return [f"{item}: {r['wrong'] or r['error']}" for item, r in results.items() if r["wrong"] or r["error"]]
     if part == "environment":
         return [f"the library: {r['missing_arch']}" for r in results.values() if r["missing_arch"]]
     if part == "convolutions":
-        return [f"{item}, {name}: {why}" for item, r in results.items() for name, why in r["errors"].items()]
+        return [
+            f"{item}, {direction}, {name}: {timing['error']}"
+            for item, found in results.items()
+            for direction in convolutions.OP
+            for name, timing in found.get(direction, {}).items()
+            if is_ours(name) and "error" in timing
+        ]
+    if part == "sanitizer":
+        return [f"{tool}: {r['summary']}" for tool, r in results.items() if r["failed"]]
     return tables.problems(_rows(results))
 
 
@@ -166,7 +194,7 @@ def _convolution_lines(results: dict[str, Any], rates: roofline.Ceilings | None)
         "Microseconds, TFLOP/s in brackets. cuDNN's alone, without bias and ReLU, in several forms; then the op.",
         "",
     ]
-    directions = [*convolutions.ALONE, "op, forward", "op, backward"]
+    directions = [*convolutions.ALONE, *convolutions.OP]
     for item, found in results.items():
         floor = f", floor of a pass {convolutions.floor(found, rates) * 1e6:.0f} us" if rates else ""
         lines += [f"**{item}**{floor}", "", "| | |", "|---|---|"]
@@ -179,7 +207,7 @@ def _convolution_lines(results: dict[str, Any], rates: roofline.Ceilings | None)
                 else:
                     cells.append(f"{name}: {_cell(timing['error'])}")
             lines.append(f"| {direction} | {'; '.join(cells)} |")
-        lines += ["", *[f"- {name}: {_cell(why)}" for name, why in found["errors"].items()], ""]
+        lines += ["", *[f"- no {name}: {_cell(why)}" for name, why in found["missing"].items()], ""]
     return lines
 
 
@@ -194,7 +222,9 @@ def _kernel_lines(results: dict[str, Any]) -> list[str]:
         lines += ["| kernel | calls | us | share | MB | GB/s |", "|---|---|---|---|---|---|"]
         for kernel in result["kernels"][:KERNELS]:
             moved = kernel["bytes"] * kernel["calls"] if kernel.get("bytes") else None
-            rate = ["-", "-"] if moved is None else [f"{moved / 1e6:.1f}", f"{moved / kernel['us'] / 1e3:.0f}"]
+            rate = (
+                ["-", "-"] if moved is None else [f"{moved / 1e6:.1f}", f"{moved / max(kernel['us'], 0.01) / 1e3:.0f}"]
+            )
             name = _cell(kernel["name"])
             name = name if len(name) <= 110 else f"{name[:107]}..."
             cells = [f"`{name}`", f"{kernel['calls']:g}", f"{kernel['us']:.1f}", f"{kernel['share']:.1%}", *rate]
@@ -206,7 +236,7 @@ def _kernel_lines(results: dict[str, Any]) -> list[str]:
 def _tests_lines(tests: dict[str, Any] | None) -> list[str]:
     if not tests:
         return []
-    ended = sum(tests[outcome] for outcome in ("passed", "failed", "errors", "skipped"))
+    ended = sum(tests[outcome] for outcome in OUTCOMES)
     end = f" {tests['collected'] - ended} were not reached in the time." if ended < tests["collected"] else ""
     lines = ["## Tests", ""]
     counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['errors']} errors, {tests['skipped']} skipped"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import os
 import re
@@ -19,11 +20,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alexnet_kernels.gpu_check import counters, findings, progress, report
 from alexnet_kernels.gpu_check.findings import Findings
-from alexnet_kernels.gpu_check.plan import IN_WORKER, SHARES, Budget
+from alexnet_kernels.gpu_check.plan import IN_WORKER, SHARES, Budget, stages
 from alexnet_kernels.testing import machine, roofline
 from alexnet_kernels.testing.machine import PACKAGE
 
@@ -34,19 +34,25 @@ LARGEST_LOG = 15 * 2**20  # bytes
 PYTEST_ENDED = (0, 1, 5)  # by itself: all passed, some failed, none were left
 PROCESSES = 12  # of pytest, at most
 SMOKE_PROCESSES = 8
+RESERVE = 2.0  # seconds, for the report
+STARTS = 10.0  # seconds in which a worker starts, counted beside its time
+
+
+class Busy(Exception):
+    """Another check is at work in the same folder."""
+
+
+class Stopped(Exception):
+    """The check is being ended: nothing more is started."""
 
 
 @dataclass(frozen=True)
 class Ended:
     """How a process ended."""
 
-    status: int | None  # None: it was ended for its time
+    status: int | None  # None: the check ended it for its time
     tail: tuple[str, ...]  # the last lines that it printed
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether it ended itself."""
-        return self.status == 1 and any(re.match(r"Timeout \(\d+:\d+:\d+", line) for line in self.tail)
+    timed_out: bool = False  # whether its own watchdog ended it
 
     @property
     def reason(self) -> str:
@@ -60,38 +66,86 @@ class Ended:
 
 
 def _die_with_parent() -> None:
-    """Of the child: what the check started ends when the check does, however that was."""
+    """Of the child: it ends when the check does, however that was."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """The process and all that it started."""
+def _kill(group: int) -> None:
+    """A process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(group, signal.SIGKILL)
+
+
+class Undertaker:
+    """A process that ends whatever the check had started, children of children too, should the check be killed."""
+
+    CODE = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    sign, group = line[0], int(line[1:])
+    groups.add(group) if sign == "+" else groups.discard(group)
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+
+    def __init__(self) -> None:
+        words = [sys.executable, "-S", "-c", self.CODE]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True, text=True)
+
+    def tell(self, sign: str, group: int) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(f"{sign}{group}\n")
+            self._process.stdin.flush()
+
+    def dismiss(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
 
 
 class Log:
-    """The one log: what every process prints, each line with the process's name before it."""
+    """The one log: what every process prints, each line with the process's name before it.
+
+    Raises:
+        Busy: another check has it open.
+    """
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._left = LARGEST_LOG - (path.stat().st_size if path.exists() else 0)
         self._file = open(path, "a", errors="replace")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise Busy(f"another check is at work in {path.parent}") from None
+        self._left = LARGEST_LOG - path.stat().st_size
 
     def write(self, name: str, text: str) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            if self._left <= 0:
+                return
             self._left -= len(text) + len(name) + 3
-            if self._left > 0:
-                self._file.write(f"{name}| {text.rstrip()}\n")
-                self._file.flush()
+            full = "" if self._left > 0 else f"check| the log is full: {LARGEST_LOG} bytes\n"
+            self._file.write(f"{name}| {text.rstrip()}\n{full}")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
 class Check:
-    """One command: the parts from `parts[0]` on, in at most `seconds`."""
+    """One command: some parts, in at most `seconds`.
+
+    Raises:
+        Busy: another check is at work in the folder `out`.
+    """
 
     def __init__(
         self,
@@ -99,157 +153,170 @@ class Check:
         device: str,
         seconds: float,
         *,
+        name: str = "",
         tests: Path | None = None,
         library: Path | None = None,
         patience: float = 60.0,
     ) -> None:
-        self.out, self.device, self.library, self.patience = out, device, library, patience
+        self.out, self.device, self.name, self.library, self.patience = out, device, name, library, patience
         self.tests = (tests or ROOT / "tests").resolve()
-        self.budget = Budget(seconds)
-        self.commit = machine.commit()
-        self.findings = Findings(out / findings.FILE)
+        self.budget = Budget(seconds - RESERVE)
         self.log = Log(out / LOG)
-        self.failed = False
+        self.findings = Findings(out / findings.FILE)
+        self.since = self.findings.size()
+        self.commit = machine.commit()
+        self.passed = True
+        self._lock = threading.Lock()
         self._stopped = False
-        self._running: set[subprocess.Popen[str]] = set()
+        self._running: set[int] = set()
+        self._undertaker: Undertaker | None = None
 
     def run(self, parts: Sequence[str]) -> bool:
-        """Whether all that ran passed. Parts that follow each other in one worker share its start."""
-        self.say(f"{', '.join(parts)}: {self.budget.left():.0f} s")
-        i = 0
-        while i < len(parts):
-            j = i + 1
-            if parts[i] in IN_WORKER and parts[i] != "smoke":
-                while j < len(parts) and parts[j] in IN_WORKER and parts[j] != "smoke":
-                    j += 1
-            self._stage(parts[i:j], parts[j:])
-            i = j
-        self.write()
-        self.log.close()
-        return not self.failed
+        """Whether all that ran passed."""
+        self._undertaker = Undertaker()
+        try:
+            self.findings.add("command", device=self.device, name=self.name, parts=list(parts), commit=self.commit)
+            self.say(f"{', '.join(parts)}: {self.budget.left():.0f} s")
+            order = stages(parts)
+            for i, stage in enumerate(order):
+                self._stage(stage, [part for later in order[i + 1 :] for part in later])
+            self.write()
+        finally:
+            self._undertaker.dismiss()
+            self.log.close()
+        return self.passed
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(text, flush=True)
         self.log.write("check", text)
 
     def write(self) -> None:
-        report.write(self.out, self.findings, self.device)
+        """The report; the check goes on without, if that fails."""
+        try:
+            report.write(self.out, self.findings)
+        except Exception as error:
+            self.say(f"the report could not be written: {type(error).__name__}: {error}")
+            self.log.write("check", traceback.format_exc())
 
     def _stage(self, parts: Sequence[str], later: Sequence[str]) -> None:
         start = time.monotonic()
-        limit = (
-            self.budget.left() * sum(SHARES[part] for part in parts) / sum(SHARES[part] for part in [*parts, *later])
-        )
-        states: dict[str, dict[str, Any]] = {}
+        left = self.budget.left()
+        total = sum(SHARES[part] for part in [*parts, *later])
+        ends, used = {}, 0.0
+        for part in parts:
+            used += SHARES[part]
+            ends[part] = max(0.0, left) * used / total
+        errors: dict[str, str] = {}
+        states: dict[str, str] = {}
         try:
-            if parts[0] in IN_WORKER:
-                states = self._work(parts, later, limit)
+            if left <= 0:
+                pass  # nothing is started: the parts are not reached
+            elif parts[0] in IN_WORKER:
+                self._work(parts, ends, start)
             else:
-                other: dict[str, Callable[[float], dict[str, Any]]] = {
+                other: dict[str, Callable[[float], tuple[str, str]]] = {
                     "build": self._build,
                     "tests": self._tests,
                     "counters": self._counters,
                     "sanitizer": self._sanitizer,
                 }
-                states = {parts[0]: other[parts[0]](limit)}
+                states[parts[0]], errors[parts[0]] = other[parts[0]](ends[parts[0]])
+        except Stopped:
+            pass
         except Exception as error:
-            states = {parts[-1]: {"state": "failed", "error": f"{type(error).__name__}: {error}"}}
+            self.log.write("check", traceback.format_exc())
+            states[parts[0]], errors[parts[0]] = "failed", f"{type(error).__name__}: {error}"
         except BaseException:
-            states = {parts[-1]: {"state": "interrupted"}}
-            self._stopped = True
-            for process in list(self._running):
-                _kill(process)
+            self.stop()
             raise
         finally:
-            seconds = round(time.monotonic() - start, 1)
-            for part, state in states.items():
-                line = {"seconds": seconds, **state, "commit": self.commit}
-                self.findings.add(part, **line)
-                self.failed |= line["state"] not in ("passed", "skipped")
-                why = f": {line['error']}" if line.get("error") else ""
-                self.say(f"{part}: {line['state']}, {line['seconds']:.0f} s{why}")
-            self.write()
+            self._end(parts, states, errors, time.monotonic() - start)
+
+    def stop(self) -> None:
+        """Ends what runs, and starts nothing more."""
+        with self._lock:
+            self._stopped = True
+            for group in self._running:
+                _kill(group)
+
+    def _end(self, parts: Sequence[str], states: dict[str, str], errors: dict[str, str], seconds: float) -> None:
+        for part in parts:
+            lines = self.findings.lines(part)
+            now = self.findings.lines(part, self.since)
+            worked = [line["worked"] for line in now if "worked" in line]
+            state, error = report.state(part, lines, now, interrupted=self._stopped)
+            state, error = states.get(part) or state, errors.get(part) or error
+            took = round(max(worked) if worked and len(parts) > 1 else seconds, 1)
+            self.passed &= state not in ("failed", "interrupted")
+            self.findings.add(
+                part, state=state, seconds=took, commit=self.commit, **({"error": error} if error else {})
+            )
+            self.say(f"{part}: {state}, {took:.0f} s{f': {error}' if error else ''}")
+        self.write()
 
     # Parts in workers of this package.
 
-    def _work(self, parts: Sequence[str], later: Sequence[str], limit: float) -> dict[str, dict[str, Any]]:
-        count = min(SMOKE_PROCESSES, os.cpu_count() or 1) if parts[0] == "smoke" else 1
-        since = self.findings.size()
-        seconds = self.budget.left()
+    def _work(self, parts: Sequence[str], ends: dict[str, float], start: float) -> None:
+        count = min(SMOKE_PROCESSES, _cores()) if parts[0] == "smoke" else 1
         threads = [
-            threading.Thread(target=self._worker, args=(parts, later, seconds, limit, index, count))
-            for index in range(count)
+            threading.Thread(target=self._worker, args=(parts, ends, start, index, count)) for index in range(count)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return {part: self._state(part, since) for part in parts}
 
-    def _state(self, part: str, since: int) -> dict[str, Any]:
-        lines = self.findings.lines(part, since)
-        ended = [line for line in lines if "ended" in line]
-        seconds = sum(line["worked"] for line in lines if "worked" in line and line["index"] == 0)
-        state: dict[str, Any] = {"seconds": seconds}
-        problems = report.problems(part, lines)
-        problems += [f"{line['crashed']}: {line['reason']}" for line in lines if "crashed" in line]
-        if ended:
-            state |= {"state": "failed", "error": ended[-1]["ended"]}
-        elif problems:
-            state |= {
-                "state": "failed",
-                "error": f"{problems[0]}" + (f" and {len(problems) - 1} more" * (len(problems) > 1)),
-            }
-        else:
-            state |= {"state": "passed"}
-        return state
-
-    def _worker(
-        self, parts: Sequence[str], later: Sequence[str], seconds: float, limit: float, index: int, count: int
-    ) -> None:
+    def _worker(self, parts: Sequence[str], ends: dict[str, float], start: float, index: int, count: int) -> None:
         """Runs the parts in a process; after a crash another one goes on, without what that was in."""
         try:
-            self._keep_working(parts, later, seconds, limit, index, count)
+            left, reason = self._keep_working(list(parts), ends, start, index, count)
+        except Stopped:
+            return
         except Exception as error:
-            traceback.print_exc()
-            self.findings.add(parts[-1], ended=f"{type(error).__name__}: {error}")
+            self.log.write("check", traceback.format_exc())
+            left, reason = list(parts), f"{type(error).__name__}: {error}"
+        for part in left:
+            self.findings.add(part, ended=reason)
 
     def _keep_working(
-        self, parts: Sequence[str], later: Sequence[str], seconds: float, limit: float, index: int, count: int
-    ) -> None:
-        budget, hard = Budget(seconds), Budget(limit + 25)
-        name = f"{parts[0]} {index}" if count > 1 else parts[0]
-        left = list(parts)
+        self, left: list[str], ends: dict[str, float], start: float, index: int, count: int
+    ) -> tuple[list[str], str]:
+        """The parts that failed to be worked to their end, and why."""
+        name = f"{left[0]} {index}" if count > 1 else left[0]
+        last = ends[left[-1]]
+        ended = Ended(0, ())
         for _ in range(RESTARTS):
             since = self.findings.size()
-            command = [sys.executable, "-m", "alexnet_kernels.gpu_check", "--worker", *left, "--later", *later]
-            command += ["--device", self.device, "--seconds", str(budget.left()), "--out", str(self.out)]
-            command += ["--share", str(index), str(count), "--patience", str(self.patience)]
-            ended = self.process(name, command, hard.left())
-            if self._stopped:
-                return
+            passed = time.monotonic() - start
+            command = [sys.executable, "-m", "alexnet_kernels.gpu_check", "--worker", *left]
+            command += ["--until", *[str(round(ends[part] - passed, 2)) for part in left], "--since", str(self.since)]
+            command += ["--device", self.device, "--out", str(self.out), "--patience", str(self.patience)]
+            command += ["--share", str(index), str(count)]
+            ended = self.process(name, command, last - passed + STARTS)
             new = self.findings.lines(since=since)
-            done = [line["part"] for line in new if "worked" in line and line["index"] == index]
+            done = [line["part"] for line in new if line.get("worker") == index and "worked" in line]
             left = [part for part in left if part not in done]
-            if ended.status == 0:
-                return
+            if not left:
+                if ended.status != 0:
+                    self.log.write("check", f"{name}, all done, {ended.reason}")
+                return [], ""
             current = findings.under_way(line for line in new if line.get("worker", index) == index)
-            if current is None or (ended.status is None and hard.left() < 1):
-                part, item = current or (left[0] if left else parts[-1], "")
-                self.findings.add(part, **({"late": [item]} if item else {"ended": ended.reason}))
-                return
+            if current is None:
+                break  # it didn't start, or ended between two items
             part, item = current
-            if ended.timed_out and any(line.get("started") == item and line.get("overtime") for line in new):
-                self.findings.add(part, late=[item])
-                left.remove(part)
-                if not left:
-                    return
+            overtime = any(line.get("started") == item and line.get("overtime") for line in new)
+            if ended.status is None or (ended.timed_out and overtime):
+                ends[part] = 0.0  # the part's time is over: what is left of it is not reached
             else:
                 self.findings.add(part, crashed=item, reason=ended.reason)
+            if time.monotonic() - start > last:  # what is left of the time's end is not reached
+                return [], ""
+        return left, ended.reason
 
-    # Parts in processes of other programs.
+    # Parts in processes of other programs: (state, error).
 
-    def _build(self, limit: float) -> dict[str, Any]:
+    def _build(self, limit: float) -> tuple[str, str]:
         """The library for the device present, in place; or one that was built elsewhere."""
         target = PACKAGE / "_C.so"
         if self.library is not None:
@@ -259,109 +326,114 @@ class Check:
                 os.replace(temporary, target)
             return self._fits()
         if not (ROOT / "setup.py").exists():
-            return {"state": "skipped", "error": "no source tree: the installed library is checked"}
-        variables = {}
+            return "skipped", "no source tree: the installed library is checked"
         if self.device == "cuda":
-            capability = machine.output(
-                "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", pattern=r"(\d+\.\d+)"
-            )
-            variables = {"ALEXNET_KERNELS_CUDA": "1", "ALEXNET_KERNELS_ARCHS": capability}
+            code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+            asked = self.process("build", [sys.executable, "-c", code], 60)
+            if asked.status != 0 or not asked.tail:
+                return "failed", f"torch doesn't tell the device's architecture: {asked.reason}"
+            variables = {"ALEXNET_KERNELS_CUDA": "1", "ALEXNET_KERNELS_ARCHS": asked.tail[-1]}
         else:
             variables = {"ALEXNET_KERNELS_CUDA": "0"}
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        ended = self.process("build", command, limit + 60, variables, ROOT)
+        # Without the library there is nothing to check: its build may take longer than its share.
+        ended = self.process(
+            "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 2 * limit, variables, ROOT
+        )
         if ended.status != 0:
-            return {"state": "failed", "error": f"{ended.reason}. What was built before, if anything, is checked"}
+            return "failed", f"{ended.reason}. What was built before, if anything, is checked"
         return self._fits()
 
-    def _fits(self) -> dict[str, Any]:
+    def _fits(self) -> tuple[str, str]:
         """Whether the library loads here, is of this tree's sources, and has kernels for this device."""
         words = ["--worker", "library", "--device", self.device, "--out", str(self.out)]
         ended = self.process("build", [sys.executable, "-m", "alexnet_kernels.gpu_check", *words], 60)
         if ended.status == 0:
-            return {"state": "passed"}
-        return {"state": "failed", "error": f"the library: {ended.tail[-1] if ended.tail else ended.reason}"}
+            return "passed", ""
+        return "failed", f"the library: {ended.tail[-1] if ended.tail else ended.reason}"
 
-    def _tests(self, limit: float) -> dict[str, Any]:
+    def _tests(self, limit: float) -> tuple[str, str]:
         if not (self.tests / "conftest.py").exists():
-            return {"state": "skipped", "error": f"there are no tests at {self.tests}: give --tests"}
+            return "skipped", f"there are no tests at {self.tests}: give --tests"
         if importlib.util.find_spec("pytest") is None:
-            return {"state": "skipped", "error": "pytest is not installed"}
+            return "skipped", "pytest is not installed"
         if self.device == "cuda":
             chosen = [str(self.tests / "test_gpu.py"), str(self.tests / "ops"), "-m", "gpu"]
         else:
             chosen = [str(self.tests / "ops" / "test_within_map_response_norm.py"), "-k", "definition and cpu"]
         words = [sys.executable, "-m", "pytest", "-q", "--tb=long", "-p", "no:cacheprovider", "-p", progress.__name__]
-        processes = min(PROCESSES, (os.cpu_count() or 1) - 2)
+        processes = min(PROCESSES, _cores() - 2)
         if processes > 1 and importlib.util.find_spec("xdist") is not None:
             words += ["-n", str(processes), "--dist", "load", "--maxschedchunk", "2"]
             words += ["--max-worker-restart", "50"]
-        since = self.findings.size()
         budget = Budget(limit)
-        ended, in_test = Ended(0, ()), None
+        error = ""
         # In a folder of its own: `python -m` would import a source tree's package from the current one.
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(RESTARTS):
+                before = self.findings.size()
                 variables = {
                     progress.VARIABLE: str(self.findings.path.resolve()),
-                    progress.SEEN: str(self.findings.size()),
+                    progress.SINCE: str(self.since),
+                    progress.SEEN: str(before),
                     progress.PATIENCE: str(max(5.0, min(100.0, self.patience * 2))),
                     # Of the tests' own compilation: every process of pytest's would start as many again.
                     "TORCHINDUCTOR_COMPILE_THREADS": "1",
                     "TORCHDYNAMO_VERBOSE": "1",  # whole stacks
                 }
-                before = self.findings.size()
                 command = [*words, "--continue-on-collection-errors", *chosen]
                 ended = self.process("tests", command, budget.left(), variables, Path(folder))
-                in_test = progress.under_way(self.findings.lines("tests", before))
-                if (ended.status in PYTEST_ENDED and in_test is None) or budget.left() < 5:
+                new = self.findings.lines("tests", before)
+                in_test = progress.under_way(new)
+                error = "" if ended.status in PYTEST_ENDED and in_test is None else f"pytest {ended.reason}"
+                if not error or ended.status is None or budget.left() < 5:
                     break
                 # Without xdist: the next process takes the tests that follow the one that ended this.
                 if in_test is not None:
                     self.findings.add("tests", test=in_test, outcome="failed", reason=ended.reason, seconds=0)
-                elif ended.status != progress.LOST:
+                elif not any("test" in line for line in new):
                     break
-        counts = report.count_tests(self.findings.lines("tests", since))
-        bad = counts["failed"] + counts["errors"]
-        state: dict[str, Any] = {"finished": ended.status in PYTEST_ENDED and in_test is None}
-        state["state"] = "passed" if counts["passed"] and not bad else "failed"
-        if ended.status not in (0, None) and not bad:
-            state |= {"state": "failed", "error": f"pytest {ended.reason}"}
-        return state
+        lines = self.findings.lines("tests")
+        state, problem = report.state("tests", lines, self.findings.lines("tests", self.since), interrupted=False)
+        if state in ("not reached", "unfinished") and error and ended.status is not None:
+            return "failed", error
+        return state, problem
 
-    def _counters(self, limit: float) -> dict[str, Any]:
+    def _counters(self, limit: float) -> tuple[str, str]:
         ncu = machine.tool("ncu")
         if self.device != "cuda" or ncu is None:
-            return {"state": "skipped", "error": "ncu (Nsight Compute) is not available"}
+            return "skipped", "ncu (Nsight Compute) is not available"
         every = self.findings.lines()
         rates = roofline.ceilings(
             findings.results(line for line in every if line["part"] == "ceilings").get("rates", {})
         )
         rows = findings.results(line for line in every if line["part"] == "ops")
         if rates is None or not rows:
-            return {"state": "skipped", "error": "the ops were not timed"}
-        done = findings.finished(line for line in every if line["part"] == "counters")
+            return "skipped", "the ops were not timed"
+        done = findings.results(self.findings.lines("counters"))
         chosen = [one for one in counters.slowest(rows, rates) if f"{one[0]}, {one[1]}" not in done]
+        if not chosen:
+            return ("passed", "") if done else ("skipped", "no row of backend 'cuda' was timed")
+        self.findings.add("counters", items=[f"{row}, {direction}" for row, direction, _ in chosen])
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "ncu.csv"
             ended = self.process("counters", counters.command(ncu, log, chosen), limit)
             text = log.read_text() if log.exists() else ""
         found = counters.parsed(text)
-        for (name, direction, reached), kernels in zip(chosen, found, strict=False):
+        if len(found) != len(chosen):  # which row a kernel is of isn't known
+            self.log.write("counters", text[:4000])
+            return "skipped", f"{len(found)} of {len(chosen)} rows: ncu {ended.reason}"
+        for (name, direction, reached), kernels in zip(chosen, found, strict=True):
             result = {"share_of_floor": reached, "kernels": kernels}
             self.findings.add("counters", item=f"{name}, {direction}", result=result)
-        if len(found) < len(chosen):
-            self.log.write("counters", text[:4000])
-            return {"state": "skipped", "error": f"{len(found)} of {len(chosen)} rows: ncu {ended.reason}"}
-        return {"state": "passed"}
+        return "passed", ""
 
-    def _sanitizer(self, limit: float) -> dict[str, Any]:
+    def _sanitizer(self, limit: float) -> tuple[str, str]:
         sanitizer = machine.tool("compute-sanitizer")
         if self.device != "cuda" or sanitizer is None:
-            return {"state": "skipped", "error": "compute-sanitizer is not available"}
+            return "skipped", "compute-sanitizer is not available"
         budget = Budget(limit)
-        tools = ("memcheck", "racecheck")
-        ended: list[Ended] = []
+        tools = [tool for tool in ("memcheck", "racecheck") if tool not in findings.results(self._clean("sanitizer"))]
+        self.findings.add("sanitizer", items=tools)
         for i, tool in enumerate(tools):
             # Of this package's kernels only: the libraries' are many, and theirs to check.
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=alexnet_kernels"]
@@ -369,17 +441,23 @@ class Check:
             # So that the tool sees every allocation by itself.
             variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             lines: list[str] = []
-            one = self.process("sanitizer", command, budget.left() / (len(tools) - i), variables, keep=lines)
+            ended = self.process("sanitizer", command, budget.left() / (len(tools) - i), variables, keep=lines)
             text = "\n".join(lines)
             summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
             errors = re.findall(r"=+ ((?:Invalid|Error|Misaligned|Program hit|Uninit).*)", text)
-            result = {"summary": summary[-1] if summary else one.reason, "errors": errors[:10]}
-            result["ops"] = [line for line in lines if re.fullmatch(r"\w+", line)]
-            self.findings.add("sanitizer", item=tool, result=result)
-            ended.append(one)
-        if all(one.status is None for one in ended):
-            return {"state": "skipped", "error": "neither tool ended in the time"}
-        return {"state": "failed" if any(one.status not in (0, None) for one in ended) else "passed"}
+            if ended.status is not None or errors:
+                failed = ended.status not in (0, None) or bool(errors)
+                result = {"summary": summary[-1] if summary else ended.reason, "errors": errors[:10], "failed": failed}
+                result["ops"] = [line for line in lines if re.fullmatch(r"\w+", line)]
+                self.findings.add("sanitizer", item=tool, result=result)
+        return "", ""
+
+    def _clean(self, part: str) -> list[findings.Line]:
+        """The lines of a part but for results that are problems, of earlier commands."""
+        lines = self.findings.lines(part, until=self.since)
+        return [
+            line for line in lines if "result" not in line or not report.problems(part, {line["item"]: line["result"]})
+        ]
 
     def process(
         self,
@@ -390,30 +468,42 @@ class Check:
         cwd: Path | None = None,
         keep: list[str] | None = None,
     ) -> Ended:
-        """Runs a command, its output in the log; ended after `limit` seconds, with all that it started."""
+        """Runs a command, its output in the log; ended after `limit` seconds, with all that it started.
+
+        Raises:
+            Stopped: the check is being ended.
+        """
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(variables or {})}
         self.log.write(name, f"$ {' '.join(map(str, command))}")
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=env,
-            cwd=cwd,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
-        self._running.add(process)
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=env,
+                cwd=cwd,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+            self._running.add(process.pid)
+            if self._undertaker is not None:
+                self._undertaker.tell("+", process.pid)
         tail: deque[str] = deque(maxlen=400)
+        timeouts: list[str] = []
 
         def read() -> None:
             assert process.stdout is not None
             for line in process.stdout:
                 self.log.write(name, line)
                 tail.append(line.rstrip())
+                if re.match(r"Timeout \(\d+:\d+:\d+", line):
+                    timeouts.append(line)
                 if keep is not None:
                     keep.append(line.rstrip())
 
@@ -422,11 +512,24 @@ class Check:
         status: int | None = None
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(max(1.0, limit))
+                status = process.wait(max(1.0, min(limit, self.budget.left())))
         finally:
             # Its children too, of which a process that ended by itself may have left some.
-            _kill(process)
-            process.wait()
-            self._running.discard(process)
+            _kill(process.pid)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:  # in the driver
+                self.say(f"{name}: process {process.pid} could not be ended")
+            with self._lock:
+                self._running.discard(process.pid)
+                if self._undertaker is not None:
+                    self._undertaker.tell("-", process.pid)
             reader.join(2)
-        return Ended(status, tuple(tail))
+        if self._stopped:
+            raise Stopped
+        return Ended(status, tuple(tail), status == 1 and bool(timeouts))
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))

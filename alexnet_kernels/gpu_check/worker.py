@@ -1,4 +1,4 @@
-"""The parts that run in a worker process. Each yields (item, what was found), after `begin(item)`.
+"""The parts that run in a worker process, each a list of items.
 
 A worker appends its findings itself. It ends itself, with every thread's stack on standard error, if an item takes
 longer than it may: the runner then starts another, which goes on with the next item.
@@ -10,15 +10,16 @@ import faulthandler
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from alexnet_kernels import _library, _sources, backends
-from alexnet_kernels.gpu_check import convolutions, kernel_times
-from alexnet_kernels.gpu_check.findings import Findings, finished
-from alexnet_kernels.gpu_check.plan import Budget, share
+from alexnet_kernels.gpu_check import convolutions, findings, kernel_times, report
+from alexnet_kernels.gpu_check.findings import Findings
+from alexnet_kernels.gpu_check.plan import Budget
 from alexnet_kernels.testing import bench, machine, roofline
 from alexnet_kernels.testing import cases as registry
 from alexnet_kernels.testing.rows import HARDENED, OURS, PURPOSES, NetRow, OpRow, Row, SgdRow, to_json
@@ -27,72 +28,35 @@ from alexnet_kernels.testing.timing import DeviceLost, reason_of, works
 BATCH = 128
 LARGE = 1024
 PATIENCE = 60.0  # seconds for an item that compiles nothing
-GRACE = 10.0  # seconds that an item may go on after its part's time
-MATRICES = ("conv2d_relu", "linear_relu_dropout")
-
-Found = Iterator[tuple[str, dict[str, Any]]]
+GRACE = 5.0  # seconds that an item may go on after its part's time
 
 
-class Part:
-    """What a part is given: the device, its time, and what need not run again."""
-
-    def __init__(
-        self,
-        name: str,
-        device: torch.device,
-        seconds: float,
-        findings: Findings,
-        index: int = 0,
-        count: int = 1,
-        patience: float = PATIENCE,
-    ) -> None:
-        self.name, self.device, self.findings = name, device, findings
-        self.index, self.count, self.patience = index, count, patience
-        self.budget = Budget(seconds)
-        self.done = finished(findings.lines(name))
-        self.late: list[str] = []
-
-    @property
-    def small(self) -> bool:
-        return self.device.type != "cuda"
-
-    def begin(self, item: str, least: float = 1.0, compiles: bool = False) -> bool:
-        """Whether to start the item: it is not done, and there are at least so many seconds."""
-        if item in self.done:
-            return False
-        left = self.budget.left()
-        if left < least:
-            self.late.append(item)
-            return False
-        # Compiling takes as long as it takes: silence is no sign of a hang.
-        limit = left + GRACE if compiles else min(self.patience, left + GRACE)
-        self.findings.add(self.name, started=item, worker=self.index, overtime=limit < self.patience or compiles)
-        faulthandler.dump_traceback_later(limit, exit=True)
-        return True
-
-    def run(self, work: Callable[[Part], Found]) -> None:
-        start = time.monotonic()
-        for item, result in work(self):
-            self.findings.add(self.name, item=item, result=result)
-            faulthandler.cancel_dump_traceback_later()
-        if self.late:
-            self.findings.add(self.name, late=self.late)
-        self.findings.add(self.name, worked=round(time.monotonic() - start, 1), index=self.index)
+@dataclass(frozen=True)
+class Item:
+    name: str
+    run: Callable[[Collection[str]], dict[str, Any]]  # without these variants, which lost the device
+    least: float = 1.0  # seconds for which it is worth starting
+    compiles: bool = False
 
 
-def environment(part: Part) -> Found:
-    if part.begin("facts"):
+def _small(device: torch.device) -> bool:
+    return device.type != "cuda"
+
+
+def environment(device: torch.device) -> list[Item]:
+    def facts(_: Collection[str]) -> dict[str, Any]:
         library = _library.status()
-        found = machine.facts(part.device) | {
+        return machine.facts(device) | {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
             "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU threads",
             "triton": machine.version("triton"),
             "nvcc": machine.output(machine.tool("nvcc") or "nvcc", "--version", pattern=r"V([\d.]+)"),
             "library": {name: value for name, value in library.items() if name != "path"},
-            "missing_arch": missing_arch(library, part.device),
+            "missing_arch": missing_arch(library, device),
             "backends": backends.report(),
         }
-        yield "facts", found
+
+    return [Item("facts", facts, least=0.0)]
 
 
 def misfit(device: torch.device) -> str | None:
@@ -118,114 +82,117 @@ def missing_arch(library: dict[str, Any], device: torch.device) -> str | None:
     return None if exact & set(built) else f"built for {', '.join(library['archs'])}, but the device is {major}.{minor}"
 
 
-def ceilings(part: Part) -> Found:
-    if part.begin("rates"):
+def ceilings(device: torch.device) -> list[Item]:
+    def rates(_: Collection[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for rate in roofline.measure_ceilings(part.device, small=part.small):
+        for rate in roofline.measure_ceilings(device, small=_small(device)):
             found |= rate
-        yield "rates", found
+        return found
+
+    return [Item("rates", rates)]
 
 
-def smoke(part: Part) -> Found:
+def smoke(device: torch.device) -> list[Item]:
     """Every op at AlexNet's layers, output and gradients, against its definition in float64.
 
     Several workers share the items: Triton compiles its kernels one by one.
     """
     every = [case for case in registry.cases() if case.core]
-    if part.small:
+    if _small(device):
         every = list({case.op: case for case in every if case.dtype == torch.bfloat16}.values())
-    pairs: list[tuple[registry.Case | SgdRow, str]] = []
-    for backend in OURS[part.device.type]:
-        pairs += [(case, backend) for case in every]
-        pairs.append((SgdRow(small=True), backend))
-    for case, backend in pairs[part.index :: part.count]:
-        item = f"{case.name} by {backend}"
-        op = case.op if isinstance(case, registry.Case) else "sgd_step"
-        if not part.begin(item, least=2.0):
-            continue
-        start = time.perf_counter()
-        problem, error = None, backends.unavailable(op, backend)
-        if error is None:
-            try:
-                if isinstance(case, registry.Case):
-                    expectation = registry.Expectation(case, 2, part.device)
-                    problem = expectation.problem(lambda x, case=case, backend=backend: case.call(x, backend))  # type: ignore[misc]
-                else:
-                    problem = case.problem(backend, part.device)
-            except Exception as failure:
-                error = reason_of(failure)
-                if not works(part.device):
-                    raise DeviceLost(backend, error) from failure
-        yield item, {"wrong": problem, "error": error, "seconds": round(time.perf_counter() - start, 2)}
+
+    def item(case: registry.Case | SgdRow, backend: str) -> Item:
+        return Item(f"{case.name} by {backend}", lambda _: _compared(case, backend, device), least=2.0)
+
+    cases: list[registry.Case | SgdRow] = [*every, SgdRow(small=True)]
+    return [item(case, backend) for backend in OURS[device.type] for case in cases]
 
 
-def _timed(part: Part, rows: Sequence[Row], seconds: float, rounds: int, least: float = 2.0) -> Found:
-    for row in rows:
-        compiles = not isinstance(row, SgdRow) and bool(row.compile)
-        if not part.begin(row.name, least=least, compiles=compiles):
-            continue
-        skip = {item for item in part.done if item.startswith(f"{row.name} by ")}
+def _compared(case: registry.Case | SgdRow, backend: str, device: torch.device) -> dict[str, Any]:
+    start = time.perf_counter()
+    problem, error = None, backends.unavailable(case.op if isinstance(case, registry.Case) else "sgd_step", backend)
+    if error is None:
         try:
-            result = row.time(part.device, seconds=seconds, rounds=rounds, skip=skip)
-        except DeviceLost as lost:
-            # The row itself goes on, in another process, without this variant.
-            part.findings.add(part.name, started=f"{row.name} by {lost.variant}", worker=part.index)
-            raise
-        yield row.name, to_json(result)
+            if isinstance(case, registry.Case):
+                problem = registry.Expectation(case, 2, device).problem(lambda x: case.call(x, backend))
+            else:
+                problem = case.problem(backend, device)
+        except Exception as failure:
+            if not works(device):
+                raise
+            error = reason_of(failure)
+    return {"wrong": problem, "error": error, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def networks(part: Part) -> Found:
-    """Training steps and inference of preset paper, then where the time of a step goes, by kernel."""
-    if part.small:
-        rows = [NetRow("paper", 2, purpose, width=0.1) for purpose in PURPOSES]
+def _timed(device: torch.device, rows: Sequence[Row], seconds: float, rounds: int, least: float = 2.0) -> list[Item]:
+    def item(row: Row) -> Item:
+        compiles = not isinstance(row, SgdRow) and bool(row.compile)
+
+        def run(skip: Collection[str]) -> dict[str, Any]:
+            return to_json(row.time(device, seconds=seconds, rounds=rounds, skip=skip))
+
+        return Item(row.name, run, least, compiles)
+
+    return [item(row) for row in rows]
+
+
+def networks(device: torch.device) -> list[Item]:
+    """Training steps and inference of preset paper, and where the time of a step goes, by kernel."""
+    if _small(device):
+        rows = [NetRow("paper", 2, purpose, width=0.1) for purpose in PURPOSES[::-1]]
     else:
-        rows = [NetRow("paper", n, purpose, more=("hardened, eager",)) for n in (BATCH, LARGE) for purpose in PURPOSES]
-        rows.sort(key=lambda row: row.purpose == "inference")
-    training = [row for row in rows if row.purpose != "inference"]
-    first, *others = rows
-    yield from _timed(part, [first], seconds=2.0, rounds=10)
-    yield from _kernels(part, [training[0]])
-    yield from _timed(part, others, seconds=2.0, rounds=10)
-    yield from _kernels(part, rows)
+        sizes = [(purpose, n) for purpose in PURPOSES[::-1] for n in (BATCH, LARGE)]
+        rows = [NetRow("paper", n, purpose, more=(f"{HARDENED}, eager",)) for purpose, n in sizes]
+
+    def kernels(row: NetRow, variant: str) -> Item:
+        return Item(
+            f"kernels of {row.name} by {variant}", lambda _: kernel_times.table(row, variant, device), least=3.0
+        )
+
+    tables = [kernels(row, variant) for row in rows for variant in ("auto", "auto, pure bf16", "eager")]
+    first, *others = _timed(device, rows, seconds=2.0, rounds=10)
+    return [first, *tables[:3], *others, *tables[3:]]
 
 
-def _kernels(part: Part, rows: Sequence[NetRow]) -> Found:
-    for row in rows:
-        for variant in ("auto", "auto, pure bf16", "eager"):
-            item = f"kernels of {row.name} by {variant}"
-            if part.begin(item, least=3.0):
-                yield item, kernel_times.table(row, variant, part.device)
+def convolutions_alone(device: torch.device) -> list[Item]:
+    small = _small(device)
+    batch = 2 if small else BATCH
+
+    def item(layer: str) -> Item:
+        def run(_: Collection[str]) -> dict[str, Any]:
+            return convolutions.time_layer(layer, torch.bfloat16, batch, device, small=small)
+
+        return Item(f"{layer}, bf16, batch {batch}", run, least=2.0)
+
+    return [item(layer) for layer in (["conv5"] if small else registry.CONVOLUTIONS)]
 
 
-def convolutions_alone(part: Part) -> Found:
-    batch = 2 if part.small else BATCH
-    for layer in ["conv5"] if part.small else registry.CONVOLUTIONS:
-        item = f"{layer}, bf16, batch {batch}"
-        if part.begin(item, least=2.0):
-            yield item, convolutions.time_layer(layer, torch.bfloat16, batch, part.device, small=part.small)
-
-
-def ops(part: Part) -> Found:
-    """The elementwise ops and the optimizer, forward and backward apart."""
-    if part.small:  # one case of each op shows that the command works
+def ops(device: torch.device) -> list[Item]:
+    """The elementwise ops and the optimizer, forward and backward apart; those of bfloat16 in channels_last first."""
+    if _small(device):  # one case of each op shows that the command works
         every = {case.op: case for case in registry.cases() if case.core and case.dtype == torch.bfloat16}
         rows: list[Row] = [*(OpRow(case, 2, apart=True) for case in every.values()), SgdRow(small=True)]
     else:
-        every_case = [case for case in registry.cases() if case.core]
-        plain = [OpRow(case, BATCH, apart=True) for case in every_case if case.op != "conv2d_relu"]
-        rows = [*plain[:14], SgdRow(), *plain[14:]]
-    yield from _timed(part, rows, seconds=0.4, rounds=15)
+        chosen = [case for case in registry.cases() if case.core and case.op != "conv2d_relu"]
+        main = [case for case in chosen if case.dtype == torch.bfloat16 and case.channels_last]
+        others = [case for case in chosen if case not in main]
+        rows = [*(OpRow(case, BATCH, apart=True) for case in main), SgdRow()]
+        rows += [OpRow(case, BATCH, apart=True) for case in others]
+    return _timed(device, rows, seconds=0.4, rounds=15)
 
 
-def compiled(part: Part) -> Found:
+def compiled(device: torch.device) -> list[Item]:
     """Networks beside torch.compile's of the same, then torchvision's, then single ops."""
-    if part.small:
-        return
+    small = _small(device)
 
-    def beside(preset: str, compiled: str) -> list[Row]:
+    def beside(preset: str, compilation: str) -> list[Row]:
         """A row for each compilation: one that outlasts the time costs no other."""
-        return [NetRow(preset, BATCH, purpose, compile=(compiled,), label=compiled) for purpose in PURPOSES[::-1]]
+        rows = [NetRow(preset, BATCH, purpose, compile=(compilation,), label=compilation) for purpose in PURPOSES[::-1]]
+        return list(rows)
 
+    if small:
+        plain = NetRow("paper", 2, PURPOSES[1], torch.float32, compile=("compiled",), label="compiled", width=0.05)
+        return _timed(device, [plain], seconds=0.1, rounds=1, least=10.0)
     rows = beside("paper", f"{HARDENED}, compiled") + beside("paper", "compiled")
     rows += [NetRow("torchvision", n, purpose) for n in (BATCH, LARGE) for purpose in PURPOSES[::-1]]
     rows += beside("torchvision", "compiled")
@@ -233,10 +200,10 @@ def compiled(part: Part) -> Found:
     core = [case for case in registry.cases() if case.core and case.dtype == torch.bfloat16 and case.channels_last]
     rows += [OpRow(case, BATCH, ("compiled",), label="compiled") for case in core if case.op != "augment"]
     rows += beside("paper", "compiled, max-autotune")
-    yield from _timed(part, rows, seconds=1.5, rounds=10, least=10.0)
+    return _timed(device, rows, seconds=1.5, rounds=10, least=10.0)
 
 
-WORK: dict[str, Callable[[Part], Found]] = {
+WORK: dict[str, Callable[[torch.device], list[Item]]] = {
     "environment": environment,
     "ceilings": ceilings,
     "smoke": smoke,
@@ -247,25 +214,60 @@ WORK: dict[str, Callable[[Part], Found]] = {
 }
 
 
-def run(
-    parts: Sequence[str],
-    later: Collection[str],
-    seconds: float,
-    device: torch.device,
-    findings: Findings,
-    index: int = 0,
-    count: int = 1,
-    patience: float = PATIENCE,
-) -> None:
-    """The parts one after the other; `later` have their share of the seconds, too."""
+class Worker:
+    """One process's work: those of a part's items whose number is `index` modulo `count`.
+
+    `since` is where this command's findings begin: what earlier ones found wrong, or crashed in, is tried again.
+    """
+
+    def __init__(
+        self, device: torch.device, found: Findings, since: int, index: int, count: int, patience: float
+    ) -> None:
+        self.device, self.findings, self.since = device, found, since
+        self.index, self.count, self.patience = index, count, patience
+
+    def run(self, part: str, seconds: float) -> None:
+        start, budget = time.monotonic(), Budget(seconds)
+        items = WORK[part](self.device)[self.index :: self.count]
+        self.findings.add(part, items=[item.name for item in items])
+        done, skip = self._done(part)
+        for item in items:
+            left = budget.left()
+            if item.name not in done and left >= item.least:
+                self._run(part, item, left, skip)
+        self.findings.add(part, worked=round(time.monotonic() - start, 1), worker=self.index)
+
+    def _done(self, part: str) -> tuple[set[str], set[str]]:
+        """The items that need not run again, and the variants that lost the device."""
+        now = self.findings.lines(part, self.since)
+        crashed = set(findings.crashed(now))
+        done = {*findings.results(now), *crashed}
+        if part != "environment":
+            for item, result in findings.results(self.findings.lines(part, until=self.since)).items():
+                if not report.problems(part, {item: result}):
+                    done.add(item)
+        return done, crashed
+
+    def _run(self, part: str, item: Item, left: float, skip: Collection[str]) -> None:
+        # Compiling takes as long as it takes: silence is no sign of a hang.
+        limit = left + GRACE if item.compiles else min(self.patience, left + GRACE)
+        overtime = item.compiles or limit < self.patience
+        self.findings.add(part, started=item.name, worker=self.index, overtime=overtime)
+        faulthandler.dump_traceback_later(limit, exit=True)
+        try:
+            result = item.run(skip)
+        except DeviceLost as lost:
+            # The item itself goes on, in another process, without this variant.
+            self.findings.add(part, started=f"{item.name} by {lost.variant}", worker=self.index)
+            raise
+        self.findings.add(part, item=item.name, result=result)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def prepare(count: int) -> None:
+    """The process, of `count` that run at the same time."""
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(1.0, seconds + GRACE), exit=True)
     torch.manual_seed(0)
     bench.configure()
     if count > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    budget = Budget(seconds)
-    for i, name in enumerate(parts):
-        limit = budget.left() * share(name, [*parts[i + 1 :], *later])
-        Part(name, device, limit, findings, index, count, patience).run(WORK[name])
-    faulthandler.cancel_dump_traceback_later()

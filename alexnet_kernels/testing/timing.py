@@ -240,6 +240,7 @@ def copy_rate(device: torch.device, nbytes: int) -> float:
         "negation": [lambda: torch.neg(source, out=target)],
     }
     times = [timing.median for timing in measure(calls, device).values() if isinstance(timing, Timing)]
+    assert times
     return 2 * nbytes / min(times)
 
 
