@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -42,6 +43,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(alexnet_kernels.__file__).parent
 FILES = ["findings.jsonl", "log.txt", "report.json", "report.md"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+
+
+def commands() -> list[list[str]]:
+    """The words of every process on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text(errors="replace").split("\0")[:-1])
+    return found
 
 
 def command(out: Path, *options: str) -> list[str]:
@@ -387,7 +397,7 @@ class TestFaults:
         before = findings.results(found.lines("smoke"))
         assert len(before) >= 3
         time.sleep(1)
-        assert not [line for line in subprocess.getoutput("ps -eo args").splitlines() if str(out) in line]
+        assert not [words for words in commands() if str(out) in words]
         done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stdout
         after = findings.results(found.lines("smoke"))
@@ -521,7 +531,7 @@ def test_the_grandchildren_of_a_killed_check_are_ended(tmp_path: Path) -> None:
         return condition()
 
     def runs() -> bool:
-        return any(line.strip() == marker for line in subprocess.getoutput("ps -eo args").splitlines())
+        return marker.split() in commands()
 
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT)
     assert until(lambda: log.exists() and "x| begun" in log.read_text())
