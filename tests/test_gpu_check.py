@@ -267,8 +267,8 @@ class TestFaults:
 
     def test_a_slow_machine_reaches_less(self, tmp_path: Path, monkeypatch) -> None:
         start = time.monotonic()
-        part = self.run(tmp_path, monkeypatch, "time.sleep(3)", names=("two", "three", "four"), seconds=9.0)
-        assert time.monotonic() - start < 30
+        part = self.run(tmp_path, monkeypatch, "time.sleep(5)", names=("two", "three", "four"), seconds=14.0)
+        assert time.monotonic() - start < 45
         assert {"one", "two"} <= set(part["results"])
         assert [*part["results"], *part["late"]] == ["one", "two", "three", "four"]
         assert part["late"][-1] == "four"
@@ -278,7 +278,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiles"])
     def test_what_overruns_its_part_is_late(self, compiles: bool, tmp_path: Path, monkeypatch) -> None:
-        part = self.run(tmp_path, monkeypatch, "time.sleep(100)", compiles=compiles, seconds=6.0)
+        part = self.run(tmp_path, monkeypatch, "time.sleep(100)", compiles=compiles, seconds=10.0)
         assert set(part["results"]) == {"one"}
         assert part["late"] == ["two", "three", "four"]
         assert (part["state"], part["error"]) == ("unfinished", "3 of 4 were not reached")
@@ -316,7 +316,7 @@ class TestFaults:
         assert part["error"].startswith("ended with status 5")
 
     def test_a_second_command_goes_on(self, tmp_path: Path, monkeypatch) -> None:
-        self.run(tmp_path, monkeypatch, "time.sleep(3)", names=("two", "three", "four"), seconds=9.0)
+        self.run(tmp_path, monkeypatch, "time.sleep(5)", names=("two", "three", "four"), seconds=14.0)
         with pytest.raises(SystemExit):
             __main__.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
         part = self.run(tmp_path, monkeypatch, "raise AssertionError('two again')")
