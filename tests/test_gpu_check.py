@@ -54,6 +54,11 @@ def commands() -> list[list[str]]:
     return found
 
 
+def parts_of(out: Path) -> dict[str, Any]:
+    """The report's parts."""
+    return json.loads((out / "report.json").read_text())["parts"]
+
+
 def command(out: Path, *options: str) -> list[str]:
     words = [sys.executable, "-m", "alexnet_kernels.gpu_check", "--device", "cpu", "--out", str(out)]
     return [*words, "--library", str(PACKAGE / "_C.so"), "--tests", str(ROOT / "tests"), *options]
@@ -229,7 +234,7 @@ class TestFaults:
         check = runner.Check(out, "cpu", options.pop("seconds", 60.0), **options)
         passed = check.run(["ops"])
         assert sorted(path.name for path in out.iterdir()) == FILES
-        part = json.loads((out / "report.json").read_text())["parts"]["ops"]
+        part = parts_of(out)["ops"]
         assert passed == (part["state"] in ("passed", "unfinished"))
         return part
 
@@ -290,7 +295,7 @@ class TestFaults:
         monkeypatch.setattr(runner.Check, "process", broken)
         check = runner.Check(tmp_path, "cpu", 60)
         assert not check.run(["networks", "ops", "tests"])
-        parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+        parts = parts_of(tmp_path)
         for part in ("networks", "ops"):
             assert parts[part]["state"] == "failed"
             assert parts[part]["error"] == "ended with status 1: ImportError: no such library"
@@ -327,7 +332,7 @@ class TestFaults:
     def test_parts_without_time_are_not_reached(self, tmp_path: Path) -> None:
         check = runner.Check(tmp_path, "cpu", 1.0)
         assert check.run(["smoke", "networks", "tests"])
-        parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+        parts = parts_of(tmp_path)
         assert {part["state"] for part in parts.values()} == {"not reached"}
         assert set(parts) == {"smoke", "networks", "tests"}
 
@@ -437,7 +442,7 @@ class TestTests:
             patience=3.0,
         )
         assert not check.run(["tests"])
-        section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
+        section = parts_of(tmp_path / "out")["tests"]
         counts = {key: section[key] for key in ("passed", "failed", "errors", "skipped", "collected")}
         assert counts == {"passed": 2, "failed": 4, "errors": 0, "skipped": 1, "collected": 7}
         failed = {name.rpartition("_")[2]: reason for name, reason in section["failures"].items()}
@@ -458,7 +463,7 @@ class TestTests:
         )
         check.budget = plan.Budget(12)
         check.run(["tests"])
-        section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
+        section = parts_of(tmp_path / "out")["tests"]
         assert section["state"] == "unfinished"
         assert section["collected"] == 40
         first = section["passed"]
@@ -466,14 +471,14 @@ class TestTests:
         assert f"{40 - first} were not reached in the time." in (tmp_path / "out" / "report.md").read_text()
         (tmp_path / "fast").write_text("")
         assert runner.Check(tmp_path / "out", "cpu", 60, tests=tmp_path / "tests").run(["tests"])
-        section = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["tests"]
+        section = parts_of(tmp_path / "out")["tests"]
         assert section["state"] == "passed"
         assert section["passed"] == 40
 
     def test_no_tests(self, tmp_path: Path) -> None:
         check = runner.Check(tmp_path, "cpu", 8, tests=tmp_path / "nowhere")
         assert check.run(["tests"])
-        section = json.loads((tmp_path / "report.json").read_text())["parts"]["tests"]
+        section = parts_of(tmp_path)["tests"]
         assert section["state"] == "skipped"
         assert "give --tests" in section["error"]
 
@@ -521,7 +526,7 @@ def test_the_grandchildren_of_a_killed_check_are_ended(tmp_path: Path) -> None:
     marker, log = f"sleep 61.{os.getpid()}", tmp_path / "log.txt"
     code = (
         "import pathlib, sys; from alexnet_kernels.gpu_check import runner;"
-        "check = runner.Check(pathlib.Path(sys.argv[1]), 'cpu', 60); check._undertaker = runner.Undertaker();"
+        "check = runner.Check(pathlib.Path(sys.argv[1]), 'cpu', 60); check._reaper = runner.Reaper();"
         f"check.process('x', ['sh', '-c', '{marker} & echo begun; wait'], 50)"
     )
 
@@ -596,7 +601,7 @@ class TestTools:
         chosen = counters.slowest(findings.results(check.findings.lines("ops")), Ceilings(**rates))
         assert chosen == [("slow, bf16", "forward", 0.2), ("fast, bf16", "forward", 1.0)]
         assert check.run(["counters"])
-        results = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["counters"]["results"]
+        results = parts_of(tmp_path / "out")["counters"]["results"]
         assert list(results) == ["slow, bf16, forward", "fast, bf16, forward"]
         pool, bias = results["slow, bf16, forward"]["kernels"]
         assert pool == {"kernel": "pool(int)", "Duration [us]": 1234.5, "rules": ["Memory is busier"]}
@@ -611,7 +616,7 @@ class TestTools:
         row = {"op": "x", "dtype": "bf16", "wrong": {}, "errors": {}, "missing": {}, "forward": measured}
         check.findings.add("ops", item="x, bf16", result=row)
         assert check.run(["counters"])
-        part = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]["counters"]
+        part = parts_of(tmp_path / "out")["counters"]
         assert part["state"] == "skipped"
         assert part["error"] == "0 of 1 rows: ncu ended with status 1: ==ERROR== no permission"
 

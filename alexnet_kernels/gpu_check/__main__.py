@@ -24,7 +24,7 @@ import torch
 
 from alexnet_kernels.gpu_check import findings, report, runner
 from alexnet_kernels.gpu_check.findings import Findings
-from alexnet_kernels.gpu_check.plan import IN_WORKER, PARTS, Budget
+from alexnet_kernels.gpu_check.plan import IN_WORKER, PARTS, PATIENCE, Budget
 from alexnet_kernels.testing import machine
 
 MINUTES = 8.5
@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--library", type=Path, metavar="FILE", help="a library built elsewhere, in place of building")
     parser.add_argument("--tests", type=Path, metavar="DIR", help="the tests' folder (default: beside the package)")
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds without a finding that mean a hang, unless it compiles"
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        help="seconds without a finding that mean a hang, unless it compiles",
     )
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--until", nargs="+", type=float, help=argparse.SUPPRESS)

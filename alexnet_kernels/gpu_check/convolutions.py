@@ -7,18 +7,16 @@ bias and ReLU inside cuDNN's kernel. The op's time has bias, ReLU and their grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alexnet_kernels import backends
 from alexnet_kernels.testing import cases as registry
 from alexnet_kernels.testing import roofline
 from alexnet_kernels.testing.machine import cache_bytes
-from alexnet_kernels.testing.rows import OURS, backward_call
-from alexnet_kernels.testing.timing import Call, guarded, input_sets, measure
+from alexnet_kernels.testing.rows import OpRow
+from alexnet_kernels.testing.timing import Call, input_sets, measure
 
 ALONE = ("forward", "input gradient", "filter gradient")
 OP = ("op, forward", "op, backward")
@@ -92,44 +90,20 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
         "operations": case.work.done(batch, False),
         "bytes": moved,
         "cached": moved * sets < cache_bytes(device),
-        "missing": {},
     }
     timing: dict[str, Any] = {"seconds": 0.05, "rounds": 1} if small else {"seconds": 0.4, "rounds": 10}
 
-    def measured(direction: str, calls: dict[str, Sequence[Call]]) -> None:
-        times = measure(calls, device, **timing)
-        found[direction] = {name: value.to_json() for name, value in times.items()}
-
     made = {form: [Form(layer, dtype, batch, device, form) for _ in range(sets)] for form in forms}
     for direction in ALONE:
-        measured(direction, {form: [one.call(direction) for one in all_] for form, all_ in made.items()})
+        calls = {form: [one.call(direction) for one in all_] for form, all_ in made.items()}
+        times = measure(calls, device, **timing)
+        found[direction] = {name: value.to_json() for name, value in times.items()}
     del made
-    inputs = [registry.with_gradients(case.make(batch, device), case.wrt) for _ in range(sets)]
-    variants: dict[str, Callable[[registry.Inputs], Tensor]] = {"eager": lambda x: case.call(x, "native")}
-    if device.type == "cuda":
-        variants |= {name: peer.call for name, peer in case.peers.items()}
-    for backend in OURS[device.type]:
-        if reason := backends.unavailable("conv2d_relu", backend):
-            found["missing"][backend] = reason
-        else:
-            variants[backend] = lambda x, backend=backend: case.call(x, backend)  # type: ignore[misc]
-
-    def forward(function: Callable[[registry.Inputs], Tensor], x: registry.Inputs) -> Call:
-        def call() -> None:
-            with torch.no_grad():
-                function(x)
-
-        return call
-
-    measured(OP[0], {name: [forward(f, x) for x in inputs] for name, f in variants.items()})
-    backward: dict[str, Sequence[Call]] = {}
-    errors: dict[str, str] = {}
-    for name, function in variants.items():
-        if name not in case.peers:
-            with guarded(name, device, errors):
-                backward[name] = [backward_call(function, x, case.wrt, device) for x in inputs]
-    measured(OP[1], backward)
-    found[OP[1]] |= {name: {"error": why} for name, why in errors.items()}
+    row = OpRow(case, batch, apart=True).time(device, **timing)
+    found["missing"] = row["missing"]
+    for direction, passed in zip(OP, ("forward", "backward"), strict=True):
+        found[direction] = {name: value.to_json() for name, value in row[passed]["times"].items()}
+        found[direction] |= {name: {"error": why} for name, why in (row["wrong"] | row["errors"]).items()}
     return found
 
 

@@ -96,11 +96,11 @@ def unreached(lines: Iterable[Line]) -> list[str]:
 
 
 def under_way(lines: Iterable[Line]) -> tuple[str, str] | None:
-    """(part, item) of the item that was started last, if it has no result."""
+    """(part, item) of the item or test that was started last, if it has no result."""
     current: tuple[str, str] | None = None
     for line in lines:
         if "started" in line:
             current = (line["part"], line["started"])
-        elif "result" in line and current == (line["part"], line["item"]):
+        elif current == (line["part"], line.get("item", line.get("test"))):
             current = None
     return current

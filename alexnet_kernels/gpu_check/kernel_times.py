@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -68,25 +69,21 @@ def table(row: NetRow, variant: str, device: torch.device) -> dict[str, Any]:
                 step.call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    calls = [call for mode in modes for call in mode.calls]
-    return summary(list(_launched(profiler.events(), calls, modes, device.type == "cuda")))
+    steps = [mode.calls for mode in modes]
+    return summary(list(_launched(profiler.events(), steps, device.type == "cuda")))
 
 
-def _launched(events: Any, calls: Any, modes: Any, cuda: bool) -> Iterator[tuple[str, int, list[tuple[str, float]]]]:
-    """(operator, bytes, [(kernel, us)]) of every call."""
-    starts = []
-    total = 0
-    for mode in modes:
-        starts.append(total)
-        total += len(mode.calls)
-    steps_seen: dict[int, int] = {}
+def _launched(
+    events: Any, steps: list[list[tuple[str, int]]], cuda: bool
+) -> Iterator[tuple[str, int, list[tuple[str, float]]]]:
+    """(operator, bytes, [(kernel, us)]) of every call of the steps."""
+    seen: Counter[int] = Counter()  # the steps in which a call of this number was seen
     for event in sorted(events, key=lambda e: e.time_range.start):
         if not event.name.startswith(MARK) or event.device_type != torch.autograd.DeviceType.CPU:
             continue
         number = int(event.name.removeprefix(MARK))
-        step = steps_seen.get(number, 0)
-        steps_seen[number] = step + 1
-        name, nbytes = calls[starts[min(step, len(starts) - 1)] + number]
+        name, nbytes = steps[seen[number]][number]
+        seen[number] += 1
         kernels = list(_kernels(event)) if cuda else [(name, event.time_range.elapsed_us())]
         if kernels:
             yield name, nbytes, kernels

@@ -20,6 +20,7 @@ SHARES = {
     "sanitizer": 0.07,
 }
 PARTS = tuple(SHARES)
+PATIENCE = 60.0  # seconds for an item that compiles nothing
 # Parts that one worker process runs one after the other; "smoke" alone, in several. The others are programs.
 IN_WORKER = ("environment", "ceilings", "smoke", "networks", "convolutions", "ops", "compiled")
 

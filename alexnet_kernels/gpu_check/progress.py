@@ -15,7 +15,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,6 @@ LOST = 70
 PART = "tests"
 SAMPLE = 3
 STDERR = os.dup(2)  # before pytest captures it
-
-
-def under_way(lines: Iterable[dict[str, Any]]) -> str | None:
-    """The test that a run of one process was in at its end."""
-    current = None
-    for line in lines:
-        if "started" in line:
-            current = line["started"]
-        elif line.get("test") == current:
-            current = None
-    return current
 
 
 _failed: set[str] = set()

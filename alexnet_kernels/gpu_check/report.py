@@ -112,6 +112,11 @@ def problems(part: str, results: dict[str, Any]) -> list[str]:
     return tables.problems(_rows(results))
 
 
+def sound(part: str, lines: Sequence[Line]) -> dict[str, Any]:
+    """The results that nothing is wrong in."""
+    return {item: r for item, r in findings.results(lines).items() if not problems(part, {item: r})}
+
+
 def _rows(results: dict[str, Any]) -> dict[str, Any]:
     """Those that are rows of rows.py."""
     return {name: result for name, result in results.items() if "missing" in result}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from alexnet_kernels.gpu_check import counters, findings, progress, report
 from alexnet_kernels.gpu_check.findings import Findings
-from alexnet_kernels.gpu_check.plan import IN_WORKER, SHARES, Budget, stages
+from alexnet_kernels.gpu_check.plan import IN_WORKER, PATIENCE, SHARES, Budget, stages
 from alexnet_kernels.testing import machine, roofline
 from alexnet_kernels.testing.machine import PACKAGE
 
@@ -77,8 +77,8 @@ def _kill(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-class Undertaker:
-    """A process that ends whatever the check had started, children of children too, should the check be killed."""
+class Reaper:
+    """A process that kills the process groups it was told of when the check dies: grandchildren, too."""
 
     CODE = """
 import os, signal, sys
@@ -97,13 +97,19 @@ for group in groups:
         words = [sys.executable, "-S", "-c", self.CODE]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True, text=True)
 
-    def tell(self, sign: str, group: int) -> None:
+    def add(self, group: int) -> None:
+        self._tell("+", group)
+
+    def discard(self, group: int) -> None:
+        self._tell("-", group)
+
+    def _tell(self, sign: str, group: int) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(f"{sign}{group}\n")
             self._process.stdin.flush()
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -156,7 +162,7 @@ class Check:
         name: str = "",
         tests: Path | None = None,
         library: Path | None = None,
-        patience: float = 60.0,
+        patience: float = PATIENCE,
     ) -> None:
         self.out, self.device, self.name, self.library, self.patience = out, device, name, library, patience
         self.tests = (tests or ROOT / "tests").resolve()
@@ -169,11 +175,11 @@ class Check:
         self._lock = threading.Lock()
         self._stopped = False
         self._running: set[int] = set()
-        self._undertaker: Undertaker | None = None
+        self._reaper: Reaper | None = None
 
     def run(self, parts: Sequence[str]) -> bool:
         """Whether all that ran passed."""
-        self._undertaker = Undertaker()
+        self._reaper = Reaper()
         try:
             self.findings.add("command", device=self.device, name=self.name, parts=list(parts), commit=self.commit)
             self.say(f"{', '.join(parts)}: {self.budget.left():.0f} s")
@@ -182,7 +188,7 @@ class Check:
                 self._stage(stage, [part for later in order[i + 1 :] for part in later])
             self.write()
         finally:
-            self._undertaker.dismiss()
+            self._reaper.close()
             self.log.close()
         return self.passed
 
@@ -383,13 +389,13 @@ class Check:
                 command = [*words, "--continue-on-collection-errors", *chosen]
                 ended = self.process("tests", command, budget.left(), variables, Path(folder))
                 new = self.findings.lines("tests", before)
-                in_test = progress.under_way(new)
+                in_test = findings.under_way(new)
                 error = "" if ended.status in PYTEST_ENDED and in_test is None else f"pytest {ended.reason}"
                 if not error or ended.status is None or budget.left() < 5:
                     break
                 # Without xdist: the next process takes the tests that follow the one that ended this.
                 if in_test is not None:
-                    self.findings.add("tests", test=in_test, outcome="failed", reason=ended.reason, seconds=0)
+                    self.findings.add("tests", test=in_test[1], outcome="failed", reason=ended.reason, seconds=0)
                 elif not any("test" in line for line in new):
                     break
         lines = self.findings.lines("tests")
@@ -432,7 +438,8 @@ class Check:
         if self.device != "cuda" or sanitizer is None:
             return "skipped", "compute-sanitizer is not available"
         budget = Budget(limit)
-        tools = [tool for tool in ("memcheck", "racecheck") if tool not in findings.results(self._clean("sanitizer"))]
+        done = report.sound("sanitizer", self.findings.lines("sanitizer"))
+        tools = [tool for tool in ("memcheck", "racecheck") if tool not in done]
         self.findings.add("sanitizer", items=tools)
         for i, tool in enumerate(tools):
             # Of this package's kernels only: the libraries' are many, and theirs to check.
@@ -451,13 +458,6 @@ class Check:
                 result["ops"] = [line for line in lines if re.fullmatch(r"\w+", line)]
                 self.findings.add("sanitizer", item=tool, result=result)
         return "", ""
-
-    def _clean(self, part: str) -> list[findings.Line]:
-        """The lines of a part but for results that are problems, of earlier commands."""
-        lines = self.findings.lines(part, until=self.since)
-        return [
-            line for line in lines if "result" not in line or not report.problems(part, {line["item"]: line["result"]})
-        ]
 
     def process(
         self,
@@ -492,8 +492,8 @@ class Check:
                 preexec_fn=_die_with_parent,
             )
             self._running.add(process.pid)
-            if self._undertaker is not None:
-                self._undertaker.tell("+", process.pid)
+            if self._reaper is not None:
+                self._reaper.add(process.pid)
         tail: deque[str] = deque(maxlen=400)
         timeouts: list[str] = []
 
@@ -522,8 +522,8 @@ class Check:
                 self.say(f"{name}: process {process.pid} could not be ended")
             with self._lock:
                 self._running.discard(process.pid)
-                if self._undertaker is not None:
-                    self._undertaker.tell("-", process.pid)
+                if self._reaper is not None:
+                    self._reaper.discard(process.pid)
             reader.join(2)
         if self._stopped:
             raise Stopped

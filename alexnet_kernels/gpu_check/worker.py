@@ -27,7 +27,6 @@ from alexnet_kernels.testing.timing import DeviceLost, reason_of, works
 
 BATCH = 128
 LARGE = 1024
-PATIENCE = 60.0  # seconds for an item that compiles nothing
 GRACE = 5.0  # seconds that an item may go on after its part's time
 
 
@@ -186,8 +185,7 @@ def compiled(device: torch.device) -> list[Item]:
 
     def beside(preset: str, compilation: str) -> list[Row]:
         """A row for each compilation: one that outlasts the time costs no other."""
-        rows = [NetRow(preset, BATCH, purpose, compile=(compilation,), label=compilation) for purpose in PURPOSES[::-1]]
-        return list(rows)
+        return [NetRow(preset, BATCH, purpose, compile=(compilation,), label=compilation) for purpose in PURPOSES[::-1]]
 
     if _small(device):  # without a compilation, which takes long
         return _timed(device, [NetRow("torchvision", 2, PURPOSES[0], width=0.05)], seconds=0.1, rounds=1)
@@ -241,9 +239,7 @@ class Worker:
         crashed = set(findings.crashed(now))
         done = {*findings.results(now), *crashed}
         if part != "environment":
-            for item, result in findings.results(self.findings.lines(part, until=self.since)).items():
-                if not report.problems(part, {item: result}):
-                    done.add(item)
+            done |= set(report.sound(part, self.findings.lines(part, until=self.since)))
         return done, crashed
 
     def _run(self, part: str, item: Item, left: float, skip: Collection[str]) -> None:

@@ -194,7 +194,9 @@ def _call(
 
         return forward
     if direction == "backward":
-        return backward_call(variant.call, inputs, case.wrt, device)
+        # On the stream that calls are captured on, as the forward pass that it belongs to.
+        with on_capture_stream(device):
+            return _backward(variant.call(inputs), inputs, case.wrt)
     with torch.no_grad():
         grad = torch.randn_like(variant.call(inputs))
 
@@ -204,15 +206,8 @@ def _call(
     return both
 
 
-def backward_call(
-    function: Callable[[registry.Inputs], Tensor], inputs: registry.Inputs, wrt: tuple[str, ...], device: torch.device
-) -> Call:
-    """The backward pass alone, of a forward pass made here: on the stream on which the call is captured."""
-    with on_capture_stream(device):
-        return _backward(function(inputs), inputs, wrt)
-
-
 def _backward(out: Tensor, inputs: registry.Inputs, wrt: tuple[str, ...]) -> Call:
+    """The backward pass alone, of a forward pass that was made."""
     grad = torch.randn_like(out)
 
     def backward() -> None:
