@@ -4,8 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from alexnet_kernels import backends, nn, ops, optim, reference
 from alexnet_kernels.backends import set_backend, use_backend
-from alexnet_kernels.fuse import fuse, unfuse
 from alexnet_kernels.models import AlexNet, alexnet
+from alexnet_kernels.nn.fusion import fuse, unfuse
 
 try:
     __version__ = version("alexnet_kernels")

@@ -1,4 +1,4 @@
-"""Loads the native library that holds the operators' schemas and kernels, and knows of Triton."""
+"""The native library, which holds the operators' schemas and kernels; and whether Triton is there."""
 
 from __future__ import annotations
 
@@ -9,27 +9,15 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels import _torch_private
+
 PATH = Path(__file__).with_name("_C.so")
 NAMESPACE = "alexnet_kernels"
 TRITON_NAMESPACE = "alexnet_kernels_triton"
-# The namespace of each backend's operators.
-NAMESPACES = {"cpu": NAMESPACE, "cuda": NAMESPACE, "triton": TRITON_NAMESPACE}
-OPS = (
-    "conv2d_relu",
-    "max_pool2d",
-    "local_response_norm",
-    "lrn_max_pool2d",
-    "within_map_response_norm",
-    "batch_norm_relu",
-    "dropout",
-    "linear_relu_dropout",
-    "sgd_step",
-    "augment",
-)
 
 
 def _load() -> str | None:
-    """Loads the library; the reason if it can't be."""
+    """Loads the library; the reason if that fails."""
     if not PATH.exists():
         return f"{PATH} does not exist: build it with `pip install .` in the source tree"
     try:
@@ -42,18 +30,18 @@ def _load() -> str | None:
 REASON = _load()
 LOADED = REASON is None
 
-# Whether Triton's interpreter runs its kernels, on the CPU: Triton reads the variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton's interpreter runs its kernels, on the CPU. Triton reads the variable when a kernel is defined."""
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-# (op, dispatch key) of every kernel: a plain set, which torch.compile reads as a constant.
 KERNELS = frozenset(
-    (op, key)
-    for op in OPS
+    (operator, key)
+    for operator in _torch_private.operators(NAMESPACE)
     for key in ("CPU", "CUDA")
-    if LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+    if LOADED and _torch_private.has_kernel(f"{NAMESPACE}::{operator}", key)
 )
+"""(operator, dispatch key) of every kernel. A plain set, which torch.compile reads as a constant."""
 
 
 def _build_info() -> dict[str, str]:
@@ -73,7 +61,7 @@ def status() -> dict[str, Any]:
         "loaded": LOADED,
         "reason": REASON,
         "isa": torch.ops.alexnet_kernels.isa() if LOADED else None,
-        "cuda_built": ("local_response_norm", "CUDA") in KERNELS,
+        "cuda_built": any(key == "CUDA" for _, key in KERNELS),
         "archs": [arch for arch in info.get("archs", "").split(";") if arch],
         "sources": info.get("sources", ""),
     }

@@ -1,36 +1,114 @@
 """Which implementation an op runs.
 
-    "auto"    the package's kernel for the tensors' device where there is one, else "triton" for the ops
-              of `AUTO_TRITON`, else "native"
+    "auto"    the package's kernel for the tensors' device where there is one, else "triton" for the ops that PyTorch
+              computes in several passes over memory (all but conv2d_relu), else "native"
     "cpu"     the C++ kernels for the CPU
     "cuda"    the CUDA C++ kernels, float32, bfloat16 and float16
     "triton"  the Triton kernels, float32, bfloat16 and float16, on a GPU (or, with TRITON_INTERPRET=1 in the
               environment before the package is imported, slowly on the CPU)
     "native"  PyTorch's own operators (oneDNN, cuDNN)
 
-In order of precedence: an op's `backend=`, `use_backend` or `set_backend`, the environment variable
-ALEXNET_KERNELS_BACKEND, "auto". Asking for a backend that can't run is an error. Inside torch.func's transforms (vmap,
-grad, jvp) and forward-mode differentiation every op is "native".
+In order of precedence: an op's `backend=`; the innermost `use_backend` block of the thread or async task;
+`set_backend`; the environment variable ALEXNET_KERNELS_BACKEND; "auto". A backend that can't run is an error. Inside
+torch.func's transforms (vmap, grad, jvp) and forward-mode differentiation every op is "native".
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from alexnet_kernels import _library
+from alexnet_kernels._dispatch.contracts import CONTRACTS, public_ops
+from alexnet_kernels._dispatch.eager import operators
+from alexnet_kernels._torch_private import constant_when_compiled, is_transformed
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
+GPUS = ("cuda", "xpu")
+_INTERPRETER = "TRITON_INTERPRET=1 in the environment runs its kernels on the CPU, slowly"
 
-# The ops for which "auto" takes Triton on a GPU that has no kernel of the native library: those that PyTorch runs in
-# several passes over memory. Convolutions stay with cuDNN.
-AUTO_TRITON = frozenset(_library.OPS) - {"conv2d_relu"}
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the ops.
+
+    namespace: of its operators.
+    devices: the device types whose tensors it takes.
+    float64: whether it takes float64.
+    missing: why this installation has no kernel of an op for it, whatever the device; None if it has one.
+    automatic: whether "auto" may choose it for an op.
+    load: registers its operators, at their first use; torch.compile doesn't trace it.
+    """
+
+    name: str
+    namespace: str
+    devices: tuple[str, ...]
+    float64: bool
+    missing: Callable[[str], str | None]
+    automatic: Callable[[str], bool]
+    load: Callable[[], Any] | None = None
+
+
+def _library_missing(key: str) -> Callable[[str], str | None]:
+    def missing(op: str) -> str | None:
+        if not _library.LOADED:
+            return str(_library.REASON)
+        if (op, key) in _library.KERNELS:
+            return None
+        return "the native library holds no CUDA kernels" if key == "CUDA" else "there is no such kernel"
+
+    return missing
+
+
+def _triton_missing(op: str) -> str | None:
+    if not _library.LOADED:
+        return str(_library.REASON)
+    return None if _library.TRITON_INSTALLED else "triton is not installed"
+
+
+def _always(op: str) -> bool:
+    return True
+
+
+def _triton_automatic(op: str) -> bool:
+    return CONTRACTS[op].auto_triton and not _library.INTERPRETED
+
+
+_REGISTERED: dict[str, Backend] = {
+    "cpu": Backend("cpu", _library.NAMESPACE, ("cpu",), True, _library_missing("CPU"), _always),
+    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA"), _always),
+    "triton": Backend(
+        "triton",
+        _library.TRITON_NAMESPACE,
+        (*GPUS, "cpu") if _library.INTERPRETED else GPUS,
+        False,
+        _triton_missing,
+        _triton_automatic,
+    ),
+}
+"""In the order in which "auto" tries them."""
+
+
+def registered(name: str) -> Backend:
+    """The backend "cpu", "cuda" or "triton"."""
+    return _REGISTERED[name]
+
+
+def register(backend: Backend) -> None:
+    """Makes this the backend of its name."""
+    _REGISTERED[backend.name] = backend
+
+
+def load_with(name: str, load: Callable[[], Any]) -> None:
+    """Has a backend's operators registered by `load` when they are first used."""
+    register(replace(_REGISTERED[name], load=constant_when_compiled(load)))
 
 
 def _check(name: str, source: str = "backend") -> str:
@@ -39,116 +117,92 @@ def _check(name: str, source: str = "backend") -> str:
     return name
 
 
-_current = _check(os.environ.get("ALEXNET_KERNELS_BACKEND", "auto"), "ALEXNET_KERNELS_BACKEND")
+_default = _check(os.environ.get("ALEXNET_KERNELS_BACKEND", "auto"), "ALEXNET_KERNELS_BACKEND")
+_chosen: ContextVar[str | None] = ContextVar("alexnet_kernels_backend", default=None)
+"""By the innermost `use_backend` block."""
 
 
 def get_backend() -> str:
-    """The backend ops run without a `backend=` of their own."""
-    return _current
+    """The backend of ops called here without `backend=`."""
+    return _chosen.get() or _default
 
 
 def set_backend(name: str) -> None:
-    """Makes `name` the backend of every op from now on, in all threads."""
-    global _current
-    _current = _check(name)
+    """Makes `name` the backend of every op from now on, in all threads, outside of `use_backend` blocks."""
+    global _default
+    _default = _check(name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes `name` the backend of every op inside the `with` block, in all threads."""
-    before = get_backend()
-    set_backend(name)
+    """Makes `name` the backend of every op that this thread, or async task, calls inside the `with` block.
+
+    Other threads are not affected, nor are threads that the block starts. A backward pass runs on the backend of its
+    forward pass.
+    """
+    token = _chosen.set(_check(name))
     try:
         yield
     finally:
-        set_backend(before)
+        _chosen.reset(token)
 
 
 def unavailable(op: str, backend: str) -> str | None:
     """Why the op has no such backend here; None if it has."""
-    if reason := _missing(op, backend):
-        return reason
-    devices = DEVICES.get(backend, ())
-    if backend == "triton" and "cpu" not in devices and not (torch.cuda.is_available() or torch.xpu.is_available()):
-        return f"it needs a GPU ({INTERPRETER})"
-    if backend == "cuda" and "cpu" not in devices and not torch.cuda.is_available():
-        return "it needs a CUDA device"
-    return None
-
-
-def _missing(op: str, backend: str) -> str | None:
-    """Why the installation has no such kernels, whatever the device."""
     if backend in ("auto", "native"):
         return None
-    if not _library.LOADED:
-        return str(_library.REASON)
-    if backend == "triton":
-        return None if _library.TRITON_INSTALLED else "triton is not installed"
-    if (op, backend.upper()) not in _library.KERNELS:
-        return "the native library holds no CUDA kernels" if backend == "cuda" else "there is no such kernel"
-    return None
-
-
-INTERPRETER = "TRITON_INTERPRET=1 in the environment runs its kernels on the CPU, slowly"
+    found = _REGISTERED[backend]
+    if reason := found.missing(op):
+        return reason
+    if "cpu" in found.devices or torch.cuda.is_available() or ("xpu" in found.devices and torch.xpu.is_available()):
+        return None
+    return f"it needs a GPU ({_INTERPRETER})" if backend == "triton" else "it needs a CUDA device"
 
 
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
-    name = _current if backend is None else _check(backend)
+    name = get_backend() if backend is None else _check(backend)
     if name == "native" or is_transformed():
         return "native"
-    device = tensor.device.type
-    if name == "auto":
-        if (op, device.upper()) in _library.KERNELS and not (device == "cuda" and tensor.dtype == torch.float64):
-            return device
-        name = "triton" if op in AUTO_TRITON and _triton_takes(op, tensor) else "native"
-    elif reason := _missing(op, name):
-        raise RuntimeError(f"{op}: backend {name!r} is not available: {reason}")
-    elif device not in DEVICES[name]:
-        where, hint = ("a GPU", f" ({INTERPRETER})") if name == "triton" else (name, "")
-        raise ValueError(f"{op}: backend {name!r} needs tensors on {where}, but the input is on {tensor.device}{hint}")
-    elif name != "cpu" and tensor.dtype == torch.float64:
-        raise TypeError(f"{op}: backend {name!r} takes float32, bfloat16 and float16, not {tensor.dtype}")
-    if name == "triton":
-        _load_triton()
-    return name
+    chosen = _automatic(op, tensor) if name == "auto" else _checked(op, tensor, _REGISTERED[name])
+    if chosen is None:
+        return "native"
+    if chosen.load is not None:
+        chosen.load()
+    return chosen.name
 
 
-GPUS = ("cuda", "xpu")
-# The devices whose tensors a backend takes.
-DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": (*GPUS, "cpu") if _library.INTERPRETED else GPUS}
+def _automatic(op: str, tensor: Tensor) -> Backend | None:
+    device, wide = tensor.device.type, tensor.dtype == torch.float64
+    for backend in _REGISTERED.values():
+        takes = device in backend.devices and (backend.float64 or not wide)
+        if takes and backend.automatic(op) and backend.missing(op) is None:
+            return backend
+    return None
 
 
-def _triton_takes(op: str, tensor: Tensor) -> bool:
-    return (
-        _missing(op, "triton") is None
-        and tensor.device.type in GPUS
-        and tensor.dtype != torch.float64
-        and not _library.INTERPRETED
-    )
+def _checked(op: str, tensor: Tensor, backend: Backend) -> Backend:
+    """The backend; an error if it can't run the op on the tensor."""
+    if reason := backend.missing(op):
+        raise RuntimeError(f"{op}: backend {backend.name!r} is not available: {reason}")
+    if tensor.device.type not in backend.devices:
+        where, hint = ("a GPU", f" ({_INTERPRETER})") if backend.name == "triton" else (backend.name, "")
+        raise ValueError(
+            f"{op}: backend {backend.name!r} needs tensors on {where}, but the input is on {tensor.device}{hint}"
+        )
+    if not backend.float64 and tensor.dtype == torch.float64:
+        raise TypeError(f"{op}: backend {backend.name!r} takes float32, bfloat16 and float16, not {tensor.dtype}")
+    return backend
 
 
-def _load_triton() -> bool:
-    """Registers the Triton kernels, when they are first wanted; torch.compile does not trace it."""
-    import alexnet_kernels.triton  # noqa: F401
-
-    return True
-
-
-# What torch.compiler.assume_constant_result does, without importing torch._dynamo: a second of importing the package.
-_load_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, of which only PyTorch's own operators know."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def kernels_of(name: str) -> Any:
+    """The operators of a backend that `select` chose, as attributes."""
+    return operators(_REGISTERED[name].namespace)
 
 
 def report() -> list[dict[str, Any]]:
     """For every op, its backends, each "available" or the reason why not."""
     names = [name for name in BACKENDS if name != "auto"]
     return [
-        {"op": op, "backends": {name: unavailable(op, name) or "available" for name in names}} for op in _library.OPS
+        {"op": op, "backends": {name: unavailable(op, name) or "available" for name in names}} for op in public_ops()
     ]

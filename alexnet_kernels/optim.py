@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import ops
-from alexnet_kernels.ops._common import LOW_PRECISION, local
+from alexnet_kernels._dispatch.checks import LOW_PRECISION
+from alexnet_kernels._dispatch.layout import local
 
 
 class SGD(torch.optim.Optimizer):

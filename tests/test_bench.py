@@ -19,6 +19,7 @@ import alexnet_kernels
 from alexnet_kernels import AlexNet
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS, count_macs
+from alexnet_kernels.nn import fusion
 from alexnet_kernels.testing import bench, cases, peers, roofline, rows, tables, timing
 from alexnet_kernels.testing.machine import cache_bytes
 from alexnet_kernels.testing.roofline import Ceilings
@@ -242,9 +243,9 @@ class TestNets:
 
     @pytest.mark.parametrize("purpose", rows.PURPOSES)
     def test_a_wrong_network_is_not_timed(self, purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = alexnet_kernels.nn.conv2d_relu
+        right = fusion.conv2d_relu
         monkeypatch.setattr(
-            alexnet_kernels.nn,
+            fusion,
             "conv2d_relu",
             lambda x, weight, *args, **options: right(x, 1.02 * weight, *args, **options),
         )

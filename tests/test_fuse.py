@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-import alexnet_kernels.nn
-from alexnet_kernels.fuse import fuse, unfuse
-from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
+from alexnet_kernels import fuse, unfuse
+from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm, fusion, modules
 
 OPS = (
     "batch_norm_relu",
@@ -48,7 +47,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in OPS:
-        monkeypatch.setattr(alexnet_kernels.nn, name, spy(name, getattr(alexnet_kernels.nn, name)))
+        for module in (fusion, modules):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
     return names
 
 

@@ -131,7 +131,7 @@ except ValueError as error:
         assert refusal == "max_pool2d: backend 'cuda' needs tensors on cuda, but the input is on cpu"
 
     def test_auto_takes_the_cuda_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_library, "KERNELS", _library.KERNELS | {(op, "CUDA") for op in _library.OPS})
+        monkeypatch.setattr(_library, "KERNELS", _library.KERNELS | {(op, "CUDA") for op in ops.__all__})
         with FakeTensorMode():
             x = torch.empty(1, 1, 5, 5, device="cuda:0")
             assert {op: backends.select(op, x, None) for op in ops.__all__} == dict.fromkeys(ops.__all__, "cuda")
@@ -139,7 +139,7 @@ except ValueError as error:
 
     @pytest.mark.skipif(("max_pool2d", "CUDA") not in _library.KERNELS, reason="built without CUDA")
     def test_every_op_has_cuda_kernels(self) -> None:
-        assert {op for op, key in _library.KERNELS if key == "CUDA"} == set(ops.__all__)
+        assert {op for op, key in _library.KERNELS if key == "CUDA"} >= set(ops.__all__)
 
     def test_report(self) -> None:
         rows = {row["op"]: row["backends"] for row in backends.report()}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alexnet_kernels.models.weights as weights_module
-from alexnet_kernels.fuse import unfuse
+from alexnet_kernels import unfuse
 from alexnet_kernels.models import (
     PRESETS,
     AlexNet,

@@ -191,7 +191,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_fusing_changes_nothing(self, name: str) -> None:
-        from alexnet_kernels.fuse import fuse, unfuse
+        from alexnet_kernels import fuse, unfuse
 
         model = spread(AlexNet(num_classes=10, preset=name, width=0.1, dropout=0.0)).double().eval()
         x = images(PRESETS[name].input_size)

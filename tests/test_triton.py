@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import alexnet_kernels
 from alexnet_kernels import _library, backends, ops
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch.contracts import CONTRACTS
 
 PACKAGE = Path(alexnet_kernels.__file__).parent
 
@@ -192,8 +192,8 @@ def arguments(operator: torch._ops.OpOverload) -> list[str]:
 def test_every_contract_has_a_triton_operator_with_its_arguments() -> None:
     import alexnet_kernels.triton  # noqa: F401
 
-    assert set(ops.__all__) <= set(_common.CONTRACTS)
-    for op in _common.CONTRACTS:
+    assert set(ops.__all__) <= set(CONTRACTS)
+    for op in CONTRACTS:
         operator = getattr(torch.ops.alexnet_kernels_triton, op).default
         native = getattr(torch.ops.alexnet_kernels, op, None)
         if native is not None:
@@ -205,7 +205,7 @@ def test_compile_sees_through_every_operator(tmp_path: Path) -> None:
     found, choices = json.loads(run(TRACE, tmp_path))
     traced = {name for name in found if not name.endswith((" written", " largest"))}
     # sgd_step launches one kernel with tuples of tensors, which torch.compile can't hold.
-    assert traced == set(_common.CONTRACTS) - {"sgd_step"}
+    assert traced == set(CONTRACTS) - {"sgd_step"}
     for name in traced:
         assert found[name] == ["triton_kernel_wrapper_functional"], name
         assert found[f"{name} largest"] <= 2**31, name  # torch 2.11 compiles no launch with a larger number
@@ -251,7 +251,7 @@ def test_every_operator_launches_on_its_tensors_device() -> None:
 
     modules = [value for value in vars(alexnet_kernels.triton).values() if isinstance(value, ModuleType)]
     operators = [value for module in modules for value in vars(module).values() if hasattr(value, "_init_fn")]
-    assert {operator._name for operator in operators} == set(_common.CONTRACTS)
+    assert {operator._name for operator in operators} == set(CONTRACTS)
     guarded = on_its_device(print).__code__
     assert {operator._name for operator in operators if operator._init_fn.__code__ is not guarded} == set()
 
@@ -308,7 +308,7 @@ def test_registration(op: str, memory_format: torch.memory_format) -> None:
 
 @interpreted
 def test_every_operator_is_checked() -> None:
-    assert set(operands(torch.contiguous_format)) == set(_common.CONTRACTS)
+    assert set(operands(torch.contiguous_format)) == set(CONTRACTS)
 
 
 def test_every_kernel_compiles_for_sizes_and_arguments_of_one(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """The ops of AlexNet, one file each. Every op takes `backend=`: see `alexnet_kernels.backends`."""
 
+from typing import Any
+
+from alexnet_kernels.backends import load_with
 from alexnet_kernels.ops.augment import augment
 from alexnet_kernels.ops.batch_norm_relu import batch_norm_relu
 from alexnet_kernels.ops.conv2d_relu import conv2d_relu
@@ -23,3 +26,13 @@ __all__ = [
     "sgd_step",
     "within_map_response_norm",
 ]
+
+
+def _load_triton() -> Any:
+    """Registers the Triton kernels. Triton is an optional package."""
+    import alexnet_kernels.triton
+
+    return alexnet_kernels.triton
+
+
+load_with("triton", _load_triton)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.registration import register_op
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "augment"
 
@@ -54,7 +55,7 @@ def augment(
 
     Source: Krizhevsky et al. 2012, section 4.1.
     """
-    size = _common.pair(OP, "size", size, 1)
+    size = checks.pair(OP, "size", size, 1)
     if isinstance(scale, (int, float)):
         scale = torch.full((3,), float(scale), device=images.device if isinstance(images, Tensor) else None)
     _check(images, crops, size, flips, color_shift, mean, scale, dtype)
@@ -78,20 +79,20 @@ def augment(
         return reference.augment(
             images, crops, size, flips, color_shift, mean, scale, dtype=dtype, memory_format=memory_format
         )
-    return _common.kernels(chosen).augment(
+    return kernels_of(chosen).augment(
         images, crops, size, flips, color_shift, mean, scale, dtype, memory_format == torch.channels_last
     )
 
 
 def _check(images, crops, size, flips, color_shift, mean, scale, dtype) -> None:
-    _common.check_tensor(OP, "images", images)
+    checks.check_tensor(OP, "images", images)
     if images.dtype != torch.uint8:
         raise TypeError(f"{OP}: images must be uint8, not {images.dtype}")
     if images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(f"{OP}: images must be [N, H, W, 3], not of shape {list(images.shape)}")
     if size[0] > images.shape[1] or size[1] > images.shape[2]:
         raise ValueError(f"{OP}: crops of {list(size)} do not fit images of {list(images.shape[1:3])}")
-    if dtype not in _common.DTYPES:
+    if dtype not in checks.DTYPES:
         raise TypeError(f"{OP}: dtype must be float32, float64, bfloat16 or float16, not {dtype}")
     count, size = images.shape[0], list(size)
     shapes: dict[str, tuple[Tensor | None, list]] = {
@@ -106,7 +107,7 @@ def _check(images, crops, size, flips, color_shift, mean, scale, dtype) -> None:
             if name == "crops":
                 raise TypeError(f"{OP}: crops must be a Tensor, not NoneType")
             continue
-        _common.check_like(OP, name, tensor, images)
+        checks.check_device(OP, name, tensor, images)
         if list(tensor.shape) not in allowed:
             raise ValueError(f"{OP}: {name} must be {' or '.join(map(str, allowed))}, not {list(tensor.shape)}")
     if crops.dtype != torch.int64:
@@ -121,4 +122,4 @@ def _fake(images, crops, size, flips, color_shift, mean, scale, dtype: torch.dty
     return torch.empty(images.shape[0], 3, *size, dtype=dtype, device=images.device, memory_format=memory_format)
 
 
-_common.register(OP, _fake)
+register_op(OP, _fake)

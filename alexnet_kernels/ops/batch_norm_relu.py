@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.double_backward import double_backward
+from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "batch_norm_relu"
 
@@ -62,7 +65,7 @@ def batch_norm_relu(
         if input.numel() == 0:  # torch divides by the count
             return input.clone()
         return F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
-    output, mean, var = _common.kernels(chosen).batch_norm_relu(
+    output, mean, var = kernels_of(chosen).batch_norm_relu(
         input, running_mean, running_var, weight, bias, training, eps
     )
     if training and count > 1:
@@ -73,15 +76,15 @@ def batch_norm_relu(
     return output
 
 
-@_common.remembered
+@checks.cache_validation
 def _check(input: Tensor, running_mean, running_var, weight, bias, training: bool) -> None:
-    _common.check_images(OP, input)
+    checks.check_images(OP, input)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, vector in vectors.items():
         if vector is None:
             continue
-        _common.check_like(OP, name, vector, input)
-        _common.check_floating(OP, name, vector)
+        checks.check_device(OP, name, vector, input)
+        checks.check_floating(OP, name, vector)
         if list(vector.shape) != [input.shape[1]]:
             raise ValueError(f"{OP}: {name} must be [{input.shape[1]}], not of shape {list(vector.shape)}")
     if not training and (running_mean is None or running_var is None):
@@ -95,7 +98,7 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
 def _fake(input: Tensor, running_mean, running_var, weight, bias, training: bool, eps: float):
     _check(input, running_mean, running_var, weight, bias, training)
     mean = torch.empty(input.shape[1], dtype=_statistics_dtype(input), device=input.device)
-    return _common.empty_like(input), mean, torch.empty_like(mean)
+    return empty_like(input), mean, torch.empty_like(mean)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -114,7 +117,7 @@ def _backward(kernels, ctx, grad: Tensor, *_):
 
 def _fake_backward(grad: Tensor, input: Tensor, mean: Tensor, var: Tensor, *args):
     statistics = torch.empty(input.shape[1], dtype=_statistics_dtype(input), device=input.device)
-    return _common.empty_like(input), statistics, torch.empty_like(statistics)
+    return empty_like(input), statistics, torch.empty_like(statistics)
 
 
 def _setup_double_backward(ctx, inputs, output) -> None:
@@ -130,11 +133,11 @@ def _double_backward(kernels, ctx, *grad_grads: Tensor | None):
     def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return reference.batch_norm_relu(x, mean, var, w, b, ctx.training, 0.0, ctx.eps)[0]
 
-    grads = _common.double_backward(function, [input, w, b], grad, grad_grads)
+    grads = double_backward(function, [input, w, b], grad, grad_grads)
     grad_weight = None if weight is None else grads[2]
     grad_bias = None if bias is None else grads[3]
     return grads[0], grads[1], None, None, grad_weight, grad_bias, None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context)
-_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)
+register_op(OP, _fake, _backward, _setup_context)
+register_operator(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

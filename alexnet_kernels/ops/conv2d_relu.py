@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import _library
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
+from alexnet_kernels.ops.space_to_depth import space_to_depth
 
 OP = "conv2d_relu"
 
@@ -53,20 +56,20 @@ def conv2d_relu(
 
     Source: Krizhevsky et al. 2012, sections 3.1 and 3.5.
     """
-    stride, padding = _common.pair(OP, "stride", stride, 1), _common.pair(OP, "padding", padding, 0)
+    stride, padding = checks.pair(OP, "stride", stride, 1), checks.pair(OP, "padding", padding, 0)
     images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     _check(images, weight, bias, stride, padding, groups)
     chosen = select(OP, images, backend)
     if chosen == "native":
         # cuDNN gives float64 back in NCHW.
-        memory_format = _common.memory_format_of(images)
+        memory_format = memory_format_of(images)
         output = F.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
         output = F.relu(output) if relu else output
     else:
         dtype = _compute_dtype(images)
-        kernels = _common.kernels(chosen)
+        kernels = kernels_of(chosen)
         if _gains_by_space_to_depth(chosen, images, weight, dtype, stride, groups):
-            images, weight = _space_to_depth(kernels, images, weight, dtype, stride[0], padding)
+            images, weight = space_to_depth(kernels, images, weight, dtype, stride[0], padding)
             stride, padding = [1, 1], [0, 0]
         output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu)
     return output.squeeze(0) if input.dim() == 3 else output
@@ -97,71 +100,30 @@ def _gains_by_space_to_depth(
         and stride[0] == stride[1] > 1
         and stride[0] < min(weight.shape[2:])
         and input.shape[1] <= 4
-        and _common.memory_format_of(input) == torch.channels_last
+        and memory_format_of(input) == torch.channels_last
     )
 
 
-def _space_to_depth(
-    kernels, input: Tensor, weight: Tensor, dtype: torch.dtype, block: int, padding: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The input and weight of the same convolution with stride 1 and no padding, on block^2 times the channels."""
-    taps = [-(-kernel // block) for kernel in weight.shape[2:]]
-    size = [
-        (extent + 2 * pad - kernel) // block + tap
-        for extent, pad, kernel, tap in zip(input.shape[2:], padding, weight.shape[2:], taps, strict=True)
-    ]
-    rows, columns = (tap * block - kernel for tap, kernel in zip(taps, weight.shape[2:], strict=True))
-    blocks = F.pad(weight, (0, columns, 0, rows)).unflatten(3, (taps[1], block)).unflatten(2, (taps[0], block))
-    # [K, C, taps, block, taps, block] -> [K, block, block, C, taps, taps]
-    weight = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
-    return kernels.space_to_depth(input, block, padding, size, dtype), weight
-
-
-def _fake_space_to_depth(input: Tensor, block: int, padding, size, dtype: torch.dtype) -> Tensor:
-    shape = [input.shape[0], block * block * input.shape[1], *size]
-    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=torch.channels_last)
-
-
-def _fake_depth_to_space(input: Tensor, block: int, padding, size, dtype: torch.dtype) -> Tensor:
-    shape = [input.shape[0], input.shape[1] // (block * block), *size]
-    return torch.empty(shape, dtype=dtype, device=input.device, memory_format=torch.channels_last)
-
-
-def _setup_rearrangement(ctx, inputs, output) -> None:
-    input, ctx.block, ctx.padding, _, _ = inputs
-    ctx.size, ctx.dtype = input.shape[2:], input.dtype
-
-
-def _depth_to_space_backward(kernels, ctx, grad: Tensor):
-    args = (ctx.block, ctx.padding, ctx.size, ctx.dtype)
-    return kernels.space_to_depth(grad, *args), None, None, None, None
-
-
-def _space_to_depth_backward(kernels, ctx, grad: Tensor):
-    args = (ctx.block, ctx.padding, ctx.size, ctx.dtype)
-    return kernels.depth_to_space(grad, *args), None, None, None, None
-
-
-@_common.remembered
+@checks.cache_validation
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int) -> list:
     """Checks the arguments; the output's shape."""
-    _common.check_images(OP, input)
-    _common.check_like(OP, "weight", weight, input)
-    _common.check_floating(OP, "weight", weight)
+    checks.check_images(OP, input)
+    checks.check_device(OP, "weight", weight, input)
+    checks.check_floating(OP, "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"{OP}: weight must be [K, C / groups, R, S], not of shape {list(weight.shape)}")
-    _common.check_groups(OP, groups, weight.shape[0], "output channels")
+    checks.check_groups(OP, groups, weight.shape[0], "output channels")
     if input.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             f"{OP}: the input has {input.shape[1]} channels, but weight {list(weight.shape)} with groups={groups} "
             f"takes {weight.shape[1] * groups}"
         )
-    _common.check_same_dtype(OP, "weight", weight, input)
+    checks.check_same_dtype(OP, "weight", weight, input)
     if bias is not None:
-        _common.check_like(OP, "bias", bias, input)
+        checks.check_device(OP, "bias", bias, input)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{OP}: bias must be [{weight.shape[0]}], not of shape {list(bias.shape)}")
-        _common.check_same_dtype(OP, "bias", bias, input)
+        checks.check_same_dtype(OP, "bias", bias, input)
     shape = [input.shape[0], weight.shape[0]]
     for size, kernel, step, pad in zip(input.shape[2:], weight.shape[2:], stride, padding, strict=True):
         if size + 2 * pad < kernel:
@@ -174,14 +136,14 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
 
 
 def _eager(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, relu: bool) -> Tensor:
-    memory_format = _common.memory_format_of(input)
+    memory_format = memory_format_of(input)
     images = input.contiguous(memory_format=memory_format)
     output = torch.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
     return output.relu_() if relu else output
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, relu: bool) -> Tensor:
-    return _common.empty_like(input, _check(input, weight, bias, stride, padding, groups))
+    return empty_like(input, _check(input, weight, bias, stride, padding, groups))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -208,15 +170,13 @@ def _backward(kernels, ctx, grad: Tensor):
 
 
 def _fake_backward_input(grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, *args) -> Tensor:
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _fake_backward_weight(grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, *args):
-    return _common.empty_like(weight), weight.new_empty(weight.shape[0])
+    return empty_like(weight), weight.new_empty(weight.shape[0])
 
 
-_common.register(OP, _fake, _backward, _setup_context, autocast=True, eager=_eager)
-_common.register(f"{OP}_backward_input", _fake_backward_input, native=False)
-_common.register(f"{OP}_backward_weight", _fake_backward_weight, native=False)
-_common.register("space_to_depth", _fake_space_to_depth, _space_to_depth_backward, _setup_rearrangement)
-_common.register("depth_to_space", _fake_depth_to_space, _depth_to_space_backward, _setup_rearrangement)
+register_op(OP, _fake, _backward, _setup_context, autocast=True, eager=_eager, auto_triton=False)
+register_operator(f"{OP}_backward_input", _fake_backward_input, native=False)
+register_operator(f"{OP}_backward_weight", _fake_backward_weight, native=False)

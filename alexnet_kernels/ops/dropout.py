@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.registration import register_op
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "dropout"
 Shard = tuple[int, int, int] | Sequence[tuple[int, int, int]]
@@ -63,8 +65,8 @@ def dropout(
 
     Source: Krizhevsky et al. 2012, section 4.2; Salmon et al. 2011 (Philox).
     """
-    _common.check_tensor(OP, "input", input)
-    _common.check_floating(OP, "input", input)
+    checks.check_tensor(OP, "input", input)
+    checks.check_floating(OP, "input", input)
     drop, scale = factor_of(OP, p, training, scale_at)
     shards = shards_of(OP, input.shape, shard)
     if drop == 0 and scale == 1:
@@ -79,9 +81,9 @@ def dropout(
         places = [number for one in shards for number in one]
         keep = _keep(list(input.shape), drop, key, offset, places)
         output = torch.where(keep, input * scale, torch.zeros_like(input))
-        return output.contiguous(memory_format=_common.memory_format_of(input))
+        return output.contiguous(memory_format=memory_format_of(input))
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
-    return _common.kernels(chosen).dropout(input, drop, scale, key, offset, *layout_of(input.shape, shards))
+    return kernels_of(chosen).dropout(input, drop, scale, key, offset, *layout_of(input.shape, shards))
 
 
 # An op of its own, because compilers inline the generator's arithmetic without end.
@@ -98,7 +100,7 @@ def _(shape: Sequence[int], p: float, seed: Tensor, offset: int, shard: Sequence
 
 def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, float]:
     """The probability of dropping now, and what kept elements are multiplied by."""
-    _common.check_probability(op, p)
+    checks.check_probability(op, p)
     if scale_at not in ("training", "inference"):
         raise ValueError(f"{op}: scale_at must be 'training' or 'inference', not {scale_at!r}")
     if scale_at == "inference":
@@ -161,7 +163,7 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
 
 
 def _fake(input: Tensor, p: float, scale: float, seed: Tensor, *layout) -> Tensor:
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -174,4 +176,4 @@ def _backward(kernels, ctx, grad: Tensor):
     return kernels.dropout(grad, ctx.p, ctx.scale, seed, *ctx.layout), *[None] * 7
 
 
-_common.register(OP, _fake, _backward, _setup_context)
+register_op(OP, _fake, _backward, _setup_context)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
 from alexnet_kernels.ops.dropout import Shard, dropout, factor_of, layout_of, seed_tensor, shards_of
 
 OP = "linear_relu_dropout"
@@ -67,31 +69,31 @@ def linear_relu_dropout(
         # One run of elements: the kernel takes it a row of the output at a time.
         row = row_stride = shape[-1]
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    output = _common.kernels(chosen).linear_relu_dropout(
+    output = kernels_of(chosen).linear_relu_dropout(
         rows, weight, bias, relu, drop, scale, key, offset, row, row_stride, base
     )
     return output if input.dim() == 2 else output.reshape(shape)
 
 
-@_common.remembered
+@checks.cache_validation
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
     """Checks the arguments; the output's shape."""
-    _common.check_tensor(OP, "input", input)
-    _common.check_floating(OP, "input", input)
-    _common.check_like(OP, "weight", weight, input)
-    _common.check_floating(OP, "weight", weight)
+    checks.check_tensor(OP, "input", input)
+    checks.check_floating(OP, "input", input)
+    checks.check_device(OP, "weight", weight, input)
+    checks.check_floating(OP, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight must be [O, I], not of shape {list(weight.shape)}")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{OP}: input must be [*, {weight.shape[1]}] for weight {list(weight.shape)}, not {list(input.shape)}"
         )
-    _common.check_same_dtype(OP, "weight", weight, input)
+    checks.check_same_dtype(OP, "weight", weight, input)
     if bias is not None:
-        _common.check_like(OP, "bias", bias, input)
+        checks.check_device(OP, "bias", bias, input)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{OP}: bias must be [{weight.shape[0]}], not of shape {list(bias.shape)}")
-        _common.check_same_dtype(OP, "bias", bias, input)
+        checks.check_same_dtype(OP, "bias", bias, input)
     return torch.Size([*input.shape[:-1], weight.shape[0]])
 
 
@@ -118,7 +120,7 @@ def _backward(kernels, ctx, grad: Tensor):
 
 
 def _fake_mask(grad: Tensor, output: Tensor, scale: float) -> Tensor:
-    return _common.empty_like(output)
+    return empty_like(output)
 
 
 def _setup_mask_context(ctx, inputs, output) -> None:
@@ -130,5 +132,5 @@ def _mask_backward(kernels, ctx, grad_grad: Tensor):
     return kernels.relu_dropout_backward(grad_grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context, autocast=True)
-_common.register("relu_dropout_backward", _fake_mask, _mask_backward, _setup_mask_context)
+register_op(OP, _fake, _backward, _setup_context, autocast=True)
+register_operator("relu_dropout_backward", _fake_mask, _mask_backward, _setup_mask_context)

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.double_backward import double_backward
+from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "local_response_norm"
 
@@ -53,23 +56,23 @@ def local_response_norm(
     if chosen == "native":
         return _native(input, size, alpha, beta, k, groups)
     images = input if input.dim() == 4 else input.flatten(2).unsqueeze(-1)
-    output = _common.kernels(chosen).local_response_norm(images, size, alpha, beta, k, groups)
+    output = kernels_of(chosen).local_response_norm(images, size, alpha, beta, k, groups)
     return output if input.dim() == 4 else output.reshape(input.shape)
 
 
-@_common.remembered
+@checks.cache_validation
 def check_lrn(op: str, input: Tensor, size: int, groups: int) -> None:
-    _common.check_tensor(op, "input", input)
-    _common.check_floating(op, "input", input)
+    checks.check_tensor(op, "input", input)
+    checks.check_floating(op, "input", input)
     if input.dim() < 3:
         raise ValueError(f"{op}: input must be [N, C, *] with at least three dimensions, not {list(input.shape)}")
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{op}: size must be a positive int, not {size!r}")
-    _common.check_groups(op, groups, input.shape[1])
+    checks.check_groups(op, groups, input.shape[1])
 
 
 def _native(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
-    if input.dtype in _common.LOW_PRECISION:
+    if input.dtype in checks.LOW_PRECISION:
         # torch's own squares in the input's precision, and has no such kernel for the CPU.
         wide = reference.local_response_norm(input.float(), size, alpha, beta, k, groups)
         return wide.to(input.dtype)
@@ -77,12 +80,12 @@ def _native(input: Tensor, size: int, alpha: float, beta: float, k: float, group
         return input.clone()
     towers = input.reshape(input.shape[0] * groups, input.shape[1] // groups, *input.shape[2:])
     output = F.local_response_norm(towers, size, alpha, beta, k).reshape(input.shape)
-    return output.contiguous(memory_format=_common.memory_format_of(input))
+    return output.contiguous(memory_format=memory_format_of(input))
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     check_lrn(OP, input, size, groups)
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -97,7 +100,7 @@ def _backward(kernels, ctx, grad: Tensor):
 
 
 def _fake_backward(grad: Tensor, input: Tensor, *args) -> Tensor:
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _setup_double_backward(ctx, inputs, output) -> None:
@@ -107,9 +110,9 @@ def _setup_double_backward(ctx, inputs, output) -> None:
 
 def _double_backward(kernels, ctx, grad_grad: Tensor):
     grad, input = ctx.saved_tensors
-    grads = _common.double_backward(lambda x: reference.local_response_norm(x, *ctx.args), [input], grad, [grad_grad])
+    grads = double_backward(lambda x: reference.local_response_norm(x, *ctx.args), [input], grad, [grad_grad])
     return *grads, None, None, None, None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context)
-_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)
+register_op(OP, _fake, _backward, _setup_context)
+register_operator(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch.double_backward import double_backward
+from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
 from alexnet_kernels.ops.local_response_norm import check_lrn, local_response_norm
 from alexnet_kernels.ops.max_pool2d import Window, check_pool, gather, max_pool2d, window_of
 
@@ -51,8 +53,8 @@ def lrn_max_pool2d(
         x = torch.relu(input) if relu else input
         x = local_response_norm(x, size, alpha, beta, k, groups, backend="native")
         output = max_pool2d(x, *window, ceil_mode, backend="native")
-        return output.contiguous(memory_format=_common.memory_format_of(input))
-    return _common.kernels(chosen).lrn_max_pool2d(input, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
+        return output.contiguous(memory_format=memory_format_of(input))
+    return kernels_of(chosen).lrn_max_pool2d(input, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
 
 
 def _check(input: Tensor, size: int, groups: int, window: Window, ceil_mode: bool) -> list:
@@ -63,7 +65,7 @@ def _check(input: Tensor, size: int, groups: int, window: Window, ceil_mode: boo
 
 def _fake(input, size, alpha, beta, k, groups, kernel_size, stride, padding, ceil_mode, relu):
     shape = _check(input, size, groups, window_of(OP, kernel_size, stride, padding), ceil_mode)
-    return _common.empty_like(input, shape), _common.empty_like(input, shape, torch.uint8)
+    return empty_like(input, shape), empty_like(input, shape, torch.uint8)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -79,7 +81,7 @@ def _backward(kernels, ctx, grad: Tensor, _):
 
 
 def _fake_backward(grad: Tensor, input: Tensor, argmax: Tensor, *args) -> Tensor:
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _setup_double_backward(ctx, inputs, output) -> None:
@@ -95,8 +97,8 @@ def _double_backward(kernels, ctx, grad_grad: Tensor):
         x = torch.relu(x) if ctx.relu else x
         return gather(reference.local_response_norm(x, *ctx.lrn), argmax, ctx.window)
 
-    return *_common.double_backward(function, [input], grad, [grad_grad]), *[None] * 10
+    return *double_backward(function, [input], grad, [grad_grad]), *[None] * 10
 
 
-_common.register(OP, _fake, _backward, _setup_context)
-_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)
+register_op(OP, _fake, _backward, _setup_context)
+register_operator(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "max_pool2d"
 
@@ -70,7 +72,7 @@ def max_pool2d(
     if chosen == "native":
         output = F.max_pool2d(F.relu(images) if relu else images, *window, ceil_mode=ceil_mode)
     else:
-        output = _common.kernels(chosen).max_pool2d(images, *window, ceil_mode, relu)[0]
+        output = kernels_of(chosen).max_pool2d(images, *window, ceil_mode, relu)[0]
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -87,9 +89,9 @@ def _square(op: str, kernel_size: int, stride: int, padding: int) -> Window:
 
 def _window(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
     window = Window(
-        _common.pair(op, "kernel_size", kernel_size, 1),
-        _common.pair(op, "stride", stride, 1),
-        _common.pair(op, "padding", padding, 0),
+        checks.pair(op, "kernel_size", kernel_size, 1),
+        checks.pair(op, "stride", stride, 1),
+        checks.pair(op, "padding", padding, 0),
     )
     for kernel, pad in zip(window.kernel_size, window.padding, strict=True):
         if 2 * pad > kernel:
@@ -104,10 +106,10 @@ def check_pool(op: str, input: Tensor, window: Window, ceil_mode: bool) -> list:
     return _check(op, input, *window, ceil_mode)
 
 
-@_common.remembered
+@checks.cache_validation
 def _check(op: str, input: Tensor, kernel_size: list, stride: list, padding: list, ceil_mode: bool) -> list:
     window = Window(kernel_size, stride, padding)
-    _common.check_images(op, input)
+    checks.check_images(op, input)
     shape = list(input.shape[:2])
     for size, kernel, step, pad in zip(input.shape[2:], *window, strict=True):
         windows = reference.pool_output_size(size, kernel, step, pad, ceil_mode)
@@ -134,7 +136,7 @@ def gather(values: Tensor, argmax: Tensor, window: Window) -> Tensor:
 def _fake(input: Tensor, kernel_size, stride, padding, ceil_mode: bool, relu: bool) -> tuple[Tensor, Tensor]:
     window = window_of(OP, kernel_size, stride, padding)
     shape = check_pool(OP, input, window, ceil_mode)
-    return _common.empty_like(input, shape), _common.empty_like(input, shape, torch.uint8)
+    return empty_like(input, shape), empty_like(input, shape, torch.uint8)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -152,7 +154,7 @@ def _backward(kernels, ctx, grad: Tensor, _):
 
 
 def _fake_backward(grad: Tensor, output: Tensor | None, argmax: Tensor, input_size, *args) -> Tensor:
-    return _common.empty_like(argmax, input_size, grad.dtype)
+    return empty_like(argmax, input_size, grad.dtype)
 
 
 def _setup_double_backward(ctx, inputs, output) -> None:
@@ -169,5 +171,5 @@ def _double_backward(kernels, ctx, grad_grad: Tensor):
     return grad, None, None, None, None, None, None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context)
-_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)
+register_op(OP, _fake, _backward, _setup_context)
+register_operator(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

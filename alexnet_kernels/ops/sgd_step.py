@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.registration import register_op
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "sgd_step"
 
@@ -76,7 +77,7 @@ def sgd_step(
     else:
         if lr_tensor is not None and chosen == "cpu":
             settings, lr_tensor = (lr_tensor.item(), *settings[1:]), None
-        _common.kernels(chosen).sgd_step(params, grads, momentum_buffers, masters, *settings, lr_tensor)
+        kernels_of(chosen).sgd_step(params, grads, momentum_buffers, masters, *settings, lr_tensor)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version([*params, *momentum_buffers, *masters])
 
@@ -118,13 +119,13 @@ def _check(params, grads, momentum_buffers, masters) -> None:
         if len(tensors) != len(params):
             raise ValueError(f"{OP}: {len(params)} params, but {len(tensors)} {name}")
     for i, param in enumerate(params):
-        _common.check_tensor(OP, f"params[{i}]", param)
-        _common.check_floating(OP, f"params[{i}]", param)
+        checks.check_tensor(OP, f"params[{i}]", param)
+        checks.check_floating(OP, f"params[{i}]", param)
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         for name, tensors in lists.items():
             tensor = tensors[i]
-            _common.check_like(OP, f"{name}[{i}]", tensor, params[0])
-            _common.check_floating(OP, f"{name}[{i}]", tensor)
+            checks.check_device(OP, f"{name}[{i}]", tensor, params[0])
+            checks.check_floating(OP, f"{name}[{i}]", tensor)
             if tensor.shape != param.shape:
                 raise ValueError(f"{OP}: {name}[{i}] is {list(tensor.shape)}, but params[{i}] is {list(param.shape)}")
             fits = {
@@ -164,4 +165,4 @@ def _fake(params, grads, momentum_buffers, masters, *settings, **options) -> Non
     _check(params, grads, momentum_buffers, masters)
 
 
-_common.register(OP, _fake)
+register_op(OP, _fake)

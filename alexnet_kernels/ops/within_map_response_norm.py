@@ -11,8 +11,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.backends import select
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch.double_backward import double_backward
+from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels.backends import kernels_of, select
 
 OP = "within_map_response_norm"
 
@@ -46,22 +49,22 @@ def within_map_response_norm(
     _check(input, size)
     chosen = select(OP, input, backend)
     if chosen == "native":
-        if input.dtype in _common.LOW_PRECISION:
+        if input.dtype in checks.LOW_PRECISION:
             return reference.within_map_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
         return reference.within_map_response_norm(input, size, alpha, beta, k)
-    return _common.kernels(chosen).within_map_response_norm(input, size, alpha, beta, k)
+    return kernels_of(chosen).within_map_response_norm(input, size, alpha, beta, k)
 
 
-@_common.remembered
+@checks.cache_validation
 def _check(input: Tensor, size: int) -> None:
-    _common.check_images(OP, input)
+    checks.check_images(OP, input)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{OP}: size must be a positive int, not {size!r}")
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     _check(input, size)
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -75,7 +78,7 @@ def _backward(kernels, ctx, grad: Tensor):
 
 
 def _fake_backward(grad: Tensor, input: Tensor, *args) -> Tensor:
-    return _common.empty_like(input)
+    return empty_like(input)
 
 
 def _setup_double_backward(ctx, inputs, output) -> None:
@@ -85,11 +88,9 @@ def _setup_double_backward(ctx, inputs, output) -> None:
 
 def _double_backward(kernels, ctx, grad_grad: Tensor):
     grad, input = ctx.saved_tensors
-    grads = _common.double_backward(
-        lambda x: reference.within_map_response_norm(x, *ctx.args), [input], grad, [grad_grad]
-    )
+    grads = double_backward(lambda x: reference.within_map_response_norm(x, *ctx.args), [input], grad, [grad_grad])
     return *grads, None, None, None, None
 
 
-_common.register(OP, _fake, _backward, _setup_context)
-_common.register(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)
+register_op(OP, _fake, _backward, _setup_context)
+register_operator(f"{OP}_backward", _fake_backward, _double_backward, _setup_double_backward)

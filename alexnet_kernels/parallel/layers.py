@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_kernels import nn as modules
-from alexnet_kernels.ops._common import local, memory_format_of
+from alexnet_kernels._dispatch.layout import local, memory_format_of
+from alexnet_kernels.nn.fusion import register_layer
 from alexnet_kernels.ops.conv2d_relu import conv2d_relu
 from alexnet_kernels.ops.dropout import dropout
 from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout
@@ -276,4 +277,5 @@ class _Logits(torch.autograd.Function):
         return ctx.exchange.receive().to(grad.dtype).flatten(0, 1), None, None
 
 
-modules._KINDS.update({Conv2d: "C", LocalResponseNorm: "N", Linear: "L", Dropout: "D"})
+for _kind, _layer in (("C", Conv2d), ("N", LocalResponseNorm), ("L", Linear), ("D", Dropout)):
+    register_layer(_kind, _layer)

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from alexnet_kernels._dispatch.layout import local
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.nn import Dropout, LocalResponseNorm
-from alexnet_kernels.ops._common import local
 from alexnet_kernels.parallel import layers
 from alexnet_kernels.parallel.collectives import Side, all_reduce, part_of
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from torchmetrics import Metric, SumMetric
 
+from alexnet_kernels._dispatch.layout import local
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.ops._common import local
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import checkpoint, images
 from alexnet_kernels.training.errors import RunError

@@ -5,20 +5,15 @@ kernels take float32, bfloat16 and float16, compute in float32, and repeat their
 are frozen dataclasses at the top of each file; nothing is tuned at run time.
 """
 
-from alexnet_kernels import _library
-from alexnet_kernels.ops._common import CONTRACTS, implement
-from alexnet_kernels.triton import (  # noqa: F401
-    augment,
-    batch_norm_relu,
-    conv2d_relu,
-    dropout,
-    linear_relu_dropout,
-    local_response_norm,
-    lrn_max_pool2d,
-    max_pool2d,
-    sgd_step,
-    within_map_response_norm,
-)
+import importlib
+import pkgutil
 
-for _op in CONTRACTS:
-    implement(_library.TRITON_NAMESPACE, _op)
+from alexnet_kernels import _library
+from alexnet_kernels._dispatch.contracts import CONTRACTS
+from alexnet_kernels._dispatch.registration import implement
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+for _operator in CONTRACTS:
+    implement(_library.TRITON_NAMESPACE, _operator)

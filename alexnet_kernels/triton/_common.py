@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import _library
-from alexnet_kernels.ops import _common
+from alexnet_kernels._dispatch.layout import memory_format_of
 
 
 def on_its_device(function: Callable) -> Callable:
@@ -88,5 +88,5 @@ def in_own_format(tensor: Tensor) -> tuple[Tensor, torch.memory_format]:
     """The tensor in the memory format that results take, and that format."""
     if tensor.dim() == 4 and tensor.shape[1] * tensor.shape[2] * tensor.shape[3] >= 2**31:
         raise ValueError(f"Triton kernels take images of fewer than 2^31 elements, not of shape {list(tensor.shape)}")
-    memory_format = _common.memory_format_of(tensor)
+    memory_format = memory_format_of(tensor)
     return contiguous_as(tensor, memory_format), memory_format

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import is_channels_last
 from alexnet_kernels.triton._common import check_size, contiguous_as, in_own_format, triton_op, wrap_triton
 
@@ -266,7 +266,7 @@ def batch_norm_relu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, memory_format = in_own_format(input)
     matrix = _Matrix(x, memory_format)
-    out = contract.empty_like(x)
+    out = empty_like(x)
     if x.numel() == 0:
         values = (0.0, 0.0) if training else (running_mean, running_var)
         mean, var = (matrix.empty(x, matrix.channels).copy_(torch.as_tensor(v)) for v in values)
@@ -307,7 +307,7 @@ def batch_norm_relu_backward(
     x, memory_format = in_own_format(input)
     g = contiguous_as(grad, memory_format)
     matrix = _Matrix(x, memory_format)
-    dx = contract.empty_like(x)
+    dx = empty_like(x)
     grad_weight, grad_bias = matrix.empty(x, matrix.channels), matrix.empty(x, matrix.channels)
     if x.numel() == 0:
         return dx, grad_weight.zero_(), grad_bias.zero_()

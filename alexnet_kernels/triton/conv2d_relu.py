@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
 from alexnet_kernels.triton._channels import Launch
 from alexnet_kernels.triton._common import check_size, contiguous_as, in_own_format, layout_of, triton_op, wrap_triton
 
@@ -413,7 +413,7 @@ def conv2d_relu(
     (height, width), (rows, columns) = x.shape[2:], w.shape[2:]
     out_height = (height + 2 * padding[0] - rows) // stride[0] + 1
     out_width = (width + 2 * padding[1] - columns) // stride[1] + 1
-    y = contiguous_as(contract.empty_like(x, [x.shape[0], w.shape[0], out_height, out_width]), memory_format)
+    y = contiguous_as(empty_like(x, [x.shape[0], w.shape[0], out_height, out_width]), memory_format)
     if y.numel() == 0:
         return y
     check_size(x, y)
@@ -440,8 +440,8 @@ def conv2d_relu_backward_input(
     padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    memory_format = contract.memory_format_of(input)
-    dx = contiguous_as(contract.empty_like(input), memory_format)
+    memory_format = memory_format_of(input)
+    dx = contiguous_as(empty_like(input), memory_format)
     if dx.numel() == 0:
         return dx
     w = contiguous_as(weight, torch.channels_last)
@@ -472,7 +472,7 @@ def conv2d_relu_backward_weight(
     padding: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    dw, db = contract.empty_like(weight), weight.new_empty(weight.shape[0])
+    dw, db = empty_like(weight), weight.new_empty(weight.shape[0])
     if dw.numel() == 0 or grad.numel() == 0:
         return dw.zero_(), db.zero_()
     x, memory_format = in_own_format(input)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import Launch, is_channels_last
 from alexnet_kernels.triton._common import in_own_format, triton_op, wrap_triton
 
@@ -149,7 +149,7 @@ def dropout(
     input: Tensor, p: float, scale: float, seed: Tensor, offset: int, row: int, row_stride: int, base: int
 ) -> Tensor:
     x, memory_format = in_own_format(input)
-    out = contract.empty_like(x)
+    out = empty_like(x)
     if x.numel() == 0:
         return out
     run(x, out, p, scale, seed, offset, row, row_stride, base, channels_last=is_channels_last(memory_format))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import Launch
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 from alexnet_kernels.triton.dropout import run
@@ -50,7 +50,7 @@ def linear_relu_dropout(
 def relu_dropout_backward(grad: Tensor, output: Tensor, scale: float) -> Tensor:
     out, memory_format = in_own_format(output)
     g = contiguous_as(grad, memory_format)
-    dx = contract.empty_like(out)
+    dx = empty_like(out)
     if out.numel() > 0:
         wrap_triton(relu_dropout_backward_kernel)[(triton.cdiv(out.numel(), ELEMENTS.block),)](
             g, out, dx, out.numel(), scale, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import (
     is_channels_last,
     launch_of,
@@ -129,7 +129,7 @@ def window_constants(x: Tensor, channels_last: bool, size: int, beta: float, gro
 @triton_op
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     x, memory_format = in_own_format(input)
-    y = contract.empty_like(x)
+    y = empty_like(x)
     if x.numel() == 0:
         return y
     constants = window_constants(x, is_channels_last(memory_format), size, beta, groups)
@@ -147,7 +147,7 @@ def local_response_norm_backward(
 ) -> Tensor:
     x, memory_format = in_own_format(input)
     g = contiguous_as(grad, memory_format)
-    dx = contract.empty_like(x)
+    dx = empty_like(x)
     if x.numel() == 0:
         return dx
     constants = window_constants(x, is_channels_last(memory_format), size, beta, groups)

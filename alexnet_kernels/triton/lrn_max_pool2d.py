@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import (
     is_channels_last,
     launch_of,
@@ -159,8 +159,8 @@ def lrn_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     x, memory_format = in_own_format(input)
     shape = [*x.shape[:2], *pooled(x, kernel_size, stride, padding, ceil_mode)]
-    out = contract.empty_like(x, shape)
-    arg = contract.empty_like(x, shape, torch.uint8)
+    out = empty_like(x, shape)
+    arg = empty_like(x, shape, torch.uint8)
     if out.numel() == 0:
         return out, arg
     constants = fused_constants(x, is_channels_last(memory_format), size, beta, groups, kernel_size, stride, padding)
@@ -189,7 +189,7 @@ def lrn_max_pool2d_backward(
 ) -> Tensor:
     x, memory_format = in_own_format(input)
     g, arg = contiguous_as(grad, memory_format), contiguous_as(argmax, memory_format)
-    dx = contract.empty_like(x)
+    dx = empty_like(x)
     if x.numel() == 0:
         return dx
     constants = fused_constants(x, is_channels_last(memory_format), size, beta, groups, kernel_size, stride, padding)

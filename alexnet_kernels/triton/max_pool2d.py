@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_kernels import reference
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import is_channels_last, launch_of, locate, offset_of, vector_of
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 
@@ -165,7 +165,7 @@ def max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     x, memory_format = in_own_format(input)
     shape = [*x.shape[:2], *pooled(x, kernel_size, stride, padding, ceil_mode)]
-    out, arg = contract.empty_like(x, shape), contract.empty_like(x, shape, torch.uint8)
+    out, arg = empty_like(x, shape), empty_like(x, shape, torch.uint8)
     if out.numel() == 0:
         return out, arg
     channels_last = is_channels_last(memory_format)
@@ -194,7 +194,7 @@ def max_pool2d_backward(
     arg, memory_format = in_own_format(argmax)
     g = contiguous_as(grad, memory_format)
     out = g if output is None else contiguous_as(output, memory_format)
-    dx = contract.empty_like(arg, input_size, g.dtype)
+    dx = empty_like(arg, input_size, g.dtype)
     if dx.numel() == 0:
         return dx
     channels_last = is_channels_last(memory_format)

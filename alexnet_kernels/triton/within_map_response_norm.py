@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.ops import _common as contract
+from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels.triton._channels import is_channels_last, launch_of, locate, offset_of, vector_of
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 from alexnet_kernels.triton.local_response_norm import power
@@ -91,7 +91,7 @@ def _constants(x: Tensor, channels_last: bool, size: int) -> dict:
 @triton_op
 def within_map_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     x, memory_format = in_own_format(input)
-    out = contract.empty_like(x)
+    out = empty_like(x)
     if x.numel() == 0:
         return out
     constants = _constants(x, is_channels_last(memory_format), size)
@@ -109,7 +109,7 @@ def within_map_response_norm_backward(
 ) -> Tensor:
     x, memory_format = in_own_format(input)
     g = contiguous_as(grad, memory_format)
-    dx = contract.empty_like(x)
+    dx = empty_like(x)
     if x.numel() == 0:
         return dx
     direct, term = torch.empty_like(x, dtype=torch.float32), torch.empty_like(x, dtype=torch.float32)

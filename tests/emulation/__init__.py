@@ -6,6 +6,7 @@ to date.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import importlib.util
@@ -21,8 +22,9 @@ import pybind11
 import torch
 import torch.utils.cpp_extension as torch_build
 
-from alexnet_kernels import _library, backends
-from alexnet_kernels.ops import _common
+from alexnet_kernels import backends
+from alexnet_kernels._dispatch.contracts import CONTRACTS
+from alexnet_kernels._dispatch.registration import implement
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "alexnet_kernels_emulated"
@@ -110,9 +112,9 @@ def load() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for op in _common.CONTRACTS:
+    for op in CONTRACTS:
         if hasattr(getattr(torch.ops, NAMESPACE), op):
-            _common.implement(NAMESPACE, op)
+            implement(NAMESPACE, op)
     return module
 
 
@@ -120,11 +122,13 @@ def load() -> ModuleType:
 def emulated() -> Iterator[ModuleType]:
     """Backend "cuda" takes CPU tensors inside the `with` block."""
     module = load()
-    before = _library.KERNELS, _library.NAMESPACES["cuda"], backends.DEVICES["cuda"]
-    _library.KERNELS = _library.KERNELS | {(op, "CUDA") for op in _library.OPS}
-    _library.NAMESPACES["cuda"] = NAMESPACE
-    backends.DEVICES["cuda"] = ("cpu",)
+    before = backends.registered("cuda")
+    backends.register(
+        dataclasses.replace(
+            before, namespace=NAMESPACE, devices=("cpu",), missing=lambda op: None, automatic=lambda op: False
+        )
+    )
     try:
         yield module
     finally:
-        _library.KERNELS, _library.NAMESPACES["cuda"], backends.DEVICES["cuda"] = before
+        backends.register(before)

@@ -1,0 +1,58 @@
+"""The private names of torch that the package depends on, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+dispatch_keys: Callable[[Tensor], Any] = torch._C._dispatch_keys
+"""The dispatch keys of a tensor, and those that the thread's state includes."""
+BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
+"""The keys of kernels: below autograd, autocast and functorch."""
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Whether a mode, a tracer, a profiler, torch.compile or a transform has to see every operator call."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or is_transformed()
+    )
+
+
+def without_autocast(key: str) -> Any:
+    """A context in which the dispatch key "AutocastCPU" or "AutocastCUDA" is skipped."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether "namespace::operator" has a kernel for a dispatch key."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def operators(namespace: str) -> list[str]:
+    """The names, sorted, of a namespace's operators."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith(f"{namespace}::")})
+
+
+def constant_when_compiled(function: Callable[[], Any]) -> Callable[[], Any]:
+    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
