@@ -1,0 +1,255 @@
+"""The record of an op, from which tests, benchmarks, the GPU check and the resource reports are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+"""Arguments of an op, by name."""
+
+OVERHEAD = "overhead"
+"""The layer whose tensors are so small that call overhead dominates."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Draws the tensors of samples and layers."""
+
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    device: torch.device | str = "cpu"
+    on_device: bool = False
+    """Draw on the device: faster there, but not the same numbers on every device."""
+    initialize: bool = True
+    """False leaves floating-point tensors uninitialised: their memory is not touched."""
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal deviates times `scale`; four dimensions are in the memory format."""
+        if not self.initialize:
+            memory_format = self.memory_format if len(shape) == 4 else torch.contiguous_format
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device, memory_format=memory_format)
+        value = torch.randn(shape, device=self.device if self.on_device else "cpu")
+        if scale != 1:
+            value *= scale
+        value = value.to(self.device, dtype or self.dtype)
+        return value.contiguous(memory_format=self.memory_format) if value.dim() == 4 else value
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype that kernels compute in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+class Sample(NamedTuple):
+    """One set of arguments: the first tensor's shape, and what `OpInfo.make` is given besides."""
+
+    shape: tuple[int, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        words = ["x".join(map(str, self.shape)) or "scalar"]
+        for name, value in self.options.items():
+            if value is True:
+                words.append(name)
+            else:
+                text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words.append(f"{name}={text}")
+        return "-".join(words)
+
+
+def sample(*shape: int, **options: Any) -> Sample:
+    return Sample(shape, options)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least work of an op, as (forward, forward and backward), for one image; a multiply-add counts as two."""
+
+    nbytes: tuple[float, float]
+    """That must be read or written if every tensor is read and written once."""
+    operations: tuple[float, float] = (0, 0)
+    constant_bytes: tuple[float, float] = (0, 0)
+    """Of weights, whatever the batch."""
+
+    def moved(self, batch: int, backward: bool) -> float:
+        return self.nbytes[int(backward)] * batch + self.constant_bytes[int(backward)]
+
+    def done(self, batch: int, backward: bool) -> float:
+        return self.operations[int(backward)] * batch
+
+    def seconds(self, batch: int, backward: bool, copy_rate: float, gemm_rate: float) -> float:
+        """The least time on a device of these rates."""
+        return max(self.moved(batch, backward) / copy_rate, self.done(batch, backward) / gemm_rate)
+
+
+PEER_OUTLIERS = 5e-3
+OUTLIERS = 1e-3
+"""The share of elements that may differ by more than the tolerance: in bfloat16 and float16 two nearly equal maxima may
+change places. They do so more often where PyTorch's operators round before the pool: PEER_OUTLIERS."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another implementation of an op."""
+
+    call: Callable[[Inputs], Tensor]
+    differentiable: bool = True
+    checked: bool = True
+    """False for one that draws its own random numbers."""
+    cuda_only: bool = False
+    outliers: float = PEER_OUTLIERS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of AlexNet. `inputs` makes the op's arguments for a batch, `work` is for an element size in bytes."""
+
+    name: str
+    inputs: Callable[[Maker, int], Inputs]
+    work: Callable[[int], Work]
+    wrt: tuple[str, ...] = ("input",)
+    """The arguments that get a gradient in training."""
+
+
+class Setting(NamedTuple):
+    """Where and how an op is computed."""
+
+    backend: str | None
+    device: str
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How results are compared with the definition in float64; `outputs` and `gradients` name fields of `Tolerance`."""
+
+    outputs: str = "sums"
+    gradients: str = "sums"
+    exact: bool = False
+    """Whether they must be equal."""
+    settled: Callable[..., Tensor] | None = None
+    """From the float64 arguments, the outputs whose gradient no rounding can redirect; the others get no gradient."""
+    peer: Callable[..., Tensor] | None = None
+    """A library's op for the same. A gradient may be wrong by twice as much as its."""
+    dtype: torch.dtype | None = None
+    """Whose tolerance holds, if not the result's."""
+    skip: str | None = None
+    """Why there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative to the element itself, and, where the terms of a sum cancel, to the tensor's largest."""
+
+    relative: float
+    sums: float  # of terms added in float32 (float64 for float64)
+    operand: float  # of such terms with a factor that was rounded to the dtype
+    library: float  # of terms that torch's own operator adds in the dtype
+    transformed: float  # of terms that cuDNN may add in another order and basis (Winograd, FFT)
+
+
+# With u the unit roundoff (2^-53, 2^-24, 2^-11, 2^-8): the ops round to a half-precision dtype at most twice, hence 2u,
+# and u for an operand; torch's sums of some hundred terms stay within 4u. float32 and float64 results have some tens of
+# roundings, and pow.
+TOLERANCES = {
+    torch.float64: Tolerance(1e-12, 1e-13, 1e-13, 1e-13, 1e-13),
+    torch.float32: Tolerance(1e-5, 1e-6, 1e-6, 1e-6, 1e-5),
+    torch.float16: Tolerance(2**-10, 1e-5, 2**-11, 2**-9, 2**-9),
+    torch.bfloat16: Tolerance(2**-7, 1e-5, 2**-8, 2**-6, 2**-6),
+}
+
+
+def copy(tensor: Tensor) -> Tensor:
+    """A copy of the same strides; a contiguous one of an expanded tensor."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor.clone()
+    strides = tensor.stride()
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def make_images(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
+    """The arguments of an op on images alone."""
+    return {"input": make(*shape), **options}
+
+
+def _default_comparison(setting: Setting) -> Comparison:
+    return Comparison()
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """What tests and benchmarks need to know of an op."""
+
+    name: str
+    op: Callable[..., Any]
+    """The public function."""
+    reference: Callable[..., Any]
+    """Its definition in `alexnet_kernels.reference`, with the results of `call`."""
+    samples: Sequence[Sample]
+    """Every kind of arguments, small."""
+    typical: Sequence[Sample]
+    """Arguments of no special kind, one for each mode of the op."""
+    large: Sample
+    """Arguments of so many elements that several threads, or programs, share the work."""
+    make: Callable[[Maker, tuple[int, ...], Inputs], Inputs] = make_images
+    """The arguments of a sample."""
+    takes: Callable[[Sample, torch.dtype], bool] = lambda sample, dtype: True
+    """Whether a sample is one of this dtype."""
+    functional: Callable[..., Any] | None = None
+    """Of an op that changes its arguments: calls it on copies, and returns what it changed."""
+    wrt: tuple[str, ...] = ("input",)
+    """The arguments that get a gradient; none for an op that is not differentiable."""
+    comparison: Callable[[Setting], Comparison] = _default_comparison
+    derivatives: Sequence[Sample] = ()
+    """Tiny samples for numerical derivatives in float64."""
+    make_derivative: Callable[[Maker, tuple[int, ...], Inputs], Inputs] | None = None
+    """Their arguments, if not those of `make`: away from where the op has no derivative."""
+    images: bool = True
+    """Whether the first tensor has memory formats."""
+    casts: bool = False
+    """Whether autocast casts its tensors; otherwise the result has the input's dtype."""
+    repeats_across_threads: Callable[[str | None], bool] = lambda backend: True
+    """Whether a backend's results are bitwise the same for any number of threads."""
+    on_images: Callable[[Tensor], Inputs] | None = None
+    """Arguments for given images [N, C, H, W], of any size."""
+
+    layers: Sequence[Layer] = ()
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    half_baselines_on_cuda_only: bool = False
+    """Whether PyTorch has the baselines in bfloat16 and float16 on CUDA only."""
+    eager: bool = True
+    """Whether backend "native" is what PyTorch's users run; otherwise a baseline is."""
+    tolerance: Callable[[torch.dtype], float | None] = lambda dtype: None
+    """Of the largest element, at AlexNet's layers, if not the dtype's usual one."""
+    preactivation: Callable[..., Tensor] | None = None
+    """What ReLU is applied to: where rounding may change its sign, no gradient is compared."""
+    timed: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
+    core: Callable[[torch.dtype, bool], bool] = lambda dtype, channels_last: channels_last
+    """Whether a dtype and format is one that AlexNet runs in fast."""
+    order: int = 0
+    """Its place in tables: what matters most to AlexNet comes first."""
+
+    def call(self, **arguments: Any) -> Any:
+        """The op's result; of one that changes its arguments, what `functional` returns."""
+        return (self.functional or self.op)(**arguments)
+
+    def inputs(self, sample: Sample, make: Maker) -> Inputs:
+        return self.make(make, sample.shape, dict(sample.options))
+
+    def derivative_inputs(self, sample: Sample, make: Maker) -> Inputs:
+        return (self.make_derivative or self.make)(make, sample.shape, dict(sample.options))

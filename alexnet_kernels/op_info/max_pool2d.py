@@ -1,0 +1,93 @@
+"""The record of max_pool2d."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_kernels import ops, reference
+from alexnet_kernels.op_info._layers import MAPS, elements, pooled
+from alexnet_kernels.op_info._record import Comparison, Inputs, Layer, Maker, OpInfo, Work, sample
+from alexnet_kernels.op_info.local_response_norm import MAP_DTYPES, map_inputs
+
+
+def work(elements: int, pooled: int, e: int) -> Work:
+    """Of maps and pooled maps of so many elements, of e bytes each; the argmax has one byte."""
+    written = pooled * (e + 1)
+    return Work((elements * e + written, 2 * elements * e + 2 * written))
+
+
+def windows(x: Tensor, kernel_size: Any = 3, stride: Any = 2, padding: Any = 0, ceil_mode: bool = False) -> Tensor:
+    """The elements of every pooling window, [N, C, P, Q, R * S], -inf outside of the image."""
+    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = (
+        (v, v) if isinstance(v, int) else v for v in (kernel_size, stride, padding)
+    )
+    height, width = x.shape[-2:]
+    out_h = reference.pool_output_size(height, kernel_h, stride_h, pad_h, ceil_mode)
+    out_w = reference.pool_output_size(width, kernel_w, stride_w, pad_w, ceil_mode)
+    beyond_h = max(0, (out_h - 1) * stride_h + kernel_h - height - pad_h)
+    beyond_w = max(0, (out_w - 1) * stride_w + kernel_w - width - pad_w)
+    padded = F.pad(x, (pad_w, beyond_w, pad_h, beyond_h), value=-torch.inf)
+    unfolded = padded.unfold(2, kernel_h, stride_h).unfold(3, kernel_w, stride_w)
+    return unfolded[:, :, :out_h, :out_w].flatten(-2)
+
+
+def clear_winner(x: Tensor, margin: float, **pool: Any) -> Tensor:
+    """The windows whose largest element is larger than every other by more than this part of itself."""
+    elements = windows(x, **pool)
+    if elements.shape[-1] == 1:
+        return torch.ones_like(elements[..., 0], dtype=torch.bool)
+    largest, second = elements.topk(2, dim=-1).values.unbind(-1)
+    return largest - second > margin * largest.abs()
+
+
+def distinct(make: Maker, shape: tuple[int, ...], options: Inputs, step: float = 0.01) -> Inputs:
+    """Images of a shuffled arithmetic sequence around zero: no two elements closer than step, none near zero."""
+    count = torch.Size(shape).numel()
+    values = (torch.arange(count, dtype=torch.float64) - count // 2 + 0.5) * step
+    x = values[torch.randperm(count)].reshape(shape).to(make.device, make.dtype)
+    return {"input": x.contiguous(memory_format=make.memory_format), **options}
+
+
+INFO = OpInfo(
+    name="max_pool2d",
+    op=ops.max_pool2d,
+    reference=reference.max_pool2d,
+    samples=(
+        sample(1, 48, 13, 11),
+        sample(1, 64, 7, 9, relu=True),
+        sample(2, 17, 13, 9),
+        sample(2, 16, 6, 8, kernel_size=2),
+        sample(2, 5, 7, 7, kernel_size=2, relu=True),
+        sample(1, 20, 6, 5, stride=1),
+        sample(1, 20, 5, 6, stride=1, padding=1),
+        sample(2, 9, 8, 8, ceil_mode=True),
+        sample(2, 9, 8, 7, ceil_mode=True, padding=1),
+        sample(2, 9, 6, 7, kernel_size=2, stride=3, padding=1, ceil_mode=True),
+        sample(2, 17, 2, 5, ceil_mode=True),
+        sample(2, 33, 9, 11, kernel_size=(3, 2), stride=(2, 1), padding=(1, 0)),
+        sample(2, 3, 9, 12, kernel_size=(1, 4), stride=(2, 3), padding=(0, 2), relu=True),
+        sample(1, 3, 20, 19, kernel_size=16, stride=3, padding=8),
+        sample(1, 18, 9, 9, kernel_size=1, stride=2),
+        sample(1, 18, 3, 3),
+        sample(1, 2, 10, 10, kernel_size=2, stride=5),
+        sample(2, 1, 7, 7, relu=True),
+        sample(0, 16, 7, 7),
+    ),
+    typical=(sample(2, 20, 7, 9), sample(2, 20, 7, 9, relu=True)),
+    large=sample(4, 48, 13, 13),
+    comparison=lambda setting: Comparison(exact=True),
+    derivatives=(sample(1, 2, 5, 5), sample(1, 2, 5, 5, relu=True)),
+    make_derivative=distinct,
+    on_images=lambda x: {"input": x, "relu": True},
+    layers=tuple(
+        Layer(layer, partial(map_inputs, layer), partial(work, elements(layer), pooled(layer))) for layer in MAPS
+    ),
+    timed=MAP_DTYPES,
+    core=lambda dtype, channels_last: channels_last or dtype == torch.bfloat16,
+    order=2,
+)

@@ -1,0 +1,91 @@
+"""The record of sgd_step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alexnet_kernels import ops, reference
+from alexnet_kernels.op_info._record import Inputs, Maker, OpInfo, copy, sample
+
+SHAPES = ((24, 3, 11, 11), (7,), (64, 50), (1,), (0,), (), (5, 3, 3, 3))
+# The dtypes of gradient, momentum buffer and master; None is the parameter's, and no master.
+MIXTURES: dict[str, tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]] = {
+    "plain": (None, None, None),
+    "wide gradient": (torch.float32, None, None),
+    "narrow gradient": (torch.bfloat16, None, None),
+    "wide momentum": (None, torch.float32, None),
+    "master": (None, torch.float32, torch.float32),
+    "master, wide gradient": (torch.float32, torch.float32, torch.float32),
+    "master, narrow momentum": (None, None, torch.float32),
+}
+RULES: tuple[Inputs, ...] = (
+    {"rule": "paper"},
+    {"rule": "paper", "first_step": True},
+    {"rule": "paper", "momentum": 0.0, "weight_decay": 0.0},
+    {"rule": "torch"},
+    {"rule": "torch", "first_step": True},
+    {"rule": "torch", "momentum": 0.0, "weight_decay": 0.0},
+    {"rule": "torch", "dampening": 0.4},
+    {"rule": "torch", "dampening": 0.4, "first_step": True},
+    {"rule": "torch", "nesterov": True, "weight_decay": 0.1},
+    {"rule": "torch", "nesterov": True, "first_step": True},
+)
+
+
+def fits(mixture: str, dtype: torch.dtype) -> bool:
+    """Whether parameters of this dtype go with the mixture."""
+    if dtype == torch.float64:
+        return mixture == "plain"
+    if dtype == torch.float32:
+        return mixture in ("plain", "narrow gradient")
+    return mixture != "narrow gradient"
+
+
+def state(make: Maker, mixture: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Inputs:
+    """Parameters, gradients, momentum buffers and masters."""
+    grad, momentum, master = MIXTURES[mixture if fits(mixture, make.dtype) else "plain"]
+    masters = [make(*shape, dtype=master) for shape in shapes]
+    return {
+        "params": [value.to(make.dtype, copy=True) for value in masters],
+        "grads": [make(*shape, dtype=grad) for shape in shapes],
+        "momentum_buffers": [make(*shape, dtype=momentum, scale=0.1) for shape in shapes],
+        "masters": masters if master else [],
+    }
+
+
+def _make(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
+    """A tensor of the sample's shape, among others of `SHAPES`, in a mixture of dtypes."""
+    return {**state(make, options.pop("mixture", "plain"), (shape, *SHAPES[1:])), "lr": 0.03, **options}
+
+
+def _functional(**arguments: Any) -> tuple[Tensor, ...]:
+    names = ("params", "momentum_buffers", "masters")
+    copies = {name: [copy(tensor) for tensor in arguments[name]] for name in names}
+    ops.sgd_step(**{**arguments, **copies})
+    return tuple(tensor for name in names for tensor in copies[name])
+
+
+def _reference(**arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensors in reference.sgd_step(**arguments) for tensor in tensors)
+
+
+INFO = OpInfo(
+    name="sgd_step",
+    op=ops.sgd_step,
+    reference=_reference,
+    samples=tuple(sample(24, 3, 11, 11, mixture=mixture, **rule) for mixture in MIXTURES for rule in RULES),
+    typical=(
+        sample(6, 5, 3, 3, mixture="master"),
+        sample(6, 5, 3, 3, mixture="master", rule="torch", nesterov=True),
+    ),
+    large=sample(300, 200, mixture="master"),
+    make=_make,
+    takes=lambda sample, dtype: fits(sample.options["mixture"], dtype),
+    functional=_functional,
+    images=False,
+    wrt=(),
+    order=9,
+)
