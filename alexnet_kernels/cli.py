@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alexnet_kernels import __version__, _library, backends
+from alexnet_kernels.bench.machine import keep_freed_memory
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
 from alexnet_kernels.parallel import PLANS
-from alexnet_kernels.testing.machine import keep_freed_memory
 from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
 from alexnet_kernels.training.processes import TIMEOUT, Parallel, launch
 from alexnet_kernels.training.settings import Settings, default_recipe, recipe_names, settings_of
@@ -615,7 +615,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from alexnet_kernels.testing import bench, tables
+    from alexnet_kernels.bench import bench, tables
     from alexnet_kernels.training import inference
 
     if options.compare:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from alexnet_kernels.testing.machine import commit, cpu
+from alexnet_kernels.bench.machine import commit, cpu
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.run import train

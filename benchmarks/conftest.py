@@ -1,4 +1,4 @@
-"""`pytest benchmarks/`: every op and network beside its peers, through pytest-benchmark.
+"""`pytest benchmarks/`: every op and network beside its baselines, through pytest-benchmark.
 
 The variants of a row are measured together, in turn, by the first test of the row, as `alexnet-kernels bench` does;
 each variant's own test hands its rounds to pytest-benchmark, whose tables, --benchmark-json and --benchmark-compare
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from alexnet_kernels.testing import bench, tables
-from alexnet_kernels.testing.rows import Row, is_ours
-from alexnet_kernels.testing.timing import Failure, Timing
+from alexnet_kernels.bench import report, rows, tables
+from alexnet_kernels.bench.row import Row, RowResult, is_ours
+from alexnet_kernels.bench.timing import Failure, Timing
 
 
 class Replay:
@@ -33,7 +33,7 @@ REPLAY = Replay()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("alexnet_kernels")
-    group.addoption("--smoke", action="store_true", help="every op, network and peer once, small")
+    group.addoption("--smoke", action="store_true", help="every op, network and baseline once, small")
     group.addoption("--batches", help="N,N (default: 1,32; on a GPU 1,32,128,256,1024)")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     group.addoption("--seconds", type=float, default=1.0, help="of a row's variants together (default: 1)")
@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     except ValueError:
         raise pytest.UsageError(f"--batches {batches}: N,N expected") from None
     cells = []
-    for row in bench.rows(device, [kind], numbers, config.getoption("--smoke")):
+    for row in rows.rows(device, [kind], numbers, config.getoption("--smoke")):
         for direction in row.directions:
             for variant in row.variants(device):
                 name = f"{tables.full_name(row.name, direction)}, {variant}".replace(", ", "-")
@@ -64,17 +64,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> Callable[[Row], dict[str, Any]]:
+def measured(request: pytest.FixtureRequest) -> Callable[[Row], RowResult]:
     """A row's result, measured once; only the last one is kept."""
     config = request.config
     device, smoke = torch.device(config.getoption("--device")), config.getoption("--smoke")
-    bench.configure()
-    last: dict[str, dict[str, Any]] = {}
+    report.configure()
+    last: dict[str, RowResult] = {}
 
-    def of(row: Row) -> dict[str, Any]:
+    def of(row: Row) -> RowResult:
         if row.name not in last:
             last.clear()
-            timing = bench.SMOKE_TIMING if smoke else {"seconds": config.getoption("--seconds"), "rounds": 15}
+            timing = rows.SMOKE_TIMING if smoke else {"seconds": config.getoption("--seconds"), "rounds": 15}
             last[row.name] = row.time(device, **timing)
         return last[row.name]
 
@@ -82,20 +82,22 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Row], dict[str, Any]]:
 
 
 @pytest.fixture
-def report(benchmark: Any, measured: Callable[[Row], dict[str, Any]]) -> Callable[[Row, str, str], None]:
+def give_report(benchmark: Any, measured: Callable[[Row], RowResult]) -> Callable[[Row, str, str], None]:
     def give(row: Row, direction: str, variant: str) -> None:
         result = measured(row)
-        if why := result["wrong"].get(variant):
+        if why := result.wrong.get(variant):
             pytest.fail(f"computes wrong values: {why}", pytrace=False)
-        timing = result[direction]["times"].get(variant)
-        why = result["errors"].get(variant) or (timing.reason if isinstance(timing, Failure) else None)
+        measured_here = result.directions[direction]
+        timing = measured_here.times.get(variant)
+        why = result.errors.get(variant) or (timing.reason if isinstance(timing, Failure) else None)
         if why and is_ours(variant):
             pytest.fail(why, pytrace=False)
         if not isinstance(timing, Timing):
             pytest.skip(why or "it has no such direction")
         benchmark.group = tables.full_name(row.name, direction)
-        benchmark.extra_info |= {name: result[direction][name] for name in ("bytes", "operations", "cached")}
-        benchmark.extra_info |= {"graph": timing.graph, "batch": result["batch"]}
+        found = measured_here.to_json()
+        benchmark.extra_info |= {name: found[name] for name in ("bytes", "operations", "cached")}
+        benchmark.extra_info |= {"graph": timing.graph, "batch": result.batch}
         REPLAY.times = [time for seconds in timing.samples for time in (0.0, seconds)]
         benchmark.pedantic(lambda: None, rounds=timing.rounds, iterations=1)
 

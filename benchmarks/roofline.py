@@ -14,10 +14,12 @@ import argparse
 
 import torch
 
+from alexnet_kernels.bench import roofline, tables
+from alexnet_kernels.bench.machine import keep_freed_memory
+from alexnet_kernels.bench.roofline import Ceilings
+from alexnet_kernels.bench.row import SHORT
 from alexnet_kernels.models import PRESETS
-from alexnet_kernels.testing import roofline, tables
-from alexnet_kernels.testing.machine import keep_freed_memory
-from alexnet_kernels.testing.roofline import SHORT, Ceilings
+from alexnet_kernels.op_info.sgd_step import NBYTES
 
 DTYPES = {name: dtype for dtype, name in SHORT.items()}
 
@@ -30,7 +32,7 @@ def floors(preset: str, batch: int, dtype: str, rates: Ceilings) -> list[tuple[s
             rates.seconds(work.moved(batch, backward), work.done(batch, backward), dtype) for backward in (False, True)
         )
         found.append((layer, forward, both, rates.by_products(work.moved(batch, True), work.done(batch, True), dtype)))
-    sgd = roofline.SGD_BYTES * roofline.parameters(preset) / rates.copy
+    sgd = NBYTES * roofline.parameters(preset) / rates.copy
     return [*found, ("SGD", 0.0, sgd, False)]
 
 

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-def test_net(row, direction, variant, report) -> None:
-    report(row, direction, variant)
+def test_net(row, direction, variant, give_report) -> None:
+    give_report(row, direction, variant)

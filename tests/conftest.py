@@ -1,24 +1,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import interpreter
 import pytest
 import torch
+from platforms import BACKENDS, DEVICES, INTERPRETED, emulation
 
-# Without a GPU Triton's interpreter runs its kernels; it has to be asked for before they are defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from alexnet_kernels import backends, ops
 
-from alexnet_kernels import _library, backends
-
-try:
-    import emulation  # of CUDA, where there is a compiler and pybind11
-except ImportError:
-    emulation = None
+if INTERPRETED:
+    interpreter.mend()
 
 # Processes of `pytest -n 2` share the cores: threads beyond them would wait for each other.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -33,16 +28,6 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-BACKENDS = {"cpu": ["cpu", "native"], "cuda": ["cuda", "triton", "native"]}
-if _library.INTERPRETED and _library.TRITON_INSTALLED:
-    import interpreter
-
-    interpreter.mend()
-    BACKENDS["cpu"].insert(1, "triton")
-if emulation is not None and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")):
-    BACKENDS["cpu"].insert(1, "cuda")  # emulated
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that take `device` on each device, and those that take `backend` on each of its backends.
@@ -53,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     def on(device: str, *values: str) -> object:
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        reason = backends.unavailable(op, values[0]) if device == "cuda" and values else None
+        reason = backends.unavailable(op, values[0]) if device == "cuda" and values and op in ops.__all__ else None
         if reason:
             marks.append(pytest.mark.skip(reason=f"{values[0]}: {reason}"))
         return pytest.param(device, *values, id="-".join(values or [device]), marks=marks)
@@ -94,20 +79,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `pytest -n 2`, whole files: each is given to one process, which makes its fixtures once."""
+    """Gives whole files to the processes of `pytest -n 2`: each makes the fixtures of a file once."""
     if config.getoption("dist") != "load":
         return None
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            # The contract tests are many: a part for each op.
+            return f"{file}::{name.partition('[')[2].partition('-')[0]}" if "test_contract" in file else file
 
     config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
 def emulated_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
     """Backend "cuda" on the CPU is the emulation, which the first test of it builds."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if params.get("backend") == "cuda" and params.get("device") == "cpu":
+    setting = params["case"].setting if "case" in params and hasattr(params["case"], "setting") else None
+    device, backend = (setting.device, setting.backend) if setting else (params.get("device"), params.get("backend"))
+    if backend == "cuda" and device == "cpu":
         with emulation.emulated():
             yield
     else:

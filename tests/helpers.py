@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alexnet_kernels import AlexNet, reference, use_backend
+from alexnet_kernels import AlexNet, use_backend
+from alexnet_kernels.op_info._record import TOLERANCES
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -34,28 +34,6 @@ def benchmark(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Relative to the element itself, and, where the terms of a sum cancel, to the tensor's largest."""
-
-    relative: float
-    sums: float  # of terms added in float32 (float64 for float64)
-    operand: float  # of such terms with a factor that was rounded to the dtype
-    library: float  # of terms that torch's own operator adds in the dtype
-    transformed: float  # of terms that cuDNN may add in another order and basis (Winograd, FFT)
-
-
-# With u the unit roundoff (2^-53, 2^-24, 2^-11, 2^-8): the ops round to a half-precision dtype at most twice,
-# hence 2u, and u for an operand; torch's sums of some hundred terms stay inside 4u. float32 and float64
-# results see some tens of roundings, and pow.
-TOLERANCES = {
-    torch.float64: Tolerance(1e-12, 1e-13, 1e-13, 1e-13, 1e-13),
-    torch.float32: Tolerance(1e-5, 1e-6, 1e-6, 1e-6, 1e-5),
-    torch.float16: Tolerance(2**-10, 1e-5, 2**-11, 2**-9, 2**-9),
-    torch.bfloat16: Tolerance(2**-7, 1e-5, 2**-8, 2**-6, 2**-6),
-}
 
 
 def shape_id(shape: Sequence[int]) -> str:
@@ -211,30 +189,6 @@ def check(
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def windows(x: Tensor, kernel_size: Any = 3, stride: Any = 2, padding: Any = 0, ceil_mode: bool = False) -> Tensor:
-    """The elements of every pooling window, [N, C, P, Q, R * S], with -inf for places outside."""
-    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = (
-        (v, v) if isinstance(v, int) else v for v in (kernel_size, stride, padding)
-    )
-    height, width = x.shape[-2:]
-    out_h = reference.pool_output_size(height, kernel_h, stride_h, pad_h, ceil_mode)
-    out_w = reference.pool_output_size(width, kernel_w, stride_w, pad_w, ceil_mode)
-    beyond_h = max(0, (out_h - 1) * stride_h + kernel_h - height - pad_h)
-    beyond_w = max(0, (out_w - 1) * stride_w + kernel_w - width - pad_w)
-    padded = torch.nn.functional.pad(x, (pad_w, beyond_w, pad_h, beyond_h), value=-torch.inf)
-    unfolded = padded.unfold(2, kernel_h, stride_h).unfold(3, kernel_w, stride_w)
-    return unfolded[:, :, :out_h, :out_w].flatten(-2)
-
-
-def clear_winner(x: Tensor, margin: float, **pool: Any) -> Tensor:
-    """Which windows' largest element is larger than every other by more than this part of itself."""
-    elements = windows(x, **pool)
-    if elements.shape[-1] == 1:
-        return torch.ones_like(elements[..., 0], dtype=torch.bool)
-    largest, second = elements.topk(2, dim=-1).values.unbind(-1)
-    return largest - second > margin * largest.abs()
 
 
 def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float64, step: float = 0.01) -> Tensor:

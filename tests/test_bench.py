@@ -17,14 +17,20 @@ from helpers import benchmark
 
 import alexnet_kernels
 from alexnet_kernels import AlexNet
+from alexnet_kernels.bench import baselines, cases, op_row, optimizer_row, roofline, rows, tables, timing
+from alexnet_kernels.bench import report as bench_report
+from alexnet_kernels.bench.machine import cache_bytes
+from alexnet_kernels.bench.network_row import NetRow
+from alexnet_kernels.bench.op_row import OpRow
+from alexnet_kernels.bench.optimizer_row import SgdRow
+from alexnet_kernels.bench.roofline import Ceilings
+from alexnet_kernels.bench.row import PURPOSES, WITHOUT_MASTERS, Row
+from alexnet_kernels.bench.timing import DeviceLost, Failure, Timing, copy_rate, input_sets, measure
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS, count_macs
 from alexnet_kernels.nn import fusion
-from alexnet_kernels.testing import bench, cases, peers, roofline, rows, tables, timing
-from alexnet_kernels.testing.machine import cache_bytes
-from alexnet_kernels.testing.roofline import Ceilings
-from alexnet_kernels.testing.rows import NetRow, OpRow, SgdRow
-from alexnet_kernels.testing.timing import DeviceLost, Failure, Timing, copy_rate, input_sets, measure
+from alexnet_kernels.op_info import Baseline
+from alexnet_kernels.op_info._record import OVERHEAD
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +42,8 @@ def case_named(name: str) -> cases.Case:
     return next(case for case in cases.cases() if case.name == name)
 
 
-def timed(row: rows.Row, **options: Any) -> dict[str, Any]:
-    return rows.to_json(row.time(CPU, seconds=0.02, rounds=2, **options))
+def timed(row: Row, **options: Any) -> dict[str, Any]:
+    return row.time(CPU, seconds=0.02, rounds=2, **options).to_json()
 
 
 class TestCases:
@@ -51,7 +57,7 @@ class TestCases:
         for op in set(alexnet_kernels.ops.__all__) - {"sgd_step"}:
             mine = [case for case in cases.cases() if case.op == op]
             assert {torch.float32, torch.bfloat16} <= {case.dtype for case in mine}
-            assert [case.layer for case in mine].count(cases.OVERHEAD) == 1
+            assert [case.layer for case in mine].count(OVERHEAD) == 1
             if op not in ("linear_relu_dropout", "dropout", "augment"):
                 assert {(case.dtype, case.channels_last) for case in mine} >= {
                     (dtype, last) for dtype in (torch.float32, torch.bfloat16) for last in (True, False)
@@ -66,7 +72,7 @@ class TestCases:
     def test_peers_compute_the_definition(self) -> None:
         for name in ("lrn_max_pool2d, layer 2, fp32", "local_response_norm, layer 2, fp32"):
             case = case_named(name)
-            (peer,) = case.peers.values()
+            (peer,) = case.baselines.values()
             assert cases.Expectation(case, 1, CPU).problem(peer.call) is None
 
 
@@ -168,13 +174,13 @@ class TestOps:
 
         x = torch.rand(2, 3)
         for i in range(12):  # more than dynamo's limit for one function
-            peer = rows.compiled(cases.Peer(lambda inputs, i=i: inputs["input"] * i), backend=compiler)
+            peer = op_row.compiled(Baseline(lambda inputs, i=i: inputs["input"] * i), backend=compiler)
             assert torch.equal(peer.call({"input": x}), x * i)
             assert len(graphs) == i + 1
 
     def test_a_wrong_optimizer_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = rows.optim.SGD
-        monkeypatch.setattr(rows.optim, "SGD", lambda *args, lr, **kwargs: right(*args, lr=1.1 * lr, **kwargs))
+        right = optimizer_row.optim.SGD
+        monkeypatch.setattr(optimizer_row.optim, "SGD", lambda *args, lr, **kwargs: right(*args, lr=1.1 * lr, **kwargs))
         result = timed(SgdRow(small=True))
         assert result["wrong"]["cpu"].startswith("parameter: ")
         assert set(result["step"]["times"]) == {"torch fused", "torch foreach"}
@@ -189,7 +195,7 @@ class TestNets:
         for module in model.modules():
             if isinstance(module, alexnet_kernels.nn.Dropout):
                 module.scale_at = "training"
-        peer = peers.stock(model)
+        peer = baselines.stock(model)
         assert not any(type(module).__module__.startswith("alexnet") for module in peer.modules())
         x = torch.randn(2, 3, 71, 71)
         torch.testing.assert_close(model(x), peer(x), rtol=1e-4, atol=1e-6)
@@ -199,13 +205,13 @@ class TestNets:
         model = AlexNet(preset=preset, width=0.05).eval()
         x = torch.randn(2, 3, 99, 99)
         results = []
-        for peer in (peers.stock(model), peers.hardened(model)):
+        for peer in (baselines.stock(model), baselines.hardened(model)):
             out = peer(x)
             gradients = torch.autograd.grad(out.square().sum(), list(peer.parameters()))
             results.append([out, *gradients])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
-        assert any(isinstance(module, peers.NativePool) for module in peer.modules())
+        assert any(isinstance(module, baselines.NativePool) for module in peer.modules())
 
     @pytest.mark.parametrize("preset", ["paper", "caffe", "caffenet", "torchvision", "batchnorm"])
     def test_the_onnx_network_equals_ours(self, preset: str) -> None:
@@ -214,7 +220,7 @@ class TestNets:
         model = self.row(preset=preset, width=0.03).model(CPU).eval()
         # ONNX's own evaluator normalises only as many channels as there are images.
         images = max(layer.out_channels for layer in list(model.features)[:5] if isinstance(layer, torch.nn.Conv2d))
-        graph = peers.to_onnx(model, images, model.input_size)
+        graph = baselines.to_onnx(model, images, model.input_size)
         onnx.checker.check_model(graph, full_check=True)
         x = torch.randn(images, 3, model.input_size, model.input_size)
         (logits,) = reference.ReferenceEvaluator(graph).run(None, {"images": x.numpy()})
@@ -223,11 +229,11 @@ class TestNets:
     def test_onnx_refuses_what_it_has_no_operator_for(self) -> None:
         pytest.importorskip("onnx")
         with pytest.raises(ValueError, match="ZeroPad2d"):
-            peers.to_onnx(AlexNet(preset="as_run", width=0.05), 1, 224)
+            baselines.to_onnx(AlexNet(preset="as_run", width=0.05), 1, 224)
         with pytest.raises(ValueError, match=r"adaptive pooling of \(2, 2\)"):
-            peers.to_onnx(AlexNet(width=0.05), 1, 99)
+            baselines.to_onnx(AlexNet(width=0.05), 1, 99)
 
-    @pytest.mark.parametrize("purpose", rows.PURPOSES)
+    @pytest.mark.parametrize("purpose", PURPOSES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_variants_are_timed(self, purpose: str, dtype: torch.dtype) -> None:
         row = self.row(purpose=purpose, dtype=dtype, width=0.05, size=99)
@@ -236,12 +242,12 @@ class TestNets:
         assert "auto" in result[purpose]["times"]
         assert ("auto, pure bf16" in result[purpose]["times"]) == (dtype == torch.bfloat16)
         alike = purpose == "training step" and "eager, pure bf16" in result[purpose]["times"]
-        assert (rows.WITHOUT_MASTERS in result[purpose]["times"]) == alike
+        assert (WITHOUT_MASTERS in result[purpose]["times"]) == alike
         assert set(result["errors"]) <= {"onnxruntime", "eager, pure bf16"}
         assert result[purpose]["operations"] > 0
         assert result[purpose]["bytes"] == pytest.approx(sum(nbytes for nbytes, _ in result[purpose]["layers"]))
 
-    @pytest.mark.parametrize("purpose", rows.PURPOSES)
+    @pytest.mark.parametrize("purpose", PURPOSES)
     def test_a_wrong_network_is_not_timed(self, purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
         right = fusion.conv2d_relu
         monkeypatch.setattr(
@@ -324,7 +330,7 @@ def report_of(**medians: float) -> dict[str, Any]:
     }
     result = {"op": "o", "layer": "l", "dtype": "fp32", "batch": 2, "wrong": {}, "errors": {}, "missing": {}}
     result["forward"] = {"bytes": 1e6, "operations": 0, "cached": False, "times": times}
-    return {"format": bench.FORMAT, "machine": {"device": "d"}, "ops": {"o, l": result}, "nets": {}}
+    return {"format": bench_report.FORMAT, "machine": {"device": "d"}, "ops": {"o, l": result}, "nets": {}}
 
 
 class TestTables:
@@ -367,28 +373,28 @@ class TestTables:
 class TestRows:
     @pytest.mark.parametrize("kind", ["cpu", "cuda"])
     def test_the_whole_matrix(self, kind: str) -> None:
-        found = bench.rows(torch.device(kind))
+        found = rows.rows(torch.device(kind))
         names = [row.name for row in found]
         assert len(set(names)) == len(names)
         nets = [row for row in found if isinstance(row, NetRow)]
         assert {row.preset for row in nets} == set(PRESETS)
-        assert {row.batch for row in nets} == set(bench.BATCHES[kind])
+        assert {row.batch for row in nets} == set(rows.BATCHES[kind])
         assert {(row.dtype, row.channels_last, row.purpose) for row in nets if row.preset == "torchvision"} == {
             (dtype, last, purpose)
             for dtype in (torch.float32, torch.bfloat16)
             for last in (True, False)
-            for purpose in rows.PURPOSES
+            for purpose in PURPOSES
         }
         compiled = {name for row in found if not isinstance(row, SgdRow) for name in row.compile}
         assert compiled == {"compiled", "compiled, max-autotune", "hardened"}
 
     def test_the_smoke_has_every_op_preset_and_kind_of_peer(self) -> None:
-        found = bench.rows(CPU, smoke=True)
+        found = rows.rows(CPU, smoke=True)
         assert {row.case.op for row in found if isinstance(row, OpRow)} | {"sgd_step"} == set(
             alexnet_kernels.ops.__all__
         )
         assert {row.preset for row in found if isinstance(row, NetRow)} == set(PRESETS)
-        whole = {variant for row in bench.rows(CPU) for variant in row.variants(CPU)}
+        whole = {variant for row in rows.rows(CPU) for variant in row.variants(CPU)}
         assert {variant for row in found for variant in row.variants(CPU)} == whole
 
 
@@ -398,8 +404,8 @@ class TestCommand:
         only = "^(max_pool2d, layer 5, bf16|linear_relu_dropout, fc7, fp32|dropout, overhead|paper, bf16.*inference)"
         assert main(["bench", "--smoke", "--only", only, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        report = bench.load(out.with_suffix(".json"))
-        assert bench.failed(report) == []
+        report = bench_report.load(out.with_suffix(".json"))
+        assert bench_report.failed(report) == []
         assert "max_pool2d, layer 5, bf16, batch 2" in report["ops"]
         assert "paper, bf16, batch 2, inference" in report["nets"]
         assert report["machine"]["torch"] == torch.__version__
@@ -416,11 +422,14 @@ class TestCommand:
 
     def test_throughput_against_batch_is_drawn(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
-        report = bench.new_report(CPU)
+        report = bench_report.new_report(CPU)
         for batch in (1, 2):
             row = NetRow("paper", batch, "inference", torch.float32, width=0.05, size=99)
             report["nets"][row.name] = timed(row)
-        assert [path.name for path in bench.pictures(report, tmp_path / "r")] == ["r_ratios.png", "r_throughput.png"]
+        assert [path.name for path in bench_report.pictures(report, tmp_path / "r")] == [
+            "r_ratios.png",
+            "r_throughput.png",
+        ]
 
     def test_a_wrong_op_fails_the_command(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -441,10 +450,10 @@ class TestCommand:
             raise DeviceLost("cuda", "RuntimeError: CUDA error")
 
         monkeypatch.setattr(OpRow, "time", lost)
-        chosen = bench.select(bench.rows(CPU, smoke=True), "overhead")
-        report = bench.run(CPU, chosen, small=True, out=tmp_path / "r", say=lambda line: None)
+        chosen = rows.select(rows.rows(CPU, smoke=True), "overhead")
+        report = bench_report.run(CPU, chosen, small=True, out=tmp_path / "r", say=lambda line: None)
         assert list(report["lost"]) == [f"{chosen[0].name} by cuda"]
-        assert bench.failed(report)
+        assert bench_report.failed(report)
         assert "- LOST the device: " in (tmp_path / "r.md").read_text()
 
     def test_list(self, capsys: pytest.CaptureFixture[str]) -> None:

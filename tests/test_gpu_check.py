@@ -19,6 +19,8 @@ import pytest
 import torch
 
 import alexnet_kernels
+from alexnet_kernels.bench import cases, tables
+from alexnet_kernels.bench.roofline import Ceilings
 from alexnet_kernels.gpu_check import (
     __main__,
     convolutions,
@@ -33,8 +35,7 @@ from alexnet_kernels.gpu_check import (
 )
 from alexnet_kernels.gpu_check.exercise import exercise
 from alexnet_kernels.gpu_check.findings import Findings
-from alexnet_kernels.testing import cases, tables
-from alexnet_kernels.testing.roofline import Ceilings
+from alexnet_kernels.op_info._layers import CONVOLUTIONS
 
 pytestmark = pytest.mark.slow
 
@@ -198,7 +199,7 @@ PROCESS = runner.Check.process
 SCRIPT = """
 import os, signal, sys, time
 from alexnet_kernels.gpu_check import __main__, worker
-from alexnet_kernels.testing.timing import DeviceLost
+from alexnet_kernels.bench.timing import DeviceLost
 
 def run(name, skip):
     if name in {names}:
@@ -661,9 +662,9 @@ class TestLibrary:
 
 
 class TestConvolutions:
-    @pytest.mark.parametrize("layer", cases.CONVOLUTIONS)
+    @pytest.mark.parametrize("layer", CONVOLUTIONS)
     def test_every_form_computes_as_many_outputs(self, layer: str) -> None:
-        filters, _, _, _, _, _, size = cases.CONVOLUTIONS[layer]
+        filters, _, _, _, _, _, size = CONVOLUTIONS[layer]
         count = filters * {224: 55}.get(size, size) ** 2
         for form in ("grouped", "space-to-depth" if layer == "conv1" else "split"):
             made = convolutions.Form(layer, torch.float32, 1, CPU, form)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels.bench import machine
 from alexnet_kernels.gpu_check import findings, report, runner
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import IN_WORKER, PARTS, PATIENCE, Budget
-from alexnet_kernels.testing import machine
 
 MINUTES = 8.5
 

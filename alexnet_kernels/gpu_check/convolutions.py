@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alexnet_kernels.testing import cases as registry
-from alexnet_kernels.testing import roofline
-from alexnet_kernels.testing.machine import cache_bytes
-from alexnet_kernels.testing.rows import OpRow
-from alexnet_kernels.testing.timing import Call, input_sets, measure
+from alexnet_kernels.bench import roofline
+from alexnet_kernels.bench.cases import cases
+from alexnet_kernels.bench.machine import cache_bytes
+from alexnet_kernels.bench.op_row import OpRow
+from alexnet_kernels.bench.timing import Call, input_sets, measure
+from alexnet_kernels.op_info._layers import CONVOLUTIONS
 
 ALONE = ("forward", "input gradient", "filter gradient")
 OP = ("op, forward", "op, backward")
@@ -27,7 +28,7 @@ class Form:
     """A convolution, or one for each part, of random numbers in channels_last."""
 
     def __init__(self, layer: str, dtype: torch.dtype, batch: int, device: torch.device, form: str) -> None:
-        filters, channels, kernel, stride, padding, groups, size = registry.CONVOLUTIONS[layer]
+        filters, channels, kernel, stride, padding, groups, size = CONVOLUTIONS[layer]
         self.stride, self.padding, self.groups = stride, padding, groups
         parts, inputs = 1, channels * groups
         if form == "split":
@@ -76,10 +77,10 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
     """{"operations", "bytes", "missing": {BACKEND: why}, DIRECTION: {VARIANT: timing}}; directions of ALONE and OP."""
     case = next(
         case
-        for case in registry.cases()
+        for case in cases()
         if (case.op, case.layer, case.dtype, case.channels_last) == ("conv2d_relu", layer, dtype, True)
     )
-    groups, stride = registry.CONVOLUTIONS[layer][5], registry.CONVOLUTIONS[layer][3]
+    groups, stride = CONVOLUTIONS[layer][5], CONVOLUTIONS[layer][3]
     forms = ["grouped" if groups > 1 else "plain"]
     forms += ["split"] if groups > 1 else []
     forms += ["space-to-depth"] if stride > 1 else []
@@ -99,7 +100,7 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
         times = measure(calls, device, **timing)
         found[direction] = {name: value.to_json() for name, value in times.items()}
     del made
-    row = OpRow(case, batch, apart=True).time(device, **timing)
+    row = OpRow(case, batch, apart=True).time(device, **timing).to_json()
     found["missing"] = row["missing"]
     for direction, passed in zip(OP, ("forward", "backward"), strict=True):
         found[direction] = {name: value.to_json() for name, value in row[passed]["times"].items()}

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from alexnet_kernels.testing import cases as registry
-from alexnet_kernels.testing import tables
-from alexnet_kernels.testing.roofline import Ceilings
-from alexnet_kernels.testing.rows import OpRow, SgdRow
-from alexnet_kernels.testing.timing import Call
+from alexnet_kernels.bench import tables
+from alexnet_kernels.bench.cases import cases
+from alexnet_kernels.bench.op_row import OpRow
+from alexnet_kernels.bench.optimizer_row import SgdRow
+from alexnet_kernels.bench.roofline import Ceilings
+from alexnet_kernels.bench.timing import Call
 
 SECTIONS = (
     "SpeedOfLight",
@@ -89,7 +90,7 @@ def call_of(name: str, direction: str, backend: str, device: torch.device) -> Ca
     """One direction of a row of the ops; a backward pass belongs to a forward pass made here."""
     if name == SgdRow.name:
         return SgdRow().call(backend, device)
-    case = next(case for case in registry.cases() if name.startswith(f"{case.name}, batch "))
+    case = next(case for case in cases() if name.startswith(f"{case.name}, batch "))
     row = OpRow(case, int(name.rpartition(" ")[2]), apart=True)
     if direction not in row.directions:
         raise SystemExit(f"{name} has no direction {direction!r}")

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alexnet_kernels.testing.rows import NetRow, NetVariant
+from alexnet_kernels.bench.network_row import NetRow
+from alexnet_kernels.bench.network_variant import NetVariant
 
 STEPS = 3
 MARK = "alexnet_kernels.gpu_check call "

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 
+from alexnet_kernels.bench.timing import works
 from alexnet_kernels.gpu_check.findings import Findings
-from alexnet_kernels.testing.timing import works
 
 VARIABLE = "ALEXNET_KERNELS_FINDINGS"
 SINCE = "ALEXNET_KERNELS_FINDINGS_SINCE"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alexnet_kernels.bench import machine, roofline, tables
+from alexnet_kernels.bench.row import OURS, is_ours
 from alexnet_kernels.gpu_check import convolutions, findings
 from alexnet_kernels.gpu_check.findings import Findings, Line
 from alexnet_kernels.gpu_check.plan import PARTS
-from alexnet_kernels.testing import machine, roofline, tables
-from alexnet_kernels.testing.rows import OURS, is_ours
 
 MARKDOWN, JSON = "report.md", "report.json"
 KERNELS = 14  # of a network's step, that the Markdown shows

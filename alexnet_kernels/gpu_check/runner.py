@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alexnet_kernels.bench import machine, roofline
+from alexnet_kernels.bench.machine import PACKAGE
 from alexnet_kernels.gpu_check import counters, findings, progress, report
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import IN_WORKER, PATIENCE, SHARES, Budget, stages
-from alexnet_kernels.testing import machine, roofline
-from alexnet_kernels.testing.machine import PACKAGE
 
 ROOT = PACKAGE.parent  # of the source tree, if the package is in one
 LOG = "log.txt"

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 
 from alexnet_kernels import _library, _sources, backends
+from alexnet_kernels.bench import machine, roofline
+from alexnet_kernels.bench.cases import Case, Expectation, cases
+from alexnet_kernels.bench.network_row import NetRow
+from alexnet_kernels.bench.network_variant import HARDENED
+from alexnet_kernels.bench.op_row import OpRow
+from alexnet_kernels.bench.optimizer_row import SgdRow
+from alexnet_kernels.bench.report import configure
+from alexnet_kernels.bench.row import OURS, PURPOSES, Row
+from alexnet_kernels.bench.timing import DeviceLost, reason_of, works
 from alexnet_kernels.gpu_check import convolutions, findings, kernel_times, report
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import Budget
-from alexnet_kernels.testing import bench, machine, roofline
-from alexnet_kernels.testing import cases as registry
-from alexnet_kernels.testing.rows import HARDENED, OURS, PURPOSES, NetRow, OpRow, Row, SgdRow, to_json
-from alexnet_kernels.testing.timing import DeviceLost, reason_of, works
+from alexnet_kernels.op_info._layers import CONVOLUTIONS
 
 BATCH = 128
 LARGE = 1024
@@ -96,24 +102,24 @@ def smoke(device: torch.device) -> list[Item]:
 
     Several workers share the items: Triton compiles its kernels one by one.
     """
-    every = [case for case in registry.cases() if case.core]
+    every = [case for case in cases() if case.core]
     if _small(device):
         every = list({case.op: case for case in every if case.dtype == torch.bfloat16}.values())
 
-    def item(case: registry.Case | SgdRow, backend: str) -> Item:
+    def item(case: Case | SgdRow, backend: str) -> Item:
         return Item(f"{case.name} by {backend}", lambda _: _compared(case, backend, device), least=2.0)
 
-    cases: list[registry.Case | SgdRow] = [*every, SgdRow(small=True)]
-    return [item(case, backend) for backend in OURS[device.type] for case in cases]
+    compared: list[Case | SgdRow] = [*every, SgdRow(small=True)]
+    return [item(case, backend) for backend in OURS[device.type] for case in compared]
 
 
-def _compared(case: registry.Case | SgdRow, backend: str, device: torch.device) -> dict[str, Any]:
+def _compared(case: Case | SgdRow, backend: str, device: torch.device) -> dict[str, Any]:
     start = time.perf_counter()
-    problem, error = None, backends.unavailable(case.op if isinstance(case, registry.Case) else "sgd_step", backend)
+    problem, error = None, backends.unavailable(case.op if isinstance(case, Case) else "sgd_step", backend)
     if error is None:
         try:
-            if isinstance(case, registry.Case):
-                problem = registry.Expectation(case, 2, device).problem(lambda x: case.call(x, backend))
+            if isinstance(case, Case):
+                problem = Expectation(case, 2, device).problem(lambda x: case.call(x, backend))
             else:
                 problem = case.problem(backend, device)
         except Exception as failure:
@@ -125,12 +131,10 @@ def _compared(case: registry.Case | SgdRow, backend: str, device: torch.device) 
 
 def _timed(device: torch.device, rows: Sequence[Row], seconds: float, rounds: int, least: float = 2.0) -> list[Item]:
     def item(row: Row) -> Item:
-        compiles = not isinstance(row, SgdRow) and bool(row.compile)
-
         def run(skip: Collection[str]) -> dict[str, Any]:
-            return to_json(row.time(device, seconds=seconds, rounds=rounds, skip=skip))
+            return row.time(device, seconds=seconds, rounds=rounds, skip=skip).to_json()
 
-        return Item(row.name, run, least, compiles)
+        return Item(row.name, run, least, row.compiles)
 
     return [item(row) for row in rows]
 
@@ -163,16 +167,16 @@ def convolutions_alone(device: torch.device) -> list[Item]:
 
         return Item(f"{layer}, bf16, batch {batch}", run, least=2.0)
 
-    return [item(layer) for layer in (["conv5"] if small else registry.CONVOLUTIONS)]
+    return [item(layer) for layer in (["conv5"] if small else CONVOLUTIONS)]
 
 
 def ops(device: torch.device) -> list[Item]:
     """The elementwise ops and the optimizer, forward and backward apart; those of bfloat16 in channels_last first."""
     if _small(device):  # one case of each op shows that the command works
-        every = {case.op: case for case in registry.cases() if case.core and case.dtype == torch.bfloat16}
+        every = {case.op: case for case in cases() if case.core and case.dtype == torch.bfloat16}
         rows: list[Row] = [*(OpRow(case, 2, apart=True) for case in every.values()), SgdRow(small=True)]
     else:
-        chosen = [case for case in registry.cases() if case.core and case.op != "conv2d_relu"]
+        chosen = [case for case in cases() if case.core and case.op != "conv2d_relu"]
         main = [case for case in chosen if case.dtype == torch.bfloat16 and case.channels_last]
         others = [case for case in chosen if case not in main]
         rows = [*(OpRow(case, BATCH, apart=True) for case in main), SgdRow()]
@@ -193,7 +197,7 @@ def compiled(device: torch.device) -> list[Item]:
     rows += [NetRow("torchvision", n, purpose) for n in (BATCH, LARGE) for purpose in PURPOSES[::-1]]
     rows += beside("torchvision", "compiled")
     rows += [NetRow("batchnorm", BATCH, purpose) for purpose in PURPOSES[::-1]]
-    core = [case for case in registry.cases() if case.core and case.dtype == torch.bfloat16 and case.channels_last]
+    core = [case for case in cases() if case.core and case.dtype == torch.bfloat16 and case.channels_last]
     rows += [OpRow(case, BATCH, ("compiled",), label="compiled") for case in core if case.op != "augment"]
     rows += beside("paper", "compiled, max-autotune")
     return _timed(device, rows, seconds=1.5, rounds=10, least=10.0)
@@ -262,6 +266,6 @@ def prepare(count: int) -> None:
     """The process, of `count` that run at the same time."""
     faulthandler.enable()
     torch.manual_seed(0)
-    bench.configure()
+    configure()
     if count > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))

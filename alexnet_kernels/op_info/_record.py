@@ -115,6 +115,8 @@ class Layer:
     work: Callable[[int], Work]
     wrt: tuple[str, ...] = ("input",)
     """The arguments that get a gradient in training."""
+    timed: bool = True
+    """Whether benchmarks time it; otherwise only its kernels are reported."""
 
 
 class Setting(NamedTuple):

@@ -10,6 +10,8 @@ from torch import Tensor
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._record import Inputs, Maker, OpInfo, copy, sample
 
+NBYTES = 20
+"""Of a float32 parameter: its value and momentum, read and written, and its gradient."""
 SHAPES = ((24, 3, 11, 11), (7,), (64, 50), (1,), (0,), (), (5, 3, 3, 3))
 # The dtypes of gradient, momentum buffer and master; None is the parameter's, and no master.
 MIXTURES: dict[str, tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]] = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from alexnet_kernels.testing.machine import cache_bytes
+from alexnet_kernels.bench.machine import cache_bytes
 
 Call = Callable[[], object]
 

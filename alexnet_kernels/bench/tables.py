@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from alexnet_kernels.testing.roofline import Ceilings
-from alexnet_kernels.testing.rows import DIRECTIONS, is_ours
+from alexnet_kernels.bench.roofline import Ceilings
+from alexnet_kernels.bench.row import DIRECTIONS, is_ours
 
 Results = Mapping[str, dict[str, Any]]
 

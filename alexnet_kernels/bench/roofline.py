@@ -1,8 +1,4 @@
-"""The least a device has to do for AlexNet's layers, and what it can do, measured on it.
-
-Bytes are those that must come from memory or go there if every tensor is read and written once; operations count a
-multiply-add as two. Each is given for one image, forward and for forward and backward together.
-"""
+"""The least work of AlexNet's layers, and the rates of a device, measured on it."""
 
 from __future__ import annotations
 
@@ -13,71 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alexnet_kernels.bench.row import SHORT
+from alexnet_kernels.bench.timing import copy_rate, gemm_rate
 from alexnet_kernels.models import PRESETS, AlexNet
 from alexnet_kernels.nn import WithinMapResponseNorm
-from alexnet_kernels.testing.timing import copy_rate, gemm_rate
-
-SGD_BYTES = 20  # of a float32 parameter: its value and momentum, read and written, and its gradient
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Work:
-    """[forward, forward and backward]."""
-
-    nbytes: tuple[float, float]
-    operations: tuple[float, float] = (0, 0)
-    constant_bytes: tuple[float, float] = (0, 0)  # of weights, whatever the batch
-
-    def moved(self, batch: int, backward: bool) -> float:
-        return self.nbytes[int(backward)] * batch + self.constant_bytes[int(backward)]
-
-    def done(self, batch: int, backward: bool) -> float:
-        return self.operations[int(backward)] * batch
-
-    def seconds(self, batch: int, backward: bool, copy_rate: float, gemm_rate: float) -> float:
-        """That it takes at least on a device of these rates."""
-        return max(self.moved(batch, backward) / copy_rate, self.done(batch, backward) / gemm_rate)
-
-
-def pooling(elements: int, pooled: int, e: int) -> Work:
-    """With an argmax of one byte; e is an element's bytes."""
-    written = pooled * (e + 1)
-    return Work((elements * e + written, 2 * elements * e + 2 * written))
-
-
-def normalisation_and_pooling(elements: int, pooled: int, e: int) -> Work:
-    """Backward reads the input once more, in place of normalised maps."""
-    written = pooled * (e + 1)
-    return Work((elements * e + written, 3 * elements * e + 2 * written))
-
-
-def normalisation(elements: int, e: int) -> Work:
-    return Work((2 * elements * e, 5 * elements * e))
-
-
-def batch_normalisation(elements: int, e: int) -> Work:
-    """The sums come before the first result, forward and backward: their inputs are read twice."""
-    return Work((3 * elements * e, 8 * elements * e))
-
-
-def elementwise(elements: int, e: int) -> Work:
-    return Work((2 * elements * e, 4 * elements * e))
-
-
-def convolution(inputs: int, outputs: int, weights: int, macs: int, e: int, first: bool) -> Work:
-    """The first layer's input gets no gradient."""
-    products = 2 if first else 3
-    return Work(
-        ((inputs + outputs) * e, (products * inputs + 3 * outputs) * e),
-        (2 * macs, 2 * macs * products),
-        (weights * e, products * weights * e),
-    )
-
-
-def linear(rows: int, columns: int, e: int) -> Work:
-    macs = rows * columns
-    return Work(((rows + columns) * e, 3 * (rows + columns) * e), (2 * macs, 6 * macs), (macs * e, 3 * macs * e))
+from alexnet_kernels.op_info import (
+    Work,
+    batch_norm_relu,
+    conv2d_relu,
+    linear_relu_dropout,
+    local_response_norm,
+    lrn_max_pool2d,
+    max_pool2d,
+    within_map_response_norm,
+)
 
 
 def network(preset: str, dtype: torch.dtype, width: float = 1.0, size: int | None = None) -> dict[str, Work]:
@@ -104,24 +49,24 @@ def _layers(model: AlexNet, e: int, size: int) -> Iterator[tuple[str, Work]]:
         if isinstance(child, nn.Conv2d):
             layer += 1
             weights = child.weight.numel()
-            yield f"conv{layer}", convolution(n, m, weights, m * child.weight[0].numel(), e, first=layer == 1)
+            yield f"conv{layer}", conv2d_relu.work(n, m, weights, m * child.weight[0].numel(), layer == 1, e)
         elif isinstance(child, nn.LocalResponseNorm) and pool is not None:
             y = pool(y)
-            yield f"norm{layer}, pool{layer}", normalisation_and_pooling(n, y.numel(), e)
+            yield f"norm{layer}, pool{layer}", lrn_max_pool2d.work(n, y.numel(), e)
             i += 1
         elif isinstance(child, nn.LocalResponseNorm):
-            yield f"norm{layer}", normalisation(n, e)
+            yield f"norm{layer}", local_response_norm.work(n, e)
         elif isinstance(child, WithinMapResponseNorm):
-            yield f"map_norm{layer}", normalisation(n, e)
+            yield f"map_norm{layer}", within_map_response_norm.work(n, e)
         elif isinstance(child, nn.BatchNorm2d):
-            yield f"batch_norm{layer}", batch_normalisation(n, e)
+            yield f"batch_norm{layer}", batch_norm_relu.work(n, e)
         elif isinstance(child, nn.MaxPool2d):
-            yield f"pool{layer}", pooling(n, m, e)
+            yield f"pool{layer}", max_pool2d.work(n, m, e)
         x = y
         i += 1
     layers = [child for child in model.classifier if isinstance(child, nn.Linear)]
     for fc, child in enumerate(layers, 6):
-        yield f"fc{fc}", linear(child.in_features, child.out_features, e)
+        yield f"fc{fc}", linear_relu_dropout.work(child.in_features, child.out_features, e)
 
 
 @dataclass(frozen=True)

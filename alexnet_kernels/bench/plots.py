@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alexnet_kernels.testing import tables
-from alexnet_kernels.testing.roofline import Ceilings, ceilings
+from alexnet_kernels.bench import tables
+from alexnet_kernels.bench.roofline import Ceilings, ceilings
 
 OURS, PEER, LINE = "#1f77b4", "#999999", "#333333"
 

@@ -1,98 +1,26 @@
-"""The benchmarks that `alexnet-kernels bench` and `pytest benchmarks/` run: which rows, and their report."""
+"""The report of `alexnet-kernels bench`: measuring rows, JSON, Markdown."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
-import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alexnet_kernels.models import PRESETS
-from alexnet_kernels.testing import cases as registry
-from alexnet_kernels.testing import machine, peers, plots, roofline, tables
-from alexnet_kernels.testing.rows import COMPILED, PURPOSES, NetRow, OpRow, Row, SgdRow, to_json
-from alexnet_kernels.testing.timing import DeviceLost
+from alexnet_kernels.bench import baselines, machine, plots, roofline, tables
+from alexnet_kernels.bench.network_row import NetRow
+from alexnet_kernels.bench.row import Row
+from alexnet_kernels.bench.timing import DeviceLost
 
 FORMAT = 1
-KINDS = ("ops", "nets")
-BATCHES = {"cpu": (1, 32), "cuda": (1, 32, 128, 256, 1024)}
-REFERENCE = {"cpu": 32, "cuda": 128}  # the batch at which compiled peers are measured, too
-SMOKE = 2  # the batch
-SMOKE_TIMING = {"seconds": 0.01, "rounds": 1}
 
 
 class FormatError(Exception):
     """A file that isn't a report."""
-
-
-def rows(
-    device: torch.device, kinds: Collection[str] = KINDS, batches: Sequence[int] | None = None, smoke: bool = False
-) -> list[Row]:
-    """All, in the order of what matters; `smoke`: every op, network and peer, small."""
-    kind = device.type
-    reference = SMOKE if smoke else REFERENCE[kind]
-    chosen = (SMOKE,) if smoke else tuple(batches or BATCHES[kind])
-    found: list[Row] = []
-    if "ops" in kinds:
-        found += _ops(chosen, reference, smoke)
-    if "nets" in kinds:
-        found += _nets(chosen, reference, smoke)
-    return found
-
-
-def _ops(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
-    every = registry.cases()
-    if smoke:  # Each op in each dtype and format, at the layer with the least work.
-        cheapest: dict[Any, registry.Case] = {}
-        for case in every:
-            key = case.op, case.dtype, case.channels_last, case.layer == registry.OVERHEAD
-            if key not in cheapest or case.work.moved(1, True) < cheapest[key].work.moved(1, True):
-                cheapest[key] = case
-        every = list(cheapest.values())
-    compiles = [case for case in every if case.core and case.channels_last and case.dtype != torch.float16]
-    if smoke:
-        compiles = [case for case in compiles if case.op == "max_pool2d" and case.dtype == torch.float32]
-    compiled = {case.name for case in compiles}
-    matrices = ("conv2d_relu", "linear_relu_dropout")  # of which autotuning has something to choose
-
-    def row(case: registry.Case, batch: int) -> Row:
-        names: tuple[str, ...] = ()
-        if batch == reference and case.name in compiled and case.op != "augment":
-            names = tuple(COMPILED) if case.op in matrices or smoke else ("compiled",)
-        return OpRow(case, batch, names)
-
-    found: list[Row] = [row(case, batch) for case in every if case.layer != registry.OVERHEAD for batch in batches]
-    found.append(SgdRow(small=smoke))
-    return found + [OpRow(case, 1) for case in every if case.layer == registry.OVERHEAD]
-
-
-def _nets(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
-    found: list[Row] = []
-    main = ("paper", "torchvision")
-    for channels_last in (True, False):
-        for dtype in (torch.bfloat16, torch.float32):
-            for preset in PRESETS if channels_last and not smoke else main:
-                for batch in batches:
-                    for purpose in PURPOSES:
-                        row = NetRow(preset, batch, purpose, dtype, channels_last)
-                        if smoke:
-                            row = dataclasses.replace(row, width=0.05)
-                        compiles = batch == reference and channels_last and preset in main
-                        if smoke:
-                            compiles = compiles and (preset, dtype) == ("paper", torch.float32)
-                        if compiles:
-                            row = dataclasses.replace(row, compile=(*COMPILED, "hardened"))
-                        found.append(row)
-    if smoke:  # at the width of torchvision's model
-        found.append(NetRow("torchvision", 1, "inference", torch.float32))
-        found += [NetRow(preset, SMOKE, "training step", width=0.05) for preset in PRESETS if preset not in main]
-    return found
 
 
 def section(row: Row) -> str:
@@ -150,7 +78,7 @@ def run(
     say(tables.ceilings_text(rates) if rates else "")
     for row in chosen:
         try:
-            result = to_json(row.time(device, seconds=seconds, rounds=rounds))
+            result = row.time(device, seconds=seconds, rounds=rounds).to_json()
         except DeviceLost as lost:
             report["lost"][f"{row.name} by {lost.variant}"] = str(lost)
         else:
@@ -166,7 +94,7 @@ def run(
 
 
 def configure() -> None:
-    """The peers as their experts would have them, and memory that none has to fault in again."""
+    """Sets torch up as the baselines' experts would, and keeps freed memory: page faults would count as time."""
     machine.keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True
@@ -217,14 +145,9 @@ def save(report: dict[str, Any], out: Path) -> None:
 
 def pictures(report: dict[str, Any], out: Path) -> list[Path]:
     """None where matplotlib is not installed."""
-    return [] if peers.missing("matplotlib") else plots.draw(report, out)
+    return [] if baselines.missing("matplotlib") else plots.draw(report, out)
 
 
 def failed(report: dict[str, Any]) -> list[str]:
     """Why the report is not to be trusted: ours that are wrong or don't run."""
     return [*tables.problems({**report["ops"], **report["nets"]}), *report["lost"].values()]
-
-
-def select(found: Sequence[Row], only: str | None) -> list[Row]:
-    """Those whose name the regular expression finds."""
-    return [row for row in found if only is None or re.search(only, row.name)]

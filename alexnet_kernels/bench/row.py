@@ -1,0 +1,116 @@
+"""What a benchmark row is, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from alexnet_kernels import backends
+from alexnet_kernels.bench.timing import Failure, Timing
+
+OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+WITHOUT_MASTERS = "auto, pure bf16, no masters"
+OUR_NETS = ("auto", "auto, pure bf16", WITHOUT_MASTERS, "triton")
+DIRECTIONS = ("forward", "backward", "forward and backward", "step", "inference", "training step")
+PURPOSES = DIRECTIONS[-2:]
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+COMPILED: dict[str, dict[str, Any]] = {
+    "compiled": {},
+    # CUDA graphs are the timing's own.
+    "compiled, max-autotune": {"mode": "max-autotune-no-cudagraphs"},
+}
+"""Options of torch.compile, by variant."""
+
+
+@dataclass
+class Measurement:
+    """One direction of a row."""
+
+    nbytes: float
+    """The least number of bytes that a call moves."""
+    operations: float
+    cached: bool
+    """Whether all inputs fit in the device's cache."""
+    times: dict[str, Timing | Failure]
+    """By variant."""
+    layers: list[tuple[float, float]] | None = None
+    """(bytes, operations) of each layer of a network."""
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "bytes": self.nbytes,
+            "operations": self.operations,
+            "cached": self.cached,
+            "times": {name: timing.to_json() for name, timing in self.times.items()},
+        }
+        return found if self.layers is None else found | {"layers": self.layers}
+
+
+@dataclass
+class RowResult:
+    """What a row's variants took. `wrong`, `errors` and `missing` hold reasons by variant."""
+
+    op: str
+    layer: str
+    dtype: str
+    batch: int
+    wrong: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    directions: dict[str, Measurement] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, and the directions beside them."""
+        found = {name: value for name, value in vars(self).items() if name != "directions"}
+        return found | {direction: measured.to_json() for direction, measured in self.directions.items()}
+
+
+class Row(Protocol):
+    """An op at a layer, the optimizer's step, or a network: timed by this package and by baselines.
+
+    A row compares its variants with the definition in float64 first, and times the correct ones in turn, in one
+    process.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def directions(self) -> Sequence[str]: ...
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a variant is torch.compile's."""
+        ...
+
+    def variants(self, device: torch.device) -> list[str]:
+        """Those that the device has, if nothing fails."""
+        ...
+
+    def time(
+        self, device: torch.device, *, seconds: float = 1.0, rounds: int = 15, skip: Collection[str] = ()
+    ) -> RowResult:
+        """`skip` names variants, "ROW by VARIANT", after which the device was lost before."""
+        ...
+
+
+def is_ours(variant: str) -> bool:
+    return variant in ("cpu", "cuda", *OUR_NETS)
+
+
+def our_backends(op: str, device: torch.device) -> dict[str, str | None]:
+    """This package's backends for the device, each with the reason if the op lacks it."""
+    return {backend: backends.unavailable(op, backend) for backend in OURS[device.type]}
+
+
+def prefixed(label: str, name: str) -> str:
+    return f"{label}: {name}" if label else name
+
+
+def capturable(lr: float, device: torch.device) -> float | torch.Tensor:
+    """A learning rate for steps that CUDA graphs capture."""
+    return torch.tensor(lr, device=device) if device.type == "cuda" else lr

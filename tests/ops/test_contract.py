@@ -1,0 +1,228 @@
+"""The contract of every op, on every backend, from the ops' records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract import (
+    LAYOUTS,
+    Case,
+    as_tuple,
+    check,
+    expectation,
+    expected,
+    map_tensors,
+    parametrize,
+    restride,
+    settings,
+    typical_cases,
+    wanted,
+)
+from helpers import assert_close, assert_same, check_repeatable, forward_backward
+from helpers import check_gradients as check_derivatives
+from platforms import BACKENDS, INTERPRETED
+
+from alexnet_kernels import ops
+from alexnet_kernels._dispatch.contracts import CONTRACTS
+from alexnet_kernels.op_info import OP_INFOS, Setting, operator_calls
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+pytestmark = pytest.mark.slow
+
+
+def auto(device: str) -> list[str | None]:
+    return [None]
+
+
+def test_every_op_has_a_record() -> None:
+    assert set(OP_INFOS) == set(ops.__all__)
+    for name, info in OP_INFOS.items():
+        assert info.name == name
+        assert len({sample.id for sample in info.samples}) == len(info.samples), name
+
+
+@parametrize(
+    Case(info, sample, setting)
+    for info in OP_INFOS.values()
+    for sample in info.samples
+    for setting in settings(info)
+    if info.takes(sample, setting.dtype)
+)
+def test_equals_the_definition(case: Case) -> None:
+    info, sample, setting, _ = case
+    assert sample is not None
+    check(case, expectation(info.name, sample.id, setting.dtype, setting.memory_format, setting.device))
+
+
+@parametrize(typical_cases(chosen=auto, dtypes=[F32]))
+def test_auto_equals_the_definition(case: Case) -> None:
+    check(case, expected(case.info, case.inputs()))
+
+
+@parametrize(
+    Case(info, None, setting, layer.name)
+    for info in OP_INFOS.values()
+    for layer in info.layers
+    for setting in settings(info, (F32, BF16) if info.images else (F32,), auto)
+)
+def test_alexnets_layers(case: Case) -> None:
+    layer = next(layer for layer in case.info.layers if layer.name == case.layout)
+    check(case, expected(case.info, layer.inputs(case.maker, 1)))
+
+
+@parametrize(typical_cases(LAYOUTS))
+def test_arguments_of_any_strides(case: Case) -> None:
+    inputs = {name: map_tensors(lambda t: restride(t, case.layout), value) for name, value in case.inputs().items()}
+    if case.layout == "expanded" and case.info.functional:
+        inputs |= {name: value for name, value in case.inputs().items() if name not in case.info.wrt}
+    check(case, expected(case.info, inputs))
+
+
+@parametrize(case for case in typical_cases(("expanded", "sliced", "transposed")) if case.info.wrt)
+def test_output_gradients_of_any_strides(case: Case) -> None:
+    inputs = case.inputs()
+    names, call = wanted(case.info, inputs), case.function(inputs)
+    leaves = [inputs[name].detach().requires_grad_() for name in names]
+    output = as_tuple(call(*leaves))[0]
+    grad = restride(torch.randint(-4, 5, output.shape).to(output.device, output.dtype), case.layout)
+    dense = torch.empty_like(output).copy_(grad)
+    actual, same = (torch.autograd.grad(output, leaves, g, retain_graph=True) for g in (grad, dense))
+    for name, a, b in zip(names, actual, same, strict=True):
+        assert_close(a, b.double(), slack="library", what=f"gradient of {name}")
+
+
+@parametrize(
+    Case(info, sample, setting)
+    for info in OP_INFOS.values()
+    for sample in info.derivatives
+    for setting in settings(info, [F64])
+)
+def test_first_and_second_derivatives(case: Case) -> None:
+    assert case.sample is not None
+    inputs = case.info.derivative_inputs(case.sample, case.maker)
+    call = case.function(inputs)
+    check_derivatives(lambda *tensors: as_tuple(call(*tensors))[0], [inputs[n] for n in wanted(case.info, inputs)])
+
+
+@parametrize(
+    Case(info, info.large, setting)
+    for info in OP_INFOS.values()
+    for setting in settings(info)
+    if info.takes(info.large, setting.dtype)
+    # Triton's interpreter has no threads.
+    and not (setting.backend == "triton" and setting.device == "cpu")
+)
+def test_repeats_bitwise(case: Case, threads: Callable[[int], None]) -> None:
+    inputs, across = case.inputs(), case.info.repeats_across_threads(case.setting.backend)
+    call, names = case.function(inputs), wanted(case.info, inputs)
+    if names:
+        check_repeatable(lambda *x: as_tuple(call(*x))[0], [inputs[n] for n in names], threads, across=across)
+        return
+    first = None
+    for count in (1, 1, 2, 2):
+        threads(count)
+        found = as_tuple(call())
+        first = found if first is None else first
+        assert_same(found, first, f"{count} threads")
+
+
+@parametrize(
+    Case(info, sample, setting)
+    for info in OP_INFOS.values()
+    for sample in (*info.typical, *(s for s in info.samples if s.shape and s.shape[0] == 0 and len(s.shape) == 4))
+    for setting in settings(info, [F32], lambda device: [b for b in BACKENDS[device] if b != "native"])
+    if setting.backend != "cuda" or setting.device == "cuda"  # the emulation has the native library's contracts
+)
+def test_registration(case: Case) -> None:
+    namespace = "alexnet_kernels_triton" if case.setting.backend == "triton" else "alexnet_kernels"
+    seen = set()
+    for operator, args in operator_calls(case.info, case.inputs(), case.setting.backend or ""):
+        if operator not in seen:
+            seen.add(operator)
+            if operator == case.info.name and case.info.wrt:
+                args = tuple(
+                    a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+                )
+            torch.library.opcheck(getattr(getattr(torch.ops, namespace), operator).default, args)
+
+
+def requiring_grad(value: Any) -> Any:
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.requires_grad_() if floating else value
+
+
+def test_records_call_every_operator() -> None:
+    called = set()
+    for info in OP_INFOS.values():
+        for sample in (*info.typical, info.large):
+            for backend in ("cpu", "triton"):
+                setting = Setting(backend, "cpu", BF16, torch.channels_last)
+                inputs = Case(info, sample, setting).inputs()
+                called |= {operator for operator, _ in operator_calls(info, inputs, backend, run=False)}
+    assert called == set(CONTRACTS)
+
+
+@parametrize(Case(info, info.typical[0], setting) for info in OP_INFOS.values() for setting in settings(info, [F32]))
+def test_compiles(case: Case, fresh_dynamo: None) -> None:
+    """torch.compile takes the whole function, of any batch size, and computes the same bits."""
+    inputs = case.inputs()
+    call, names = case.function(inputs), wanted(case.info, inputs)
+    dynamic = case.setting.backend != "native"
+
+    if not names:
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert_same(as_tuple(compiled()), as_tuple(call()), "compiled")
+        return
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        return as_tuple(call(tensors[0] * 2, *tensors[1:]))[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    tensors = [inputs[name] for name in names]
+    sizes = [tensors, [torch.cat([tensors[0], tensors[0]]), *tensors[1:]]] if dynamic else [tensors]
+    for given in sizes:
+        actual, eager = forward_backward(compiled, *given), forward_backward(function, *given)
+        if case.setting.backend == "native":  # PyTorch's operators may be decomposed
+            torch.testing.assert_close(actual, eager)
+        else:
+            assert_same(actual, eager, "compiled")
+
+
+@parametrize(
+    Case(info, info.typical[0], setting)
+    for info in OP_INFOS.values()
+    if info.wrt
+    for setting in settings(info, (F32, BF16))
+)
+def test_autocast(case: Case) -> None:
+    """An op that casts computes what it computes of bfloat16 tensors; any other ignores autocast."""
+    inputs = case.inputs()
+    call, tensors = case.function(inputs), [inputs[name] for name in wanted(case.info, inputs)]
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        return as_tuple(call(*tensors))[0]
+
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    with torch.autocast(case.setting.device, BF16):
+        output = function(*leaves)
+    plain = function(*[tensor.to(BF16) if case.info.casts else tensor for tensor in tensors])
+    assert_same(output.detach(), plain)
+    assert output.dtype == (BF16 if case.info.casts else case.setting.dtype)
+    gradients = torch.autograd.grad(output.float().square().sum(), leaves)
+    assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in leaves]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not set")
+def test_triton_operators_have_the_native_ones_arguments() -> None:
+    import alexnet_kernels.triton  # noqa: F401
+
+    for operator in CONTRACTS:
+        overload = getattr(torch.ops.alexnet_kernels_triton, operator).default
+        native = getattr(torch.ops.alexnet_kernels, operator, None)
+        if native is not None:
+            schemas = overload._schema, native.default._schema
+            assert len({tuple(argument.name for argument in schema.arguments) for schema in schemas}) == 1, operator
+            assert len({len(schema.returns) for schema in schemas}) == 1, operator
