@@ -153,6 +153,14 @@ def check(case: Case, expectation: Expectation) -> None:
             assert_same(map_tensors(torch.Tensor.detach, inputs[name]), value, what=f"{name} after the call")
 
 
+def check_op(name: str, inputs: dict[str, Any], backend: str | None) -> None:
+    """Compares an op on these arguments with the definition."""
+    first = next(value for value in inputs.values() if isinstance(value, Tensor))
+    memory_format = FORMATS["nhwc" if is_channels_last(first) else "nchw"]
+    setting = Setting(backend, first.device.type, first.dtype, memory_format)
+    check(Case(OP_INFOS[name], None, setting), expected(OP_INFOS[name], inputs))
+
+
 def check_gradients(
     case: Case, expectation: Expectation, inputs: dict[str, Any], output: Tensor, names: Sequence[str]
 ) -> list[Tensor]:

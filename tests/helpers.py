@@ -36,27 +36,6 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
-def shape_id(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def case_id(case: Any) -> str:
-    """A case's own `id`, or its shape and the options that it sets."""
-    shape, options = case
-    words = [shape_id(shape)]
-    for name, value in options.items():
-        if value is True:
-            words.append(name)
-        else:
-            words.append(f"{name}={shape_id(value) if isinstance(value, tuple) else value}")
-    return "-".join(words)
-
-
-def cases(*entries: tuple[Sequence[int], Mapping[str, Any]]) -> pytest.MarkDecorator:
-    """Parametrise over `shape` and `options`, with ids that read like `2x96x13x13-size=4`."""
-    return pytest.mark.parametrize(("shape", "options"), entries, ids=[case_id(entry) for entry in entries])
-
-
 def random(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
@@ -109,82 +88,6 @@ def upcast(value: Any) -> Any:
 
 def gradients(out: Tensor, inputs: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     return dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))
-
-
-def check(
-    op: Callable[..., Tensor],
-    definition: Callable[..., Tensor],
-    tensors: Mapping[str, Tensor | None],
-    arguments: Mapping[str, Any],
-    *,
-    backend: str | None = None,
-    settled: Callable[..., Tensor] | None = None,
-    slack: str = "sums",
-    output_slack: str = "sums",
-    exact: bool = False,
-    grad: Tensor | None = None,
-    formats: bool = True,
-    peer: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Compare an op with its definition in float64: forward, and the gradient of every tensor.
-
-    `settled(**tensors, **arguments)` says, from float64 tensors, for which outputs the gradient does not
-    hang on a rounding (which of two nearly equal maxima won; on which side of zero a pre-activation fell):
-    the others get none. The output must have the input's dtype and memory format, and so must the input's
-    gradient if the output's had (`grad` is any other), unless `formats` is False. The op must leave its
-    tensors alone. A gradient may be off by twice as much as that of `peer`, a library's op that does the same.
-    """
-    leaves = {k: v if v is None else v.detach().requires_grad_() for k, v in tensors.items()}
-    copies = {k: v.detach().clone() for k, v in leaves.items() if v is not None}
-    exact_leaves = {k: upcast(v) for k, v in leaves.items()}
-    out = op(**leaves, **arguments, backend=backend)
-    expected = definition(**exact_leaves, **arguments)
-    input = leaves["input"]
-    assert out.dtype == input.dtype
-    assert out.device == input.device
-    if exact:
-        assert_same(out.double(), expected, what="output")
-    else:
-        assert_close(out, expected, slack=output_slack, what="output")
-
-    like_output = grad is None
-    if grad is None:
-        grad = torch.randint(-4, 5, out.shape).to(out.device, out.dtype)
-        if out.dim() == 4 and input.dim() == 4:
-            grad = grad.contiguous(memory_format=FORMATS["nhwc" if is_channels_last(input) else "nchw"])
-    if settled is not None:
-        with torch.no_grad():
-            grad = grad * settled(**exact_leaves, **arguments).to(grad.dtype)
-    wanted = {k: v for k, v in leaves.items() if v is not None}
-    actual_gradients = gradients(out, wanted, grad)
-    expected_gradients = gradients(expected, {k: exact_leaves[k] for k in wanted}, grad.double())
-    allowed = dict.fromkeys(wanted, 0.0)
-    if peer is not None:
-        for name, found in gradients(peer(**leaves, **arguments), wanted, grad).items():
-            error = (found.double() - expected_gradients[name]).abs()
-            allowed[name] = 2 * error.max().item() if error.numel() else 0.0
-    for name, actual in actual_gradients.items():
-        assert actual.dtype == wanted[name].dtype, name
-        if exact:
-            assert_same(actual.double(), expected_gradients[name], what=f"gradient of {name}")
-        else:
-            what = f"gradient of {name}"
-            assert_close(actual, expected_gradients[name], slack=slack, what=what, allowed=allowed[name])
-    for name, copy in copies.items():
-        assert_same(leaves[name].detach(), copy, what=f"{name} after the call")
-    if formats and input.dim() == 4 and input.numel():
-        for memory_format in FORMATS.values():
-            if input.is_contiguous(memory_format=memory_format) and out.dim() == 4:
-                assert_format(out, memory_format, "output")
-                # A gradient of 1x1 pixels has both formats.
-                # PyTorch's own operators choose the format of their gradients.
-                if (
-                    backend != "native"
-                    and like_output
-                    and not (grad.shape[2:].numel() == 1 and is_channels_last(input))
-                ):
-                    assert_format(actual_gradients["input"], memory_format, "gradient of input")
-    return out
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -491,11 +491,11 @@ class TestPytest:
 
     def test_hands_the_rounds_to_pytest_benchmark(self, tmp_path: Path) -> None:
         found = tmp_path / "found.json"
-        status, text = self.run(tmp_path, "--smoke", "-k", "overhead and within_map", f"--benchmark-json={found}")
+        status, text = self.run(tmp_path, "--smoke", "-k", "overhead and local_response", f"--benchmark-json={found}")
         assert status == 0, text
         assert "4 passed" in text
         measured = json.loads(found.read_text())["benchmarks"]
-        name = "within_map_response_norm, overhead, fp32, batch 1"
+        name = "local_response_norm, overhead, fp32, batch 1"
         groups = [f"{name}, {direction}" for direction in ("forward", "forward and backward")]
         assert sorted(entry["group"] for entry in measured) == sorted(2 * groups)
         for entry in measured:

@@ -9,6 +9,7 @@ import torch
 from helpers import FORMATS, assert_same, check_network, every_format, forward_backward
 
 from alexnet_kernels import AlexNet, ops, optim, use_backend
+from alexnet_kernels.op_info import OP_INFOS
 
 try:
     import emulation
@@ -50,15 +51,15 @@ def image(*shape: int, memory_format: torch.memory_format, dtype: torch.dtype = 
     return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
 
 
-OPS = {
-    "max_pool2d": lambda x: ops.max_pool2d(x, relu=True),
-    "local_response_norm": lambda x: ops.local_response_norm(x, alpha=0.1, groups=2),
-    "local_response_norm-4": lambda x: ops.local_response_norm(x, 4, alpha=0.1),
-    "lrn_max_pool2d": lambda x: ops.lrn_max_pool2d(x, alpha=0.1, relu=True),
-    "within_map_response_norm": lambda x: ops.within_map_response_norm(x, alpha=0.1),
-    "batch_norm_relu": lambda x: ops.batch_norm_relu(x, None, None, training=True),
-    "dropout": lambda x: ops.dropout(x, seed=1),
-}
+def on_images(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    info = OP_INFOS[name]
+    assert info.on_images is not None
+    return lambda x: info.op(**info.on_images(x))
+
+
+# Those whose kernels are all this package's.
+OPS = {name: on_images(name) for name, info in OP_INFOS.items() if info.on_images and not info.casts}
+OPS["even window"] = lambda x: ops.local_response_norm(x, 4, alpha=0.1)
 
 
 @every_format
@@ -119,7 +120,7 @@ def test_memory_that_is_not_aligned(launches) -> None:
     x = torch.randn(1 + 2 * 16 * 7 * 7)[1:].view(2, 7, 7, 16).permute(0, 3, 1, 2)
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert x.data_ptr() % 16 != 0
-    for op in ("max_pool2d", "local_response_norm", "lrn_max_pool2d", "within_map_response_norm", "dropout"):
+    for op in OPS:
         expected = forward_backward(lambda x, op=op: OPS[op](x), x.clone())
         with use_backend("cuda"):
             launches()

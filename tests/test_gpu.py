@@ -14,6 +14,7 @@ from helpers import assert_same
 from torch import Tensor
 
 from alexnet_kernels import AlexNet, backends, ops, optim, use_backend
+from alexnet_kernels.op_info import OP_INFOS, OpInfo
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.gpu
@@ -25,26 +26,21 @@ def seed() -> Tensor:
     return torch.tensor(11, device=DEVICE)
 
 
+def on_images(info: OpInfo) -> Callable[[Tensor], Tensor]:
+    assert info.on_images is not None
+    return lambda x: info.op(**info.on_images(x))
+
+
+def strided(x: Tensor) -> Tensor:
+    x = x[:, :3]
+    return ops.conv2d_relu(x, torch.ones(8, 3, 5, 5, device=x.device, dtype=x.dtype) / 64, stride=2)
+
+
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "conv2d_relu": lambda x: ops.conv2d_relu(x, filters(x), padding=1),
-    "conv2d_relu, strided": lambda x: ops.conv2d_relu(x[:, :3], filters(x[:, :3], 5), stride=2),
-    "max_pool2d": lambda x: ops.max_pool2d(x, relu=True),
-    "local_response_norm": lambda x: ops.local_response_norm(x, alpha=0.1, groups=2),
-    "lrn_max_pool2d": lambda x: ops.lrn_max_pool2d(x, alpha=0.1, relu=True),
-    "within_map_response_norm": lambda x: ops.within_map_response_norm(x, alpha=0.1),
-    "batch_norm_relu": lambda x: ops.batch_norm_relu(x, None, None, training=True),
-    "dropout": lambda x: ops.dropout(x, seed=5),
-    "linear_relu_dropout": lambda x: ops.linear_relu_dropout(x.flatten(1), matrix(x), seed=5),
+    "conv2d_relu, strided": strided,
+    **{name: on_images(info) for name, info in OP_INFOS.items() if info.on_images},
 }
 every_op = pytest.mark.parametrize("op", OPS)
-
-
-def filters(x: Tensor, size: int = 3) -> Tensor:
-    return torch.ones(8, x.shape[1], size, size, device=x.device, dtype=x.dtype) / 64
-
-
-def matrix(x: Tensor) -> Tensor:
-    return torch.ones(24, x[0].numel(), device=x.device, dtype=x.dtype) / 64
 
 
 def need(op: str, backend: str) -> None:

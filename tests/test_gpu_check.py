@@ -416,7 +416,7 @@ class TestTests:
         """Of a tests' folder whose one file is what the check runs on a CPU."""
         (tmp_path / "tests" / "ops").mkdir(parents=True)
         (tmp_path / "tests" / "conftest.py").write_text("")
-        (tmp_path / "tests" / "ops" / "test_within_map_response_norm.py").write_text(text)
+        (tmp_path / "tests" / "ops" / "test_contract.py").write_text(text)
         (tmp_path / "out").mkdir()
         return runner.Check(tmp_path / "out", "cpu", 60, tests=tmp_path / "tests", **options)
 
@@ -432,14 +432,14 @@ class TestTests:
         check = self.check(
             tmp_path,
             "import os, time, pytest\n"
-            "def test_definition_cpu_first(): pass\n"
-            "def test_definition_cpu_bad():\n    seen = 1\n    assert seen == 2, 'numbers differ'\n"
-            "def test_definition_cpu_crash(): os.kill(os.getpid(), 11)\n"
+            "def test_auto_first(): pass\n"
+            "def test_auto_bad():\n    seen = 1\n    assert seen == 2, 'numbers differ'\n"
+            "def test_auto_crash(): os.kill(os.getpid(), 11)\n"
             "@pytest.mark.skip(reason='no such thing')\n"
-            "def test_definition_cpu_skipped(): pass\n"
-            "def test_definition_cpu_endless(): time.sleep(600)\n"
-            "def test_definition_cpu_lost(): os._exit(70)\n"
-            "def test_definition_cpu_last(): pass\n",
+            "def test_auto_skipped(): pass\n"
+            "def test_auto_endless(): time.sleep(600)\n"
+            "def test_auto_lost(): os._exit(70)\n"
+            "def test_auto_last(): pass\n",
             patience=3.0,
         )
         assert not check.run(["tests"])
@@ -452,14 +452,14 @@ class TestTests:
         assert section["skips"] == {"Skipped: no such thing": 1}
         log = (tmp_path / "out" / "log.txt").read_text()
         assert "seen = 1" in log  # the whole traceback
-        assert "in test_definition_cpu_endless" in log  # the hang's stack
+        assert "in test_auto_endless" in log  # the hang's stack
 
     def test_out_of_time_and_a_second_command(self, tmp_path: Path) -> None:
         check = self.check(
             tmp_path,
             "import time, os, pytest\n"
             "@pytest.mark.parametrize('i', range(40))\n"
-            "def test_definition_cpu_slow(i): time.sleep(0 if os.path.exists('/proc/self') and i < 10 else "
+            "def test_auto_slow(i): time.sleep(0 if os.path.exists('/proc/self') and i < 10 else "
             f"0 if os.path.exists({str(tmp_path / 'fast')!r}) else 5)\n",
         )
         check.budget = plan.Budget(12)

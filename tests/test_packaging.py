@@ -17,6 +17,7 @@ import torch
 import alexnet_kernels
 from alexnet_kernels import _library, _sources, ops
 from alexnet_kernels._dispatch.contracts import public_ops
+from alexnet_kernels.op_info import OP_INFOS, Maker, operator_calls
 
 ROOT = Path(__file__).parent.parent
 BUILD_VARIABLES = ("ALEXNET_KERNELS_CUDA", "ALEXNET_KERNELS_ARCHS", "CUDA_HOME")
@@ -57,31 +58,13 @@ torch.save({"torch": str(torch.__version__), "results": results}, sys.argv[3])
 
 
 def every_op() -> dict[str, tuple]:
-    x = torch.randn(2, 20, 9, 7).contiguous(memory_format=torch.channels_last)
-    pool, lrn, channels = ([3, 3], [2, 2], [0, 0]), (5, 0.5, 0.75, 2.0), torch.rand(20)
-    seed, rows = torch.tensor(3), torch.randn(4, 12)
-    return {
-        "conv2d_relu": (x, torch.randn(8, 10, 3, 3), torch.randn(8), [2, 2], [1, 1], 2, True),
-        "max_pool2d": (x, *pool, True, True),
-        "local_response_norm": (x, *lrn, 2),
-        "local_response_norm_backward": (x, x, *lrn, 2),
-        "lrn_max_pool2d": (x, *lrn, 1, *pool, False, True),
-        "within_map_response_norm": (x, 5, 0.5, 0.75, 1.0),
-        "batch_norm_relu": (x, None, None, channels, channels, True, 1e-5),
-        "dropout": (rows, 0.5, 2.0, seed, 7, 48, 48, 0),
-        "linear_relu_dropout": (rows, torch.randn(6, 12), torch.randn(6), True, 0.5, 2.0, seed, 0, 6, 6, 0),
-        "augment": (
-            torch.randint(0, 256, (2, 8, 9, 3), dtype=torch.uint8),
-            torch.tensor([[0, 1], [2, 3]]),
-            [5, 5],
-            torch.tensor([True, False]),
-            None,
-            torch.rand(3),
-            torch.rand(3),
-            torch.float32,
-            True,
-        ),
-    }
+    """Arguments of every operator of the library that returns something, forward and backward."""
+    make = Maker(memory_format=torch.channels_last)
+    calls = {}
+    for info in OP_INFOS.values():
+        for sample in info.typical if info.name != "sgd_step" else ():
+            calls |= dict(operator_calls(info, info.inputs(sample, make), "cpu"))
+    return calls
 
 
 def test_one_build_loads_in_another_torch(tmp_path: Path) -> None:

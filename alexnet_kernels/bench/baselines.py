@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alexnet_kernels import AlexNet
+from alexnet_kernels.models import AlexNet
 from alexnet_kernels.nn import AdaptiveAvgPool2d, LocalResponseNorm
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from alexnet_kernels import __version__, _library
+from alexnet_kernels import _library
+from alexnet_kernels._version import __version__
 
 PACKAGE = Path(__file__).parents[1]
 MATRIX_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")

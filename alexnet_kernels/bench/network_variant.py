@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_kernels import AlexNet, optim, use_backend
+from alexnet_kernels import optim
+from alexnet_kernels.backends import use_backend
 from alexnet_kernels.bench import baselines
 from alexnet_kernels.bench.row import COMPILED, WITHOUT_MASTERS, capturable, is_ours
-from alexnet_kernels.models import PRESETS
+from alexnet_kernels.models import PRESETS, AlexNet
 from alexnet_kernels.nn import Dropout
 
 HARDENED = "hardened"

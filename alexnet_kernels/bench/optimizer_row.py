@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from alexnet_kernels import optim, use_backend
+from alexnet_kernels import optim
+from alexnet_kernels.backends import use_backend
 from alexnet_kernels.bench.cases import compare
 from alexnet_kernels.bench.machine import cache_bytes
 from alexnet_kernels.bench.row import Measurement, RowResult, capturable, our_backends

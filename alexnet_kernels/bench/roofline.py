@@ -21,7 +21,6 @@ from alexnet_kernels.op_info import (
     local_response_norm,
     lrn_max_pool2d,
     max_pool2d,
-    within_map_response_norm,
 )
 
 
@@ -57,7 +56,7 @@ def _layers(model: AlexNet, e: int, size: int) -> Iterator[tuple[str, Work]]:
         elif isinstance(child, nn.LocalResponseNorm):
             yield f"norm{layer}", local_response_norm.work(n, e)
         elif isinstance(child, WithinMapResponseNorm):
-            yield f"map_norm{layer}", within_map_response_norm.work(n, e)
+            yield f"map_norm{layer}", local_response_norm.work(n, e)
         elif isinstance(child, nn.BatchNorm2d):
             yield f"batch_norm{layer}", batch_norm_relu.work(n, e)
         elif isinstance(child, nn.MaxPool2d):

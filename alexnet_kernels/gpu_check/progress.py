@@ -64,8 +64,11 @@ def _reason(report: Any) -> str:
 
 def _place(item: Any) -> tuple[bool, str]:
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = next((name for name in ("cuda", "triton", "native") if name in params.values()), "")
-    return backend == "triton", f"{item.location[0]}::{getattr(item, 'originalname', item.name)} {backend}"
+    # The contract tests have one parameter, a case of an op.
+    case: Any = params.get("case")
+    op, values = (case.info.name, [case.setting.backend]) if hasattr(case, "setting") else ("", [*params.values()])
+    backend = next((name for name in ("cuda", "triton", "native") if name in values), "")
+    return backend == "triton", f"{item.location[0]}::{getattr(item, 'originalname', item.name)} {op} {backend}"
 
 
 def ordered(items: list[Any]) -> list[Any]:

@@ -365,7 +365,7 @@ class Check:
         if self.device == "cuda":
             chosen = [str(self.tests / "test_gpu.py"), str(self.tests / "ops"), "-m", "gpu"]
         else:
-            chosen = [str(self.tests / "ops" / "test_within_map_response_norm.py"), "-k", "definition and cpu"]
+            chosen = [str(self.tests / "ops" / "test_contract.py"), "-k", "test_auto"]
         words = [sys.executable, "-m", "pytest", "-q", "--tb=long", "-p", "no:cacheprovider", "-p", progress.__name__]
         processes = min(PROCESSES, _cores() - 2)
         if processes > 1 and importlib.util.find_spec("xdist") is not None:

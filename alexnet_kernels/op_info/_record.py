@@ -208,6 +208,8 @@ class OpInfo:
     """Arguments of no special kind, one for each mode of the op."""
     large: Sample
     """Arguments of so many elements that several threads, or programs, share the work."""
+    ones: Sequence[Sample]
+    """Arguments and sizes of one: compilers make constants of them."""
     make: Callable[[Maker, tuple[int, ...], Inputs], Inputs] = make_images
     """The arguments of a sample."""
     takes: Callable[[Sample, torch.dtype], bool] = lambda sample, dtype: True

@@ -81,6 +81,10 @@ INFO = OpInfo(
     ),
     typical=(sample(4, 12, 20, 3, size=(8, 16), flipped=True, shifted=True, mean="image", scale="colour"),),
     large=sample(16, 64, 64, 3, size=(56, 56), flipped=True, mean="colour"),
+    ones=(
+        sample(1, 1, 1, 3, size=(1, 1), flipped=True, shifted=True, mean="colour"),
+        sample(1, 2, 3, 3, size=(1, 1)),
+    ),
     make=_make,
     takes=lambda sample, dtype: dtype == torch.float32 or sample.shape[0] != 5,
     wrt=(),
@@ -90,5 +94,6 @@ INFO = OpInfo(
         Layer(name, partial(_inputs, size, stored), partial(work, size), ())
         for name, size, stored in (("224 of 256", 224, 256), (OVERHEAD, 3, 4))
     ),
+    core=lambda dtype, channels_last: dtype == torch.bfloat16,
     order=8,
 )

@@ -79,6 +79,13 @@ _SHAPES: tuple[tuple[tuple[int, ...], Inputs], ...] = (
     ((7, 33, 1, 1), {"affine": False}),
 )
 
+_WRT = ("input", "weight", "bias")
+
+
+def _affine(training: bool, make: Maker, batch: int) -> Inputs:
+    return _make(make, (batch, *MAPS["layer 1"]), {"training": training})
+
+
 INFO = OpInfo(
     name="batch_norm_relu",
     op=ops.batch_norm_relu,
@@ -93,9 +100,14 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 6, training=True), sample(2, 20, 7, 6, training=False)),
     large=sample(4, 48, 13, 13, training=True),
+    ones=(
+        sample(1, 1, 1, 1, affine=False, eps=1.0),
+        sample(3, 5, 2, 3, affine=False, running=False, training=True, eps=1.0),
+        sample(3, 5, 2, 3, eps=1.0),
+    ),
     make=_make,
     functional=_functional,
-    wrt=("input", "weight", "bias"),
+    wrt=_WRT,
     comparison=_comparison,
     derivatives=(sample(2, 2, 2, 1, training=False), sample(2, 2, 2, 1, training=True)),
     make_derivative=_make_derivative,
@@ -110,6 +122,10 @@ INFO = OpInfo(
         )
         for layer in MAPS
         if layer != "layer 5"
+    )
+    + tuple(
+        Layer(f"layer 1, {name}", partial(_affine, training), partial(work, elements("layer 1")), _WRT, timed=False)
+        for name, training in (("affine", True), ("inference", False))
     ),
     timed=MAP_DTYPES,
     order=3,

@@ -140,6 +140,11 @@ INFO = OpInfo(
         sample(2, 3, 11, 10, weight=(8, 3, 5, 5), stride=2, relu=False),
     ),
     large=sample(4, 16, 13, 13, weight=(32, 8, 3, 3), padding=1, groups=2),
+    ones=(
+        sample(1, 1, 1, 1, weight=(1, 1, 1, 1), bias=False),
+        sample(3, 5, 2, 3, weight=(5, 1, 1, 1), groups=5, bias=False),
+        sample(1, 3, 5, 5, weight=(1, 3, 3, 3), stride=2),
+    ),
     make=_make,
     wrt=("input", "weight", "bias"),
     comparison=comparison,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 
 from alexnet_kernels import ops, reference
@@ -20,6 +21,10 @@ def work(elements: int, e: int) -> Work:
 
 def _inputs(elements: int, make: Maker, batch: int) -> Inputs:
     return {"input": make(batch, elements), "seed": SEED}
+
+
+def _maps(make: Maker, batch: int) -> Inputs:
+    return {"input": make(batch, 256, 6, 6), "seed": SEED}
 
 
 INFO = OpInfo(
@@ -50,16 +55,25 @@ INFO = OpInfo(
         ),
         sample(2, 19, 5, 7, shard=(1, 3, 40), **KEYED),
         sample(3, 37, shard=(0, 2**33 + 1, 2**34), **KEYED),
+        sample(2, 19, 5, 7, seed=2**63 - 1, offset=2**63 - 1),
     ),
     typical=(sample(2, 20, 5, 4, p=0.3, **KEYED),),
     large=sample(4, 48, 13, 13, **KEYED),
+    ones=(
+        sample(1, 1, 1, 1, seed=1, offset=1),
+        sample(3, 5, 2, 3, p=1.0, seed=1, offset=2**40),
+        sample(1, 1, shard=(0, 1, 2), seed=1, offset=1),
+        sample(3, 5, 2, 3, shard=(1, 1, 6), seed=1),
+    ),
     derivatives=(sample(2, 3, 2, 2, p=0.3, **KEYED),),
     on_images=lambda x: {"input": x, "seed": 5},
-    layers=tuple(
-        Layer(name, partial(_inputs, elements), partial(work, elements))
-        for name, elements in (("96x55x55", 96 * 55 * 55), (OVERHEAD, 16))
+    layers=(
+        Layer("96x55x55", partial(_inputs, 96 * 55 * 55), partial(work, 96 * 55 * 55)),
+        Layer(OVERHEAD, partial(_inputs, 16), partial(work, 16)),
+        Layer("maps 256x6x6", _maps, partial(work, 256 * 6 * 6), timed=False),
     ),
     baselines={"torch's dropout": Baseline(lambda x: F.dropout(x["input"], 0.5), checked=False)},
     eager=False,
+    core=lambda dtype, channels_last: dtype == torch.bfloat16,
     order=7,
 )

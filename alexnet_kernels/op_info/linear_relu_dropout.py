@@ -108,6 +108,11 @@ INFO = OpInfo(
     ),
     typical=(sample(6, 17, outputs=33, p=0.3, **KEYED), sample(6, 17, outputs=33, relu=False, **KEYED)),
     large=sample(32, 256, outputs=384, **KEYED),
+    ones=(
+        sample(1, 1, outputs=1, seed=1, offset=1, bias=False),
+        sample(1, 5, outputs=5, seed=1, offset=1, bias=False, relu=False),
+        sample(1, 5, outputs=5, seed=1, offset=1),
+    ),
     make=_make,
     wrt=("input", "weight", "bias"),
     comparison=_comparison,
@@ -121,5 +126,6 @@ INFO = OpInfo(
     baselines={"linear, relu, dropout": Baseline(_torch, checked=False)},
     eager=False,
     preactivation=_preactivation,
+    core=lambda dtype, channels_last: dtype == torch.bfloat16,
     order=6,
 )

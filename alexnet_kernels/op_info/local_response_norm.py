@@ -52,6 +52,10 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 5, 4, **STRONG),),
     large=sample(4, 48, 13, 13, **STRONG),
+    ones=(
+        sample(1, 1, 1, 1, size=1, alpha=1.0, beta=1.0),
+        sample(3, 5, 2, 3, size=4, alpha=1.0, beta=0.5),
+    ),
     derivatives=(
         sample(2, 6, 1, 2, size=5, alpha=0.5, beta=0.75, k=1.2),
         sample(2, 6, 1, 2, size=4, alpha=0.5, beta=0.6, k=1.2, groups=2),

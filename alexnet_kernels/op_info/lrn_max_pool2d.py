@@ -80,6 +80,10 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 9, relu=True, **STRONG),),
     large=sample(4, 48, 13, 13, relu=True, **STRONG),
+    ones=(
+        sample(1, 1, 1, 1, size=1, alpha=1.0, beta=1.0, kernel_size=1, stride=1, relu=True),
+        sample(3, 5, 2, 3, size=4, alpha=1.0, beta=0.5, kernel_size=1, stride=1),
+    ),
     comparison=_comparison,
     derivatives=(
         sample(1, 4, 3, 5, size=5, alpha=0.05, k=1.2),

@@ -80,6 +80,10 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 9), sample(2, 20, 7, 9, relu=True)),
     large=sample(4, 48, 13, 13),
+    ones=(
+        sample(1, 1, 1, 1, kernel_size=1, stride=1, relu=True),
+        sample(3, 5, 2, 3, kernel_size=(1, 3), stride=1, padding=(0, 1)),
+    ),
     comparison=lambda setting: Comparison(exact=True),
     derivatives=(sample(1, 2, 5, 5), sample(1, 2, 5, 5, relu=True)),
     make_derivative=distinct,

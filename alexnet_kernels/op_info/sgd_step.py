@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._record import Inputs, Maker, OpInfo, copy, sample
+from alexnet_kernels.op_info._layers import PARAMETERS
+from alexnet_kernels.op_info._record import Inputs, Layer, Maker, OpInfo, Work, copy, sample
 
 NBYTES = 20
 """Of a float32 parameter: its value and momentum, read and written, and its gradient."""
@@ -74,6 +76,12 @@ def _reference(**arguments: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for tensors in reference.sgd_step(**arguments) for tensor in tensors)
 
 
+def _parameters(rule: str, make: Maker, batch: int) -> Inputs:
+    """AlexNet's own, with masters where they are of half precision."""
+    mixture = "plain" if make.dtype == torch.float32 else "master"
+    return {**state(make, mixture, PARAMETERS), "lr": 0.01, "rule": rule}
+
+
 INFO = OpInfo(
     name="sgd_step",
     op=ops.sgd_step,
@@ -84,10 +92,18 @@ INFO = OpInfo(
         sample(6, 5, 3, 3, mixture="master", rule="torch", nesterov=True),
     ),
     large=sample(300, 200, mixture="master"),
+    ones=(
+        sample(1, lr=1.0, momentum=1.0, weight_decay=1.0, rule="torch", nesterov=True),
+        sample(1, lr=1.0, momentum=1.0, weight_decay=1.0, first_step=True),
+    ),
     make=_make,
     takes=lambda sample, dtype: fits(sample.options["mixture"], dtype),
     functional=_functional,
     images=False,
     wrt=(),
+    layers=tuple(
+        Layer(f"all, {rule}'s rule", partial(_parameters, rule), lambda e: Work((0, 0)), (), timed=False)
+        for rule in ("paper", "torch")
+    ),
     order=9,
 )

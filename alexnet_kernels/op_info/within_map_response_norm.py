@@ -32,6 +32,10 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 6, **STRONG),),
     large=sample(4, 48, 13, 13, **STRONG),
+    ones=(
+        sample(1, 1, 1, 1, size=1, alpha=1.0, beta=1.0),
+        sample(3, 5, 2, 3, size=4, alpha=1.0, beta=0.5),
+    ),
     derivatives=(sample(1, 2, 4, 3, size=2, **STRONG), sample(1, 2, 4, 3, size=3, **STRONG)),
     on_images=lambda x: {"input": x, "alpha": 0.1},
     layers=tuple(

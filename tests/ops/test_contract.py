@@ -27,7 +27,7 @@ from platforms import BACKENDS, INTERPRETED
 
 from alexnet_kernels import ops
 from alexnet_kernels._dispatch.contracts import CONTRACTS
-from alexnet_kernels.op_info import OP_INFOS, Setting, operator_calls
+from alexnet_kernels.op_info import OP_INFOS, Maker, Setting, operator_calls
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 pytestmark = pytest.mark.slow
@@ -105,6 +105,18 @@ def test_first_and_second_derivatives(case: Case) -> None:
     inputs = case.info.derivative_inputs(case.sample, case.maker)
     call = case.function(inputs)
     check_derivatives(lambda *tensors: as_tuple(call(*tensors))[0], [inputs[n] for n in wanted(case.info, inputs)])
+
+
+@pytest.mark.parametrize("op", [info.name for info in OP_INFOS.values() if info.wrt])
+def test_the_definition_is_twice_differentiable(op: str) -> None:
+    info = OP_INFOS[op]
+    inputs = info.derivative_inputs(info.derivatives[-1], Maker(F64))
+    names = wanted(info, inputs)
+
+    def definition(*tensors: torch.Tensor) -> torch.Tensor:
+        return as_tuple(info.reference(**{**inputs, **dict(zip(names, tensors, strict=True))}))[0]
+
+    check_derivatives(definition, [inputs[name] for name in names])
 
 
 @parametrize(

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 from helpers import (
-    FORMATS,
     assert_same,
-    check,
-    check_compiled,
-    check_gradients,
-    check_repeatable,
-    every_dtype,
     every_format,
     forward_backward,
     raises,
@@ -28,28 +22,6 @@ KEYED = {"seed": 1234, "offset": 5}
 def kept(shape, p=0.5, device="cpu", **options):
     """Which of the elements of a tensor of ones are left."""
     return dropout(torch.ones(shape, device=device), p, **options) != 0
-
-
-@every_format
-@every_dtype
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("scale_at", ["training", "inference"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_equals_the_definition(training, scale_at, p, dtype, memory_format, device, backend):
-    x = random((2, 19, 5, 7), dtype, memory_format, device)
-    options = {"p": p, "training": training, "scale_at": scale_at, **KEYED}
-    check(dropout, reference.dropout, {"input": x}, options, backend=backend)
-
-
-@every_dtype
-@pytest.mark.parametrize(
-    "shape",
-    [(), (1,), (7,), (3, 5), (2, 4096), (2, 3, 5), (3, 1, 2, 1, 5), (0, 4), (2, 0, 3, 3), (0, 3, 2, 2)],
-    ids=str,
-)
-def test_any_shape(shape, dtype, device, backend):
-    x = random(shape, dtype, device=device)
-    check(dropout, reference.dropout, {"input": x}, KEYED, backend=backend)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63), 2**64 - 1])
@@ -151,63 +123,6 @@ def test_dropped_values_are_zero_whatever_they_were(value, device, backend):
     assert_same(dropout(x, 0.5, **KEYED, backend=backend), expected)
 
 
-@every_dtype
-@pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded", "permuted", "offset"])
-def test_input_of_any_strides(layout, dtype, device, backend):
-    x = {
-        "sliced": lambda: random((8, 42), dtype, device=device)[::2, ::3],
-        "transposed": lambda: random((13, 7), dtype, device=device).t(),
-        "expanded": lambda: random((1, 13), dtype, device=device).expand(6, 13),
-        "permuted": lambda: random((2, 7, 20, 6), dtype, device=device).permute(0, 2, 3, 1),
-        "offset": lambda: random((2, 21, 5, 4), dtype, torch.channels_last, device)[:, 1:],
-    }[layout]()
-    check(dropout, reference.dropout, {"input": x}, {"p": 0.3, **KEYED}, backend=backend)
-
-
-@every_format
-@every_dtype
-@pytest.mark.parametrize("layout", ["expanded", "other_format", "sliced"])
-def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, backend):
-    shape = (2, 20, 5, 4)
-    other = next(f for f in FORMATS.values() if f is not memory_format)
-    grad = {
-        "expanded": lambda: random((1, 1, 1, 1), dtype, device=device).expand(shape),
-        "other_format": lambda: random(shape, dtype, other, device),
-        "sliced": lambda: random((2, 40, 5, 4), dtype, memory_format, device)[:, ::2],
-    }[layout]()
-    x = random(shape, dtype, memory_format, device)
-    check(dropout, reference.dropout, {"input": x}, KEYED, backend=backend, grad=grad)
-
-
-@pytest.mark.float64
-@every_format
-def test_first_and_second_derivatives(memory_format, device, backend):
-    x = random((2, 3, 2, 2), torch.float64, memory_format, device)
-    check_gradients(lambda x: dropout(x, 0.3, **KEYED, backend=backend), [x])
-    check_gradients(lambda x: dropout(x, 0.3, **KEYED, backend=backend).square(), [x])
-
-
-@every_format
-@every_dtype
-def test_repeats_bitwise(dtype, memory_format, device, backend, threads):
-    x = random((4, 48, 13, 13), dtype, memory_format, device)
-    check_repeatable(lambda x: dropout(x, 0.5, **KEYED, backend=backend), [x], threads)
-
-
-@every_format
-def test_registration(memory_format, device):
-    x = random((2, 12, 5, 3), torch.float32, memory_format, device).requires_grad_()
-    seed = torch.tensor(3, device=device)
-    torch.library.opcheck(torch.ops.alexnet_kernels.dropout.default, (x, 0.5, 2.0, seed, 1, 360, 360, 0))
-    torch.library.opcheck(torch.ops.alexnet_kernels.dropout.default, (x, 0.5, 1.0, seed, 1, 60, 120, 60))
-
-
-@every_format
-def test_compiles(memory_format, device, backend, fresh_dynamo):
-    x = random((2, 12, 5, 3), torch.float32, memory_format, device)
-    check_compiled(lambda x: dropout(x * 2, 0.5, **KEYED, backend=backend), [x], dynamic=backend != "native")
-
-
 def test_compiles_without_a_seed(device, backend, fresh_dynamo):
     x = torch.ones(1000, device=device)
     compiled = torch.compile(lambda x: dropout(x, 0.5, backend=backend), fullgraph=True, backend="aot_eager")
@@ -216,15 +131,6 @@ def test_compiles_without_a_seed(device, backend, fresh_dynamo):
     assert not torch.equal(first, second)
     out, gradient = forward_backward(lambda x: compiled(x) * 1, torch.ones(1000, device=device))
     assert_same(gradient.abs() > 0, (out != 0) & (torch.linspace(-1, 1, 1000, device=device) != 0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_autocast_keeps_the_inputs_dtype(dtype, device):
-    x = random((20, 30), dtype, device=device)
-    with torch.autocast(device, torch.bfloat16):
-        actual = dropout(x, 0.5, **KEYED)
-    assert actual.dtype == dtype
-    assert_same(actual, dropout(x, 0.5, **KEYED))
 
 
 @pytest.mark.parametrize("choice", ["auto", "native"])

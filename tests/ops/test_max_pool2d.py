@@ -2,60 +2,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import check_op
 from helpers import (
+    assert_close,
     assert_same,
-    cases,
-    check,
-    check_compiled,
-    check_gradients,
-    check_repeatable,
-    distinct,
     every_dtype,
     every_format,
-    forward_backward,
     random,
 )
 
 from alexnet_kernels import reference
+from alexnet_kernels.op_info import OP_INFOS
 from alexnet_kernels.ops import max_pool2d
 
-SHAPES = cases(
-    ((1, 48, 13, 11), {}),
-    ((1, 64, 7, 9), {"relu": True}),
-    ((2, 17, 13, 9), {}),
-    ((2, 16, 6, 8), {"kernel_size": 2}),
-    ((2, 5, 7, 7), {"kernel_size": 2, "relu": True}),
-    ((1, 20, 6, 5), {"stride": 1}),
-    ((1, 20, 5, 6), {"stride": 1, "padding": 1}),
-    ((2, 9, 8, 8), {"ceil_mode": True}),
-    ((2, 9, 8, 7), {"ceil_mode": True, "padding": 1}),
-    ((2, 9, 6, 7), {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}),
-    ((2, 17, 2, 5), {"ceil_mode": True}),
-    ((2, 33, 9, 11), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}),
-    ((2, 3, 9, 12), {"kernel_size": (1, 4), "stride": (2, 3), "padding": (0, 2), "relu": True}),
-    ((1, 3, 20, 19), {"kernel_size": 16, "stride": 3, "padding": 8}),
-    ((1, 18, 9, 9), {"kernel_size": 1, "stride": 2}),
-    ((1, 18, 3, 3), {}),
-    ((1, 2, 10, 10), {"kernel_size": 2, "stride": 5}),
-    ((2, 1, 7, 7), {"relu": True}),
-    ((0, 16, 7, 7), {}),
-)
-
 
 @every_format
 @every_dtype
-@SHAPES
-def test_equals_the_definition(shape, options, dtype, memory_format, device, backend):
-    x = random(shape, dtype, memory_format, device)
-    check(max_pool2d, reference.max_pool2d, {"input": x}, options, backend=backend, exact=True)
-
-
-@every_format
-@every_dtype
-@SHAPES
-def test_ties_go_to_the_first(shape, options, dtype, memory_format, device, backend):
-    x = torch.randint(-1, 2, shape).to(device, dtype).contiguous(memory_format=memory_format)
-    check(max_pool2d, reference.max_pool2d, {"input": x}, options, backend=backend, exact=True)
+@pytest.mark.parametrize("sample", OP_INFOS["max_pool2d"].samples, ids=lambda sample: sample.id)
+def test_ties_go_to_the_first(sample, dtype, memory_format, device, backend):
+    x = torch.randint(-1, 2, sample.shape).to(device, dtype).contiguous(memory_format=memory_format)
+    check_op("max_pool2d", {"input": x, **sample.options}, backend)
 
 
 @every_format
@@ -71,7 +37,7 @@ def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
     assert_same(out.double(), expected)
     assert out.isnan().sum() == 5
     if not relu and not (x.is_cuda and backend == "native"):  # whose gradient goes to another NaN of a window
-        check(max_pool2d, reference.max_pool2d, {"input": x}, {}, backend=backend, exact=True)
+        check_op("max_pool2d", {"input": x}, backend)
 
 
 @every_format
@@ -93,64 +59,15 @@ def test_every_half_precision_number(relu, dtype, memory_format, device, backend
 
 
 @every_format
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@cases(((1, 96, 55, 55), {}), ((1, 256, 27, 27), {"relu": True}), ((1, 256, 13, 13), {}))
-def test_alexnets_layers(shape, options, dtype, memory_format, device):
-    x = random(shape, dtype, memory_format, device)
-    check(max_pool2d, reference.max_pool2d, {"input": x}, options, exact=True)
-
-
-@every_dtype
-@pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded", "offset"])
-def test_input_of_any_strides(layout, dtype, device, backend):
-    x = {
-        "sliced": lambda: random((4, 20, 7, 14), dtype, device=device)[::2, :, :, ::2],
-        "transposed": lambda: random((2, 7, 20, 6), dtype, device=device).permute(0, 2, 3, 1),
-        "expanded": lambda: random((1, 20, 1, 1), dtype, device=device).expand(2, 20, 7, 6),
-        "offset": lambda: random((2, 21, 7, 6), dtype, torch.channels_last, device)[:, 1:],
-    }[layout]()
-    check(max_pool2d, reference.max_pool2d, {"input": x}, {}, backend=backend, exact=True)
-
-
-@every_format
-@every_dtype
-@pytest.mark.parametrize("layout", ["expanded", "other_format", "sliced"])
-def test_output_gradient_of_any_strides(layout, dtype, memory_format, device, backend):
-    shape = (2, 20, 3, 4)
-    other = torch.contiguous_format if memory_format is torch.channels_last else torch.channels_last
-    grad = {
-        "expanded": lambda: torch.full((1, 1, 1, 1), 3.0, dtype=dtype, device=device).expand(shape),
-        "other_format": lambda: torch.randint(-4, 5, shape).to(device, dtype).contiguous(memory_format=other),
-        "sliced": lambda: torch.randint(-4, 5, (2, 40, 3, 4)).to(device, dtype)[:, ::2],
-    }[layout]()
-    x = random((2, 20, 7, 9), dtype, memory_format, device)
-    for relu in (False, True):
-        options = {"relu": relu}
-        check(max_pool2d, reference.max_pool2d, {"input": x}, options, backend=backend, exact=True, grad=grad)
-
-
-@every_format
 @every_dtype
 def test_overlapping_gradients_add_in_float32(dtype, memory_format, device, backend):
     x = torch.zeros(1, 17, 5, 5, dtype=dtype, device=device).contiguous(memory_format=memory_format)
     x[:, :, 2, 2] = 1
-    check(
-        max_pool2d,
-        reference.max_pool2d,
-        {"input": x},
-        {"stride": 1},
-        backend=backend,
-        grad=random((1, 17, 3, 3), dtype, memory_format, device),
-        slack="library" if backend == "native" else "sums",
-    )
-
-
-@pytest.mark.float64
-@every_format
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
-def test_first_and_second_derivatives(relu, memory_format, device, backend):
-    x = distinct((1, 2, 5, 5)).to(device).contiguous(memory_format=memory_format)
-    check_gradients(lambda x: max_pool2d(x, relu=relu, backend=backend), [x])
+    exact, grad = x.double().requires_grad_(), random((1, 17, 3, 3), dtype, memory_format, device)
+    x.requires_grad_()
+    (actual,) = torch.autograd.grad(max_pool2d(x, stride=1, backend=backend), x, grad)
+    (expected,) = torch.autograd.grad(reference.max_pool2d(exact, stride=1), exact, grad.double())
+    assert_close(actual, expected, slack="library" if backend == "native" else "sums")
 
 
 @every_format
@@ -163,42 +80,6 @@ def test_second_derivative_through_a_nonlinearity(dtype, memory_format, device, 
     (second,) = torch.autograd.grad(first.sum(), x)
     (expected_second,) = torch.autograd.grad(expected.sum(), exact)
     assert_same(second.double(), expected_second)
-
-
-@every_format
-@every_dtype
-def test_repeats_bitwise(dtype, memory_format, device, backend, threads):
-    x = random((4, 48, 13, 13), dtype, memory_format, device)
-    check_repeatable(lambda x: max_pool2d(x, backend=backend), [x], threads)
-
-
-@every_format
-def test_registration(memory_format, device):
-    operator = torch.ops.alexnet_kernels.max_pool2d.default
-    for shape in ((2, 12, 7, 5), (0, 12, 7, 5)):
-        x = random(shape, torch.float32, memory_format, device).requires_grad_()
-        torch.library.opcheck(operator, (x, [3, 3], [2, 2], [1, 1], True, True))
-
-
-@every_format
-def test_compiles(memory_format, device, backend, fresh_dynamo):
-    x = random((2, 20, 7, 9), torch.float32, memory_format, device)
-    check_compiled(lambda x: max_pool2d(x * 2, relu=True, backend=backend), [x], dynamic=backend != "native")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_autocast_keeps_the_inputs_dtype(dtype, device):
-    x = random((2, 20, 7, 9), dtype, device=device)
-    expected = forward_backward(max_pool2d, x)
-    with torch.autocast(device, torch.bfloat16):
-        actual = forward_backward(max_pool2d, x)
-    assert actual[0].dtype == dtype
-    assert_same(actual, expected)
-
-
-def test_auto_equals_the_definition(device):
-    x = random((2, 20, 7, 9), device=device)
-    check(max_pool2d, reference.max_pool2d, {"input": x}, {}, exact=True)
 
 
 def test_onnx_cases(device, backend):

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_gradients, distinct
 
 from alexnet_kernels import reference
 
@@ -79,18 +78,6 @@ def test_local_response_norm_keeps_to_its_group() -> None:
     x = double(2, 12, 3, 3)
     towers = [reference.local_response_norm(half, 5, 1.0) for half in x.chunk(3, 1)]
     assert torch.equal(reference.local_response_norm(x, 5, 1.0, groups=3), torch.cat(towers, 1))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_within_map_response_norm_by_its_formula(size: int) -> None:
-    x = double(1, 1, 4, 6)
-    expected = torch.empty_like(x)
-    for y, z in itertools.product(range(4), range(6)):
-        top, left = max(0, y - size // 2), max(0, z - size // 2)
-        near = x[0, 0, top : y + (size - 1) // 2 + 1, left : z + (size - 1) // 2 + 1]
-        expected[0, 0, y, z] = x[0, 0, y, z] / (1.5 + 0.7 / size**2 * near.square().sum()) ** 0.6
-    actual = reference.within_map_response_norm(x, size, alpha=0.7, beta=0.6, k=1.5)
-    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
@@ -225,30 +212,3 @@ def test_augment_by_its_formula(where: str) -> None:
         expected = (float(images[n, row, column, c]) + shift[n, c] - mean[place]) * scale[c]
         assert out[n, c, y, x].item() == pytest.approx(float(expected), rel=1e-12, abs=1e-9)
     assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: reference.local_response_norm(x, 4, 1.0, groups=2),
-        lambda x: reference.within_map_response_norm(x, 3, 1.0),
-        lambda x: reference.max_pool2d(x, relu=True),
-        lambda x: reference.lrn_max_pool2d(x, 3, 1e-2, relu=True),
-        lambda x: reference.conv2d_relu(x, x[:1, :, :2, :2]),
-        lambda x: reference.batch_norm_relu(x, None, None, bias=x.new_full((4,), 5.0), training=True)[0],
-        lambda x: reference.dropout(x, 0.5),
-        lambda x: reference.linear_relu_dropout(x, x[0, 0]),
-    ],
-    ids=[
-        "local_response_norm",
-        "within_map_response_norm",
-        "max_pool2d",
-        "lrn_max_pool2d",
-        "conv2d_relu",
-        "batch_norm_relu",
-        "dropout",
-        "linear_relu_dropout",
-    ],
-)
-def test_is_twice_differentiable(function: object) -> None:
-    check_gradients(function, [distinct((1, 4, 3, 3), step=0.1)])

@@ -70,12 +70,6 @@ def check_step(given, settings, backend):
 
 
 @every_setting
-@every_mixture
-def test_equals_the_definition(mixture, settings, device, backend):
-    check_step(state(mixture, device), settings, backend)
-
-
-@every_setting
 @pytest.mark.parametrize("layout", ["channels_last", "mixed", "sliced", "transposed"])
 def test_tensors_of_any_strides(layout, settings, device, backend):
     shape = (6, 5, 3, 3)
@@ -137,19 +131,6 @@ def test_masters_keep_what_bfloat16_would_lose(device, backend):
         sgd_step(params, grads, buffers, [master], lr=1e-3, momentum=0.0, weight_decay=0.0, backend=backend)
     torch.testing.assert_close(master, torch.full((10,), 0.984, device=device))
     assert_same(params[0], master.bfloat16())
-
-
-@every_mixture
-def test_repeats_bitwise(mixture, device, backend, threads):
-    first = None
-    for count in (1, 1, 2, 2):
-        threads(count)
-        torch.manual_seed(1)
-        given = state(mixture, device, [(96, 3, 11, 11), (100, 150), (7,)])
-        sgd_step(*given, lr=0.1, backend=backend)
-        first = first or given
-        for actual, expected in zip(given, first, strict=True):
-            assert_same(actual, expected, f"{count} threads")
 
 
 def test_nan_and_infinity(device, backend):
@@ -214,25 +195,6 @@ def test_autograd_sees_the_change(device, backend):
     sgd_step([w], [torch.ones(4, device=device)], [torch.zeros(4, device=device)], lr=0.1, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_registration(device):
-    operator = torch.ops.alexnet_kernels.sgd_step.default
-    for name in ("fp32", "bf16_master"):
-        given = state(MIXTURES[name], device, [(5, 4), (3,)])
-        torch.library.opcheck(operator, (*given, 0.1, 0.9, 5e-4, 0.0, False, True, False))
-
-
-def test_compiles(device, backend, fresh_dynamo):
-    def step(params, grads, buffers):
-        sgd_step(params, grads, buffers, lr=0.1, backend=backend)
-
-    given = state(MIXTURES["fp32"], device)[:3]
-    copies = [[t.clone() for t in tensors] for tensors in given]
-    step(*given)
-    torch.compile(step, fullgraph=True, backend="aot_eager")(*copies)
-    for actual, expected in zip(copies, given, strict=True):
-        assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("choice", ["auto", "native"])

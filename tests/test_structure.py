@@ -1,0 +1,129 @@
+"""The structure of the source tree: layers, import circles, and how many files an op takes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import alexnet_kernels
+from alexnet_kernels import ops
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(alexnet_kernels.__file__).parent
+NAME = "alexnet_kernels"
+# From the lowest. A module imports modules of lower layers, and of its own package.
+LAYERS = (
+    ("_errors", "_files", "_runtime", "_sources", "_torch_private", "_version"),
+    ("_library", "reference"),
+    ("_dispatch",),
+    ("backends",),
+    ("triton",),
+    ("ops",),
+    ("op_info", "nn", "optim"),
+    ("models",),
+    ("parallel",),
+    ("training", "bench"),
+    ("gpu_check",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+SOURCES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".sh", ".toml", ".yaml")
+# Not written by hand, or a history.
+EXEMPT = ("CHANGELOG.md", "benchmarks/results/", "build/")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by dotted name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = [NAME, *path.relative_to(PACKAGE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The package's modules that a module imports, anywhere in its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == NAME)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == NAME:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in known else str(node.module)
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def test_every_module_is_in_a_layer(graph: dict[str, set[str]]) -> None:
+    assert {layer_of(module) for module in graph} == set(LEVELS)
+
+
+def test_no_module_imports_a_higher_layer(graph: dict[str, set[str]]) -> None:
+    upward = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in targets
+        if layer_of(target) != layer_of(module) and LEVELS[layer_of(target)] >= LEVELS[layer_of(module)]
+    ]
+    assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle(graph: dict[str, set[str]]) -> None:
+    left = {module: set(targets) for module, targets in graph.items()}
+    while free := [module for module, targets in left.items() if not targets & set(left)]:
+        for module in free:
+            del left[module]
+    assert sorted(left) == []
+
+
+def test_late_imports_are_of_optional_packages(graph: dict[str, set[str]]) -> None:
+    """An import of the package's own inside a function hides a circle, unless what is imported is optional."""
+    allowed = {f"{NAME}.ops"}  # the Triton kernels
+    late = set()
+    for module, path in modules().items():
+        if layer_of(module) not in ("cli", "gpu_check", "__main__") and module not in allowed:
+            tree = ast.parse(path.read_text())
+            functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+            for node in (node for function in functions for node in ast.walk(function)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == NAME:
+                    late.add(f"{module}: {node.module}")
+    assert late == set()
+
+
+def listed() -> list[str]:
+    """The files of CONTRIBUTING's list of what an op takes, with <op> for its name."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding an op")[2].partition("\n## ")[0]
+    return re.findall(r"^\d+\. `([^`]+)`", section, re.MULTILINE)
+
+
+def test_an_op_takes_ten_files_at_most() -> None:
+    assert 8 <= len(listed()) <= 10
+
+
+@pytest.mark.parametrize("op", ["within_map_response_norm"])
+def test_an_op_is_named_in_the_listed_files_only(op: str) -> None:
+    """Besides, a module of `alexnet_kernels.nn` may be over it, and documents and tests of others may use it."""
+    assert op in ops.__all__
+    mentions = set()
+    for path in ROOT.rglob("*"):
+        where = path.relative_to(ROOT).as_posix()
+        if path.suffix in SOURCES and not where.startswith(EXEMPT) and not re.search(r"(^|/)\.", where):
+            if re.search(rf"\b{op}\b", path.read_text()):
+                mentions.add(where)
+    users = {"alexnet_kernels/nn/modules.py", "CONTRIBUTING.md", "tests/test_structure.py", "tests/test_fuse.py"}
+    assert mentions - users - {m for m in mentions if m.startswith("docs/")} == {
+        f.replace("<op>", op) for f in listed()
+    }
