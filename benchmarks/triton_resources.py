@@ -2,9 +2,9 @@
 
     python benchmarks/triton_resources.py [--only PATTERN] [--out benchmarks/results/triton_resources]
 
-Each operator is called on tensors of AlexNet's own shapes, as a GPU would get them; its launches compile for every
-architecture, and nothing runs. Registers, spills and stack are ptxas's own account, instructions are counted in the
-PTX. Writes OUT.json and OUT.md. Fails if a kernel spills, takes more shared memory than the GPU has, or multiplies
+Each op is called at AlexNet's layers (`alexnet_kernels.op_info`). The launches of its operators compile for
+every architecture; nothing runs. Registers, spills and stack are what ptxas reports, instructions are counted in PTX.
+Writes OUT.json and OUT.md. Fails if a kernel spills, takes more shared memory than the GPU has, or multiplies
 half-precision matrices without tensor cores.
 
 A few bytes are no spill: ptxas moves a register or two to memory where the rest then lets one more warp run at a time.
@@ -34,11 +34,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import alexnet_kernels.triton  # noqa: F401
+from alexnet_kernels.op_info import OP_INFOS, Maker, OperatorCall, operator_calls
+from alexnet_kernels.op_info._record import OVERHEAD
 
 # Compute capability, and the shared memory in bytes that a block may have there.
 ARCHS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -52,26 +53,33 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operator."""
+    """An op at a layer."""
 
-    operator: str
+    op: str
     layer: str
     dtype: torch.dtype
-    arguments: tuple
 
     @property
     def name(self) -> str:
-        return f"{self.operator}, {self.layer}, {name_of(self.dtype)}"
+        return f"{self.op}, {self.layer}, {name_of(self.dtype)}"
+
+    def calls(self) -> list[OperatorCall]:
+        """Of Triton's operators, forward and backward, each once."""
+        info = OP_INFOS[self.op]
+        layer = next(layer for layer in info.layers if layer.name == self.layer)
+        make = Maker(self.dtype, torch.channels_last, initialize=False)
+        calls = operator_calls(info, layer.inputs(make, BATCH), "triton", run=False)
+        return list({operator: (operator, args) for operator, args in reversed(calls)}.values())[::-1]
 
 
 @dataclass
 class Row:
-    """One kernel that a case launches, compiled for one architecture; sizes in bytes."""
+    """One kernel that an operator launches, compiled for one architecture; sizes in bytes."""
 
     operator: str
     layer: str
     dtype: str
-    launch: int  # which of the case's, from 1
+    launch: int  # of the operator's, from 1
     kernel: str
     arch: str
     registers: int
@@ -97,119 +105,15 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    """Memory that nothing touches."""
-    return torch.empty(shape, dtype=dtype)
-
-
-def images(channels: int, size: int, dtype: torch.dtype, count: int = BATCH) -> Tensor:
-    return torch.empty(count, channels, size, size, dtype=dtype, memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Conv:
-    channels: int
-    size: int
-    filters: int
-    kernel: int
-    padding: int
-    groups: int
-
-
-# The first is what ops.conv2d_relu makes of [3, 224, 224], 11x11 filters, stride 4 and padding 2.
-CONVS = {
-    "conv1": Conv(48, 57, 96, 3, 0, 1),
-    "conv2": Conv(96, 27, 256, 5, 2, 2),
-    "conv3": Conv(256, 13, 384, 3, 1, 1),
-    "conv4": Conv(384, 13, 384, 3, 1, 2),
-    "conv5": Conv(384, 13, 256, 3, 1, 2),
-}
-WEIGHTS = (
-    (96, 3, 11, 11),
-    (256, 48, 5, 5),
-    (384, 256, 3, 3),
-    (384, 192, 3, 3),
-    (256, 192, 3, 3),
-    (4096, 9216),
-    (4096, 4096),
-    (1000, 4096),
-)
-LRN = (5, 5e-4, 0.75, 2.0)
-POOL = ([3, 3], [2, 2], [0, 0])
-SEED = torch.zeros((), dtype=torch.int64)
-OFFSET = 7
-
-
-def conv_cases(dtype: torch.dtype, *names: str) -> Iterator[Case]:
-    for name in names:
-        conv = CONVS[name]
-        layer = f"{name} {conv.channels}x{conv.size}x{conv.size}"
-        x = images(conv.channels, conv.size, dtype)
-        y = images(conv.filters, conv.size + 2 * conv.padding - conv.kernel + 1, dtype)
-        weight = images(conv.channels // conv.groups, conv.kernel, dtype, count=conv.filters)
-        geometry = ([1, 1], [conv.padding, conv.padding], conv.groups)
-        yield Case("conv2d_relu", layer, dtype, (x, weight, empty(conv.filters, dtype=dtype), *geometry, True))
-        for operator in ("conv2d_relu_backward_input", "conv2d_relu_backward_weight"):
-            yield Case(operator, layer, dtype, (y, y, x, weight, *geometry))
-
-
-def channel_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Normalisation and pooling."""
-    for name, channels, size in (("norm1", 96, 55), ("norm2", 256, 27)):
-        x, y = images(channels, size, dtype), images(channels, (size - 1) // 2, dtype)
-        layer, argmax = f"{name} {channels}x{size}x{size}", images(channels, (size - 1) // 2, torch.uint8)
-        yield Case("local_response_norm", layer, dtype, (x, *LRN, 1))
-        yield Case("local_response_norm_backward", layer, dtype, (x, x, *LRN, 1))
-        yield Case("lrn_max_pool2d", layer, dtype, (x, *LRN, 1, *POOL, False, True))
-        yield Case("lrn_max_pool2d_backward", layer, dtype, (y, x, argmax, *LRN, 1, *POOL, True))
-    for name, channels, size in (("pool1", 96, 55), ("pool5", 256, 13)):
-        x, y = images(channels, size, dtype), images(channels, (size - 1) // 2, dtype)
-        layer, argmax = f"{name} {channels}x{size}x{size}", images(channels, (size - 1) // 2, torch.uint8)
-        yield Case("max_pool2d", layer, dtype, (x, *POOL, False, True))
-        yield Case("max_pool2d_backward", layer, dtype, (y, y, argmax, list(x.shape), *POOL, True))
-    x = images(256, 27, dtype)
-    yield Case("within_map_response_norm", "norm2 256x27x27", dtype, (x, *LRN))
-    yield Case("within_map_response_norm_backward", "norm2 256x27x27", dtype, (x, x, *LRN))
-    x, channel = images(96, 55, dtype), empty(96)
-    vectors, eps = (channel, channel, channel, channel), 1e-5
-    yield Case("batch_norm_relu", "norm1 96x55x55, training", dtype, (x, *vectors, True, eps))
-    yield Case("batch_norm_relu", "norm1 96x55x55, inference", dtype, (x, *vectors, False, eps))
-    yield Case("batch_norm_relu_backward", "norm1 96x55x55, training", dtype, (x, x, *vectors, True, eps))
-
-
-def element_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Dropout, the optimizer's step, and the input's way into the net."""
-    x, y = empty(BATCH, 9216, dtype=dtype), empty(BATCH, 4096, dtype=dtype)
-    maps = images(256, 6, dtype)
-    draw, count = (0.5, 2.0, SEED, OFFSET), x.numel()
-    yield Case("dropout", "fc6 9216", dtype, (x, *draw, count, count, 0))
-    yield Case("dropout", "pool5 256x6x6", dtype, (maps, *draw, count, count, 0))
-    weight, bias = empty(4096, 9216, dtype=dtype), empty(4096, dtype=dtype)
-    yield Case("linear_relu_dropout", "fc6 9216", dtype, (x, weight, bias, True, *draw, 4096, 4096, 0))
-    yield Case("relu_dropout_backward", "fc6 4096", dtype, (y, y, 2.0))
-    params = [empty(*shape, dtype=dtype) for weight in WEIGHTS for shape in (weight, weight[:1])]
-    wide = [empty(*param.shape) for param in params]
-    masters = [] if dtype == FP32 else wide
-    settings = (0.01, 0.9, 5e-4, 0.0, False)
-    for rule, paper in (("paper's rule", True), ("torch's rule", False)):
-        yield Case("sgd_step", f"all 16, {rule}", dtype, (params, params, wide, masters, *settings, paper, False))
-    pixels, crops = torch.empty(BATCH, 256, 256, 3, dtype=torch.uint8), torch.zeros(BATCH, 2, dtype=torch.int64)
-    flips, shift, mean = torch.zeros(BATCH, dtype=torch.bool), empty(BATCH, 3), empty(3, 256, 256)
-    arguments = (pixels, crops, [224, 224], flips, shift, mean, empty(3), dtype, True)
-    yield Case("augment", "input 3x224x224", dtype, arguments)
-    padding, blocks = [2, 2], images(48, 57, dtype)
-    yield Case("space_to_depth", "input 3x224x224", dtype, (images(3, 224, dtype), 4, padding, [57, 57], dtype))
-    yield Case("depth_to_space", "input 3x224x224", dtype, (blocks, 4, padding, [224, 224], dtype))
-
-
 def cases() -> Iterator[Case]:
-    yield from conv_cases(BF16, *CONVS)
-    for dtype in (BF16, FP32):
-        yield from channel_cases(dtype)
-        yield from element_cases(dtype)
-    # float16 takes the tiles of bfloat16, and float32's are alike: a layer is enough.
-    for dtype in (FP16, FP32):
-        yield from conv_cases(dtype, "conv2")
+    """float16 takes the tiles of bfloat16, and a convolution's in float32 are alike: conv2 is enough of both."""
+    for dtype in (BF16, FP32, FP16):
+        for info in OP_INFOS.values():
+            for layer in info.layers:
+                convolution = info.name == "conv2d_relu"
+                alike = dtype == FP16 or (convolution and dtype == FP32)
+                if layer.name != OVERHEAD and (not alike or (convolution and layer.name == "conv2")):
+                    yield Case(info.name, layer.name, dtype)
 
 
 class Driver:
@@ -254,15 +158,17 @@ def compile_case(index: int, arch: int) -> tuple[list[Row], str | None]:
     """The rows of a case's launches, and what went wrong, if anything."""
     case = next(itertools.islice(cases(), index, None))
     Driver.arch = arch
-    compiled.clear()
-    try:
-        with torch.no_grad():
-            getattr(torch.ops.alexnet_kernels_triton, case.operator)(*case.arguments)
-    except Exception as error:
-        return [], f"{case.name}, sm_{arch}: {type(error).__name__}: {origin(error)}"
-    return [
-        row_of(case, arch, i, name, kernel, logs[kernel.hash]) for i, (name, kernel) in enumerate(compiled, 1)
-    ], None
+    rows: list[Row] = []
+    for operator, arguments in case.calls():
+        compiled.clear()
+        try:
+            with torch.no_grad():
+                getattr(torch.ops.alexnet_kernels_triton, operator)(*arguments)
+        except Exception as error:
+            return [], f"{operator}, {case.name}, sm_{arch}: {type(error).__name__}: {origin(error)}"
+        for i, (name, kernel) in enumerate(compiled, 1):
+            rows.append(row_of(case, operator, arch, i, name, kernel, logs[kernel.hash]))
+    return rows, None
 
 
 def origin(error: BaseException) -> str:
@@ -272,12 +178,12 @@ def origin(error: BaseException) -> str:
     return str(error)
 
 
-def row_of(case: Case, arch: int, launch: int, name: str, kernel: Any, log: str) -> Row:
+def row_of(case: Case, operator: str, arch: int, launch: int, name: str, kernel: Any, log: str) -> Row:
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     stack, spill_stores, spill_loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
     ptx = kernel.asm["ptx"]
     return Row(
-        case.operator,
+        operator,
         case.layer,
         name_of(case.dtype),
         launch,

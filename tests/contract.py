@@ -195,7 +195,7 @@ def compare(
             assert_same(a.double(), e.double(), what=what)
         else:
             a = a if comparison.dtype is None else a.to(comparison.dtype)
-            assert_close(a, e.double(), slack=slack, what=what, allowed=allowed)
+            assert_close(a, e.double(), slack=slack, what=what, allowed=max(allowed, comparison.absolute))
 
 
 def check_formats(input: Tensor, output: Tensor, grad_input: Tensor, setting: Setting) -> None:

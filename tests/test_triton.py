@@ -72,7 +72,7 @@ def trace(name, args):
 make = Maker(torch.bfloat16, torch.channels_last)
 for info in OP_INFOS.values():
     for sample in (*info.typical, info.samples[-1], info.large):
-        if info.takes(sample, make.dtype):
+        if info.takes(sample, make.dtype) and 0 not in sample.shape:  # which launches nothing
             for operator, args in operator_calls(info, info.inputs(sample, make), "triton", run=False):
                 if operator != "sgd_step":
                     trace(operator, args)

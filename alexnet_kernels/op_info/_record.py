@@ -148,6 +148,8 @@ class Comparison:
     """From the float64 arguments, the outputs whose gradient no rounding can redirect; the others get no gradient."""
     peer: Callable[..., Tensor] | None = None
     """A library's op for the same. A gradient may be wrong by twice as much as its."""
+    absolute: float = 0.0
+    """An error that is none: of terms that cancel in a tensor of few elements."""
     dtype: torch.dtype | None = None
     """Whose tolerance holds, if not the result's."""
     skip: str | None = None
@@ -223,6 +225,8 @@ class OpInfo:
     """Tiny samples for numerical derivatives in float64."""
     make_derivative: Callable[[Maker, tuple[int, ...], Inputs], Inputs] | None = None
     """Their arguments, if not those of `make`: away from where the op has no derivative."""
+    native_compiles: bool = True
+    """Whether torch.compile takes backend "native" whole."""
     images: bool = True
     """Whether the first tensor has memory formats."""
     casts: bool = False

@@ -88,6 +88,7 @@ INFO = OpInfo(
     make=_make,
     takes=lambda sample, dtype: dtype == torch.float32 or sample.shape[0] != 5,
     wrt=(),
+    native_compiles=False,  # its definition is a loop over the values of crops
     # Computed in float32, whatever the dtype of the result.
     comparison=lambda setting: Comparison(dtype=torch.float32 if setting.dtype == torch.float64 else None),
     layers=tuple(

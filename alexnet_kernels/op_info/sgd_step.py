@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import PARAMETERS
-from alexnet_kernels.op_info._record import Inputs, Layer, Maker, OpInfo, Work, copy, sample
+from alexnet_kernels.op_info._record import Comparison, Inputs, Layer, Maker, OpInfo, Work, copy, sample
 
 NBYTES = 20
 """Of a float32 parameter: its value and momentum, read and written, and its gradient."""
@@ -99,6 +99,7 @@ INFO = OpInfo(
     make=_make,
     takes=lambda sample, dtype: fits(sample.options["mixture"], dtype),
     functional=_functional,
+    comparison=lambda setting: Comparison(absolute=1e-15 if setting.dtype == torch.float64 else 2**-22),
     images=False,
     wrt=(),
     layers=tuple(
