@@ -34,27 +34,48 @@ def draw(report: dict[str, Any], prefix: Path) -> list[Path]:
 
 
 def _ratios(pyplot: Any, report: dict[str, Any]) -> Any:
-    """How many times as fast as the best peer: a bar for each op and network at the largest batch measured."""
-    bars: list[tuple[str, float]] = []
-    for section in ("ops", "nets"):
+    """The speed-up over the best baseline at the largest batch: a panel for networks and for each op, a bar a row."""
+    families: dict[str, list[tuple[str, float]]] = {}
+    for section in ("nets", "ops"):
         rows = list(tables.measurements(report[section]))
         largest = max((result["batch"] for _, _, result, _ in rows), default=0)
         for name, direction, result, measured in rows:
             value = tables.ratio(measured)
             if value is not None and (direction == "step" or result["batch"] == largest):
-                bars.append((tables.full_name(name, direction), value))
-    if not bars:
+                family = "networks" if section == "nets" else result["op"]
+                label = tables.full_name(name, direction).removeprefix(f"{result['op']}, ")
+                families.setdefault(family, []).append((label.replace(f", batch {largest}", ""), value))
+    if not families:
         return None
-    bars.sort(key=lambda bar: bar[1])
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.16 * len(bars)))
-    axes.barh(range(len(bars)), [value for _, value in bars], color=[OURS if v >= 1 else PEER for _, v in bars], left=0)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=6)
-    axes.set_xscale("log")
-    axes.axvline(1, color=LINE, linewidth=1)
-    axes.set_ylim(-0.5, len(bars) - 0.5)
-    axes.set_xlabel("best peer's time / this package's")
-    axes.set_title(_title(report))
+    columns: list[list[str]] = [[], []]  # of families, about equally long
+    lengths = [0, 0]
+    for family, bars in families.items():
+        shorter = lengths.index(min(lengths))
+        columns[shorter].append(family)
+        lengths[shorter] += len(bars) + 4
+    width = 2 if columns[1] else 1
+    figure = pyplot.figure(figsize=(7 * width, 1 + 0.19 * max(lengths)), layout="constrained")
+    for part, names in zip(figure.subfigures(1, width, squeeze=False)[0], columns, strict=False):
+        heights = [len(families[name]) + 3 for name in names]
+        grid = part.subplots(len(names), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+        for axes, name in zip(grid[:, 0], names, strict=True):
+            _bars(axes, name, sorted(families[name], key=lambda bar: bar[1]))
+    figure.suptitle(f"best baseline's time / this package's, {_title(report)}")
     return figure
+
+
+def _bars(axes: Any, title: str, bars: list[tuple[str, float]]) -> None:
+    places = range(len(bars))
+    axes.barh(places, [value for _, value in bars], color=[OURS if value >= 1 else PEER for _, value in bars])
+    axes.set_yticks(places, [label for label, _ in bars], fontsize=7)
+    beside = {"xytext": (2, 0), "textcoords": "offset points", "va": "center", "fontsize": 6}
+    for place, (_, value) in zip(places, bars, strict=True):
+        axes.annotate(f"{value:.3g}", (value, place), **beside)
+    axes.set_xscale("log")
+    axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
+    axes.axvline(1, color=LINE, linewidth=1)
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.set_title(title, fontsize=9)
 
 
 def _roofline(pyplot: Any, report: dict[str, Any], found: Ceilings) -> Any:
