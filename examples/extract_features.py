@@ -4,7 +4,7 @@
     python examples/extract_features.py --limit 8 --size 64 --layers features.12 classifier.5
 
 FOLDER holds `val/<class>/<image>`; without it the package's own images are taken. --weights is as in fine_tune.py;
-without it the filters are random, and the features good for nothing but a trial. Layers are named as
+without it the filters are random, and the features only show that the script works. Layers are named as
 `print(alexnet())` shows them: classifier.5, say, is fc7 after ReLU. Maps are averaged over their pixels.
 
 The features come from forward hooks. A layer with a hook is called by itself, so that the hook sees its output; all
@@ -20,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from images import load_images
+from images import MEAN, STD, load_images
 from torch import Tensor, nn
 
 from alexnet_kernels import alexnet
-
-MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 
 
 def record(outputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

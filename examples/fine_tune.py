@@ -1,13 +1,14 @@
 """Fine-tune an AlexNet on a folder of images.
 
     python examples/fine_tune.py --data FOLDER --weights DEFAULT    # torchvision's ImageNet weights, downloaded
-    python examples/fine_tune.py --data FOLDER --weights alexnet.safetensors --preset caffe
+    python examples/fine_tune.py --data FOLDER --weights alexnet.safetensors --preset batchnorm
     python examples/fine_tune.py --size 64 --width 0.5              # the package's images, from random weights
 
 FOLDER holds `train/<class>/<image>` and `val/<class>/<image>`, read into memory. --weights takes what
 `alexnet_kernels.alexnet` takes: a .pt, .pth, .safetensors or .npz state_dict, or the name of torchvision's weights. A
-checkpoint of `alexnet-kernels train` becomes one by `alexnet-kernels convert`. Without --weights the network is trained
-from scratch: accuracy then shows that the script works, not what fine-tuning reaches.
+checkpoint of `alexnet-kernels train` becomes one by `alexnet-kernels convert`. Pixels are normalised as
+torchvision's weights expect. Without --weights the network is trained from scratch: accuracy then shows that the script
+works, not what fine-tuning reaches.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from images import load_images
+from images import MEAN, STD, load_images
 from torch import Tensor, nn
 
 from alexnet_kernels import AlexNet, alexnet, ops, optim
-
-# Of ImageNet's pixels, 0..255: what torchvision's weights expect.
-MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 
 
 def prepare(images: Tensor, size: int, device: str, training: bool) -> Tensor:
@@ -86,7 +84,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             total += loss.item() * len(index)
-        rate = len(images) / (time.perf_counter() - begin)
+        rate = len(images) / (time.perf_counter() - begin)  # of training alone
         top1 = accuracy(model, val_images, val_labels, args.size, args.device)
         print(f"epoch {epoch + 1}: loss {total / len(images):.3f}, validation accuracy {top1:.1%}, {rate:.0f} images/s")
     if args.out:

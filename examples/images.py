@@ -12,6 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+# Of ImageNet's pixels, 0..255: what torchvision's weights expect.
+MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 

@@ -101,10 +101,10 @@ def test_extract_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "classifier.5: 10 x 4096" in printed
 
     monkeypatch.syspath_prepend(EXAMPLES)
-    from images import load_images
+    from images import MEAN, STD, load_images
 
     images, labels, classes, names = load_images(None, "val", 64, 1)
-    pixels = (images - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])
+    pixels = (images - MEAN) / STD
     with torch.no_grad():
         maps = unfuse(model.eval()).features(pixels.permute(0, 3, 1, 2))
         hidden = model.classifier[:6](model.avgpool(maps).flatten(1))
