@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alexnet_kernels import __version__, _library, backends
+from alexnet_kernels._errors import InputError, MissingPackage, RunError, require
+from alexnet_kernels._files import output_path, write_atomically, write_errors
+from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
 from alexnet_kernels.parallel import PLANS
-from alexnet_kernels.testing.machine import keep_freed_memory
-from alexnet_kernels.training.errors import InputError, MissingPackage, RunError, require
 from alexnet_kernels.training.processes import TIMEOUT, Parallel, launch
 from alexnet_kernels.training.settings import Settings, default_recipe, recipe_names, settings_of
 
@@ -454,7 +455,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from alexnet_kernels.training import checkpoint, inference
 
     if options.confusion is not None:
-        checkpoint.output_path(options.confusion, ".csv", ".png", option="--confusion")
+        output_path(options.confusion, ".csv", ".png", option="--confusion")
     network = checkpoint.load_network(options.checkpoint, inference.pick_device(options.device))
     data = options.data or network.header.data or None
     crops = 10 if options.ten_crop else 1
@@ -478,20 +479,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _write_confusion(counts: list[list[int]], classes: list[str], path: Path) -> None:
-    from alexnet_kernels.training import checkpoint
 
     if path.suffix.lower() == ".png":
         from alexnet_kernels.training import pictures
 
-        with checkpoint.write_errors(path):
+        with write_errors(path):
             pictures.confusion(counts, classes, path)
         return
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["true", *classes])
     rows.writerows([name, *row] for name, row in zip(classes, counts, strict=True))
-    with checkpoint.write_errors(path), checkpoint.atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+    with write_errors(path):
+        write_atomically(path, text.getvalue())
 
 
 def _print_classes(per_class: dict[str, dict[str, Any]], confusion: list[list[int]]) -> None:
@@ -524,7 +524,7 @@ def _predict(options: argparse.Namespace) -> int:
     from alexnet_kernels.training import checkpoint, inference
 
     if options.picture is not None:
-        checkpoint.output_path(options.picture, ".png", option="--picture")
+        output_path(options.picture, ".png", option="--picture")
         if len(options.images) > _PICTURED:
             raise InputError(f"--picture draws {_PICTURED} images at most, got {len(options.images)}")
     network = checkpoint.load_network(options.checkpoint, inference.pick_device(options.device))
@@ -537,7 +537,7 @@ def _predict(options: argparse.Namespace) -> int:
         path, header = Path(options.picture), network.header
         seen = inference.seen(pixels, header.settings.image_size)
         titles = [Path(name).name for name in options.images]
-        with checkpoint.write_errors(path):
+        with write_errors(path):
             pictures.predictions(seen, None, probabilities, header.classes, path, titles)
     if options.json:
         rows = [

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels._errors import RunError
 from alexnet_kernels.testing.machine import commit, cpu
 from alexnet_kernels.training import checkpoint
-from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import Settings, settings_of
 

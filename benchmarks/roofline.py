@@ -14,9 +14,9 @@ import argparse
 
 import torch
 
+from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.testing import roofline, tables
-from alexnet_kernels.testing.machine import keep_freed_memory
 from alexnet_kernels.testing.roofline import SHORT, Ceilings
 
 DTYPES = {name: dtype for dtype, name in SHORT.items()}

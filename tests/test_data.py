@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.training import images
 from alexnet_kernels.training.augmentation import Crops, PixelSums, Statistics, draws, stored_size
-from alexnet_kernels.training.errors import InputError
 
 
 def write(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("lightning")
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.cli import main
 from alexnet_kernels.training import checkpoint, images, inference, pictures
 from alexnet_kernels.training.augmentation import Statistics
-from alexnet_kernels.training.errors import InputError
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import settings_of
 

@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alexnet_kernels import alexnet
+from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.cli import main
 from alexnet_kernels.training import checkpoint, inference
 from alexnet_kernels.training.augmentation import Statistics
-from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import settings_of
 

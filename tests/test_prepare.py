@@ -23,10 +23,10 @@ from PIL import Image
 
 pytest.importorskip("lightning")
 
+from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.cli import main
 from alexnet_kernels.training import checkpoint, images, shards
 from alexnet_kernels.training.augmentation import Statistics
-from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.lightning import Batches
 from alexnet_kernels.training.prepare import prepare
 from alexnet_kernels.training.run import train

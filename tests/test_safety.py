@@ -22,9 +22,9 @@ pytest.importorskip("lightning")
 from runs import assert_same as assert_same_checkpoints
 from runs import environment, figures, shipped_images
 
+from alexnet_kernels._errors import RunError
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, images
-from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.lightning import Classifier, Saver
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import save_recipe, settings_of

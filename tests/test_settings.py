@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("yaml")
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.models import PRESETS, AlexNet
-from alexnet_kernels.training.errors import InputError
 from alexnet_kernels.training.settings import Settings, recipe_names, save_recipe, settings_of, stalls
 
 QUICK = settings_of("quick", precision="32")

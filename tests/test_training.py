@@ -18,9 +18,10 @@ pytest.importorskip("lightning")
 
 from runs import assert_same, figures, shipped_images
 
+from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._files import atomic_file, link_atomically
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, images, inference, pictures
-from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.lightning import Bar, Batches, Board, Metrics, Saver
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import settings_of
@@ -292,7 +293,7 @@ class TestFiles:
         path.write_bytes(b"before")
 
         def write_half() -> None:
-            with checkpoint.atomic_file(path) as file:
+            with atomic_file(path) as file:
                 file.write(b"after")
                 raise KeyboardInterrupt
 
@@ -311,10 +312,10 @@ class TestFiles:
     def test_best_survives_the_next_last(self, tmp_path: Path) -> None:
         last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
         checkpoint.save({"epoch": 1}, last)
-        checkpoint.link(last, best)
+        link_atomically(last, best)
         checkpoint.save({"epoch": 2}, last)
         assert torch.load(best, weights_only=True) == {"epoch": 1}
-        checkpoint.link(last, best)
+        link_atomically(last, best)
         assert torch.load(best, weights_only=True) == {"epoch": 2}
         assert len(list(tmp_path.iterdir())) == 2
 
@@ -324,7 +325,7 @@ class TestFiles:
 
         monkeypatch.setattr(os, "link", refuse)
         (tmp_path / "last").write_bytes(b"content")
-        checkpoint.link(tmp_path / "last", tmp_path / "best")
+        link_atomically(tmp_path / "last", tmp_path / "best")
         assert (tmp_path / "best").read_bytes() == b"content"
         assert len(list(tmp_path.iterdir())) == 2
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 
+from alexnet_kernels._errors import require
+from alexnet_kernels._files import atomic_file
 from alexnet_kernels.parallel.collectives import part_of
 
 __all__ = ["export", "full_state_dict", "load", "save"]
@@ -92,9 +94,6 @@ def export(model: nn.Module, path: str | Path) -> None:
 
     Every rank calls it, rank 0 writes. Raises ValueError if the path exists, MissingPackage without safetensors.
     """
-    from alexnet_kernels.training.checkpoint import atomic_file
-    from alexnet_kernels.training.errors import require
-
     require("a safetensors file", "safetensors")
     from safetensors.torch import save as serialize
 

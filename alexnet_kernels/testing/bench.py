@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels._files import write_atomically
+from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.testing import cases as registry
 from alexnet_kernels.testing import machine, peers, plots, roofline, tables
@@ -167,7 +169,7 @@ def run(
 
 def configure() -> None:
     """The peers as their experts would have them, and memory that none has to fault in again."""
-    machine.keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True
 
@@ -212,7 +214,7 @@ def _plain(value: Any) -> str:
 
 def save(report: dict[str, Any], out: Path) -> None:
     for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
-        machine.write_atomically(out.with_name(out.name + suffix), text)
+        write_atomically(out.with_name(out.name + suffix), text)
 
 
 def pictures(report: dict[str, Any], out: Path) -> list[Path]:

@@ -10,25 +10,24 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import pickle
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_kernels._errors import InputError, RunError, first_line, require
+from alexnet_kernels._files import atomic_file, output_path, write_errors
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training.augmentation import Crops, Statistics
-from alexnet_kernels.training.errors import InputError, RunError, first_line, require
 from alexnet_kernels.training.settings import Settings
 
-__all__ = ["Header", "Network", "atomic_file", "export", "load", "load_network", "save"]
+__all__ = ["Header", "Network", "export", "load", "load_network", "save"]
 
 KEY = "alexnet_kernels"
 MODEL = "model."
@@ -120,57 +119,6 @@ class Header:
         return max(self.history, key=lambda row: row["val_top1"])
 
 
-@contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes path's place, on disk, when the block ends; if it fails, path stays."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the new name last; some file systems refuse it.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def output_path(path: str | Path, *suffixes: str, option: str = "") -> Path:
-    """The path that was given (as an option); InputError unless it has one of these suffixes and its folder
-    exists."""
-    what, path = f"{option} {path}".strip(), Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise InputError(f"{what}: a {' or '.join(suffixes)} file is expected")
-    if not path.parent.is_dir():
-        raise InputError(f"{what}: there is no folder {path.parent}")
-    return path
-
-
-@contextlib.contextmanager
-def write_errors(path: str | Path) -> Iterator[None]:
-    """Around the writing of a file: RunError where that fails."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
-
-
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint in path's place; RunError if that fails, and path is then as it was."""
     try:
@@ -179,22 +127,6 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     except (OSError, RuntimeError) as error:
         kept = "; the previous one is intact" if Path(path).exists() else ""
         raise RunError(f"checkpoint {path} could not be written: {first_line(error)}{kept}") from error
-
-
-def link(source: Path, path: Path) -> None:
-    """Give a checkpoint a second name, in place of what has it: a hard link, or a copy where there are
-    none."""
-    temporary = path.with_name(f".{path.name}.link.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with atomic_file(path) as file, source.open("rb") as original:
-            while block := original.read(1 << 20):
-                file.write(block)
-        return
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
 
 
 def find(path: str | Path, name: str) -> Path:

@@ -25,8 +25,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.training.augmentation import Statistics, stored_size
-from alexnet_kernels.training.errors import InputError
 
 __all__ = ["EXTENSIONS", "SHIPPED", "Batch", "ImageSet", "Source", "StoredImages", "decode", "open_data", "read_image"]
 

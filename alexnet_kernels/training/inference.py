@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.training import images
 from alexnet_kernels.training.checkpoint import Network
-from alexnet_kernels.training.errors import InputError
 
 __all__ = ["evaluate", "features", "likeliest", "pick_device", "predict", "probabilities", "read", "seen"]
 

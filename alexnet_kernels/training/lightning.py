@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from torchmetrics import Metric, SumMetric
 
+from alexnet_kernels._errors import RunError
+from alexnet_kernels._files import link_atomically, write_atomically
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.ops._common import local
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import checkpoint, images
-from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.metrics import accuracies
 from alexnet_kernels.training.processes import Team
 from alexnet_kernels.training.settings import Settings
@@ -497,7 +498,7 @@ class Saver(Checkpoint):
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if self.team.rank == 0:
             if header.best() is header.history[-1]:
-                checkpoint.link(self.folder / "last.ckpt", self.folder / "best.ckpt")
+                link_atomically(self.folder / "last.ckpt", self.folder / "best.ckpt")
             write_csv(header.history, self.folder / "metrics.csv")
             write_csv(header.layers, self.folder / "layers.csv")
         if len(header.history) < header.settings.epochs and (reason := self._stop_reason()):
@@ -509,8 +510,7 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with checkpoint.atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+    write_atomically(path, text.getvalue())
 
 
 class Board(Callback):

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from alexnet_kernels.training.checkpoint import atomic_file
+from alexnet_kernels._files import atomic_file
 
 __all__ = ["confusion", "curves", "filter_grid", "filters", "neighbours", "predictions"]
 

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._files import atomic_file
 from alexnet_kernels.training import images, shards
 from alexnet_kernels.training.augmentation import PixelSums
-from alexnet_kernels.training.checkpoint import atomic_file
-from alexnet_kernels.training.errors import InputError, RunError
 
 __all__ = ["Report", "prepare"]
 

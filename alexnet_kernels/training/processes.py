@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from alexnet_kernels._errors import InputError, RunError, first_line
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.parallel.plan import PLANS, problem, rows_of
-from alexnet_kernels.training.errors import InputError, RunError, first_line
 from alexnet_kernels.training.settings import Settings
 
 __all__ = ["TIMEOUT", "Parallel", "Team", "join", "launch"]

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alexnet_kernels import __version__
+from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.models import AlexNet, count_parameters
 from alexnet_kernels.training import checkpoint, images, inference, pictures
 from alexnet_kernels.training.augmentation import Statistics, stored_size
-from alexnet_kernels.training.errors import InputError, RunError
 from alexnet_kernels.training.lightning import AtomicCheckpointIO, Bar, Board, Classifier, Images, Saver, Stopped
 from alexnet_kernels.training.processes import Parallel, Team, join
 from alexnet_kernels.training.settings import Settings, save_recipe

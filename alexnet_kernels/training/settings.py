@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
-from alexnet_kernels.training.errors import InputError
 
 __all__ = [
     "PRECISIONS",

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.training.augmentation import PixelSums, Statistics
-from alexnet_kernels.training.errors import InputError
 from alexnet_kernels.training.images import Batch, StoredImages, reason
 
 __all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]

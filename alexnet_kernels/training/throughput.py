@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.models import count_parameters
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import checkpoint, images
 from alexnet_kernels.training.augmentation import Statistics, stored_size
-from alexnet_kernels.training.errors import InputError
 from alexnet_kernels.training.inference import autocast
 from alexnet_kernels.training.lightning import Batches
 from alexnet_kernels.training.settings import Settings
