@@ -90,7 +90,7 @@ def compare(mesh: Any, preset: str, plan: str, logits: str, parameters: str, nam
     many = parallel.parallelize(copy.deepcopy(one), mesh, plan, gather_logits=gather, fully_sharded=sharded)
     x = torch.randn(BATCH, 3, SIZE, SIZE, dtype=dtype).contiguous(memory_format=memory_format)
     y = torch.randint(0, CLASSES, (BATCH,))
-    index, parts = many.parallelism.rows
+    index, parts = many.parallelism.batch_shard
     own_x, own_y = x.chunk(parts)[index], y.chunk(parts)[index]
     found = {"forward": 0.0, "gradient": 0.0, "weight": 0.0}
     optimizers = [SGD(model.parameters(), 0.01) for model in (one, many)]
@@ -180,7 +180,7 @@ def accumulated(mesh: Any, sharded: bool) -> float:
     one = network("paper", torch.float64).eval()
     many = parallel.parallelize(copy.deepcopy(one), mesh, "hybrid", fully_sharded=sharded).eval()
     x = torch.randn(8, 3, SIZE, SIZE, dtype=torch.float64)
-    index, parts = many.parallelism.rows
+    index, parts = many.parallelism.batch_shard
     one(x).square().mean().backward()
     first, second = x.chunk(parts)[index].chunk(2)
     with many.parallelism.no_sync():

@@ -69,13 +69,13 @@ def test_bytes_sent_are_those_of_the_arithmetic(case):
     ("what", "words"),
     [
         ("plan", "plan must be one of towers, hybrid, data, not 'rows'"),
-        ("one tower", "preset 'torchvision' has 1 tower, the mesh 2; plans 'hybrid' and 'data' take it"),
+        ("one tower", "preset 'torchvision' has 1 tower, the mesh 2; plans 'hybrid' and 'data' can split it"),
         ("batch norm", "batch normalisation's statistics"),
         ("presets", "ranks 0 and 1 have different networks"),
         ("seeds", "ranks 0 and 1 have different random states"),
         ("traffic", "traffic must be None, torch.bfloat16 or torch.float16"),
         ("traffic of one rank", "ranks 0 and 1 have different arguments"),
-        ("uneven", "every rank must be given as many images"),
+        ("uneven", "every rank needs the same number of images"),
         ("not parallel", "the model is not parallel"),
     ],
 )
