@@ -12,6 +12,7 @@ from typing import Any
 from alexnet_kernels._errors import require
 from alexnet_kernels._files import output_path, write_atomically, write_errors
 from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_bad_images, add_device, positive, use_backend
+from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.devices import pick_device
 
 __all__ = ["add_parser", "run"]
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     table = options.per_class and not options.json
     picture = options.confusion is not None and options.confusion.lower().endswith(".png")
     require(f"{PROGRAM} evaluate", "PIL", "torchmetrics", *["rich"] * table, *["matplotlib"] * picture)
-    from alexnet_kernels.training import checkpoint, inference
+    from alexnet_kernels.training import inference
 
     if options.confusion is not None:
         output_path(options.confusion, ".csv", ".png", option="--confusion")

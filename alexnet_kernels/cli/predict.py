@@ -10,6 +10,7 @@ from typing import Any
 from alexnet_kernels._errors import InputError, require
 from alexnet_kernels._files import output_path, write_errors
 from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_device, use_backend
+from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.devices import pick_device
 
 __all__ = ["add_parser", "run"]
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         output_path(options.picture, ".png", option="--picture")
         if len(options.images) > _PICTURED:
             raise InputError(f"--picture draws at most {_PICTURED} images, got {len(options.images)}")
-    from alexnet_kernels.training import checkpoint, inference
+    from alexnet_kernels.training import inference
 
     network = checkpoint.load_network(options.checkpoint, pick_device(options.device))
     pixels = inference.read(network, options.images)

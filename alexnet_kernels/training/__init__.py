@@ -5,7 +5,7 @@
 | `settings` | what the result of a run depends on, recipes, the learning rate |
 | `source`, `decoding` | files of a folder or zip; image files as tensors |
 | `image_set`, `shards`, `datasets` | image sets in a tree or zip, and prepared ones; opening either |
-| `prepare` | writes prepared image sets |
+| `prepare`, `shard_writer` | writing prepared image sets |
 | `augmentation` | the paper's crops, mirroring and colour shifts; statistics of a training set |
 | `loader` | samplers, data loaders, the LightningDataModule |
 | `metrics` | loss, top-1, top-5, confusion |
