@@ -1,4 +1,4 @@
-"""What tests of training runs share: a few real images, running, and the comparison of two runs."""
+"""Shared by the tests of training runs: a few real images, running, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alexnet_kernels.training.spec import new_run, resumed_run
 
 
 def shipped_images(root: Path, classes: Sequence[str], train: int, val: int) -> Path:
-    """Writes so many of the package's images of each class below root, as train/ and val/; returns root."""
+    """Writes `train` and `val` of the package's images of each class below root. Returns root."""
     with zipfile.ZipFile(datasets.SHIPPED) as archive:
         names = archive.namelist()
         for split, count in (("train", train), ("val", val)):
@@ -40,8 +40,10 @@ def train(
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports the package under test, not the folder it is started in. One thread: the bits of a
-    result depend on their number."""
+    """The environment of a process that imports the package under test from any folder.
+
+    It has one thread, since results are bitwise identical only for the same number of threads.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
 
 
@@ -53,7 +55,7 @@ def figures(path: Path) -> list[dict[str, float]]:
 
 
 def assert_same(first: Path, second: Path) -> None:
-    """The same weights, buffers and momentum of two checkpoints in every bit."""
+    """Asserts that weights, buffers and momentum of two checkpoints are bitwise identical."""
     a, b = checkpoint.load(first).content, checkpoint.load(second).content
     assert a["global_step"] == b["global_step"]
     assert a["state_dict"].keys() == b["state_dict"].keys()

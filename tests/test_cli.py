@@ -1,4 +1,4 @@
-"""The command: what it prints and leaves, and one line instead of a traceback for every mistake."""
+"""The command: its output and files, and one line instead of a traceback for every invalid input."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str, status: int = 2) -> None:
-    """One line on stderr, after argparse's usage where it is argparse that refuses."""
+    """Asserts one line on stderr; argparse's own errors print the usage before it."""
     try:
         result: object = main(arguments)
     except SystemExit as exit_:
@@ -116,7 +116,7 @@ class TestTrain:
     def test_interrupt_saves_and_tells_how_to_go_on(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Ctrl-C in a process of its own."""
+        """Ctrl-C, in a separate process."""
         folder = tmp_path / "run"
         command = [sys.executable, "-m", "alexnet_kernels", "train"]
         settings = [

@@ -65,7 +65,7 @@ def test_tree_gives_sorted_classes_and_pixels(tree: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "made of/the folder/"], ids=["contents", "folder"])
 def test_zip_equals_tree(tree: Path, tmp_path: Path, prefix: str) -> None:
-    # Only one folder above train/ and val/ is looked through.
+    # Only one folder above train/ and val/ is searched.
     archive = zipped(tree, tmp_path / "tree.zip", prefix.split("/")[0] + "/" if prefix else "")
     for a, b in zip(datasets.open_data(tree, 4), datasets.open_data(archive, 4), strict=True):
         assert torch.equal(pixels(a), pixels(b))
@@ -231,7 +231,7 @@ class TestErrors:
 class TestBadImages:
     @pytest.fixture
     def spoilt(self, tree: Path) -> Path:
-        """Two of the five training images that sort first can't be read: one is cut off, one is no image."""
+        """Two of the five training images that sort first can't be read: one is truncated, one is no image."""
         whole = tree / "train" / "ant" / "0.png"
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(whole)

@@ -33,7 +33,7 @@ LABELS = [label for label, count in enumerate(COUNTS.values()) for _ in range(co
 
 
 def network_of(classes: list[str], **changes: Any) -> checkpoint.Network:
-    """With its initial values."""
+    """A network with its initial values."""
     statistics = Statistics.of(torch.randint(0, 256, (2, 73, 73, 3), dtype=torch.uint8))
     header = Header(replace(TINY, **changes), classes, statistics, "", 2, "", 73)
     return checkpoint.Network(header.model().eval(), header)
@@ -95,7 +95,7 @@ class TestEvaluate:
             assert row == pytest.approx(expected)
 
     def test_of_any_probabilities(self, saved: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Half of them right, so that no figure is 0 or 1 by itself."""
+        """Half of the predictions are right, so that no figure is 0 or 1."""
         scores = torch.rand(len(LABELS), len(COUNTS))
         scores[::2] += nn.functional.one_hot(torch.tensor(LABELS), len(COUNTS))[::2]
         scores /= scores.sum(1, keepdim=True)
@@ -258,7 +258,7 @@ class TestFeatures:
 
 
 def tile(path: Path, row: int, column: int, size: int) -> Tensor:
-    """The image there in what `pictures.neighbours` drew."""
+    """The image in that row and column of the picture that `pictures.neighbours` wrote."""
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = torch.from_numpy(np.array(picture))
@@ -347,7 +347,7 @@ class TestPredictions:
         assert bars(tmp_path / "x.png", RED) == 0
 
     def test_any_name(self, saved: Path, data: Path, tmp_path: Path) -> None:
-        """No formulas of TeX, no glyphs that have to be there, no end to its length."""
+        """TeX formulas, missing glyphs, and a great length."""
         image = tmp_path / f"$\\frac$ 名 {'x' * 200}.png"
         image.write_bytes((data / "val" / "ant" / "0.png").read_bytes())
         assert main(["predict", str(saved), str(image), "--json", "--picture", str(tmp_path / "x.png")]) == 0
@@ -377,7 +377,7 @@ class TestPredictions:
 
 class TestConfusionPicture:
     def test_rows_are_the_true_classes(self, tmp_path: Path) -> None:
-        """All is taken for the second class: its column is dark."""
+        """Every image is taken for the second class, so its column is dark."""
         pictures.confusion([[0, 9], [0, 9]], ["a", "b"], tmp_path / "columns.png")
         pictures.confusion([[9, 0], [0, 9]], ["a", "b"], tmp_path / "right.png")
         quarters = []

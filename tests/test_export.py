@@ -1,4 +1,4 @@
-"""Safetensors files: what `convert` writes is the checkpoint's network in every bit; nothing else is taken for it."""
+"""Safetensors files: `convert` keeps the checkpoint's network bitwise, and other files are refused."""
 
 from __future__ import annotations
 

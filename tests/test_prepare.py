@@ -1,4 +1,4 @@
-"""Preparing image sets: the same bytes however they came about, every kind of image, and what reads them."""
+"""Preparing image sets: bitwise identical results, every kind of image, and reading them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class TestResult:
 
 
 class TestImages:
-    """Each kind, among ordinary ones."""
+    """Images of each kind among ordinary ones."""
 
     def tree(self, root: Path, **files: bytes) -> Path:
         for split in ("train", "val"):
@@ -230,7 +230,7 @@ def _group(process: Path) -> int | None:
 
 
 def interrupt(source: Path, folder: Path, options: list[str], ready: Callable[[], bool], delay: float = 0.0) -> None:
-    """Ctrl-C in the command's terminal, so long after it is ready: one line, and no process is left."""
+    """Ctrl-C in the command's terminal, `delay` seconds after it is ready: one line, and no process is left."""
     process = subprocess.Popen(
         [sys.executable, "-m", "alexnet_kernels", "prepare", str(source), str(folder), *options],
         stderr=subprocess.PIPE,
@@ -389,7 +389,7 @@ class TestGoingOn:
 
     @pytest.mark.parametrize("workers", ["1", "2"])
     def test_full_disk(self, tree: Path, prepared: Path, tmp_path: Path, workers: str) -> None:
-        """A limit on the size of files stands in for it: the same error from the same call."""
+        """Simulated by a limit on the size of files: the same error from the same call."""
         folder = tmp_path / "set"
         options = ["--size", str(SIZE), "--shard-images", "5", "--workers", workers]
         done = subprocess.run(

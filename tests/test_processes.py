@@ -1,4 +1,4 @@
-"""`train --parallel`: the result of one process, resumed on any number of them; what ends a run says why."""
+"""`train --parallel`: results equal to one process's, resuming with any number of processes, failures with a reason."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_refuses_before_it_starts(
 
 
 def torchrun(*arguments: object, nodes: int = 1) -> tuple[int, str]:
-    """Two processes, of one torchrun or of one each of two."""
+    """Runs two processes: both of one torchrun, or one each of two."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(2 // nodes)]
     if nodes == 1:
         command.append("--standalone")

@@ -1,4 +1,4 @@
-"""Nothing a run made is lost: kills, signals, full disks, values that are not finite, no memory."""
+"""A run's results survive kills, signals, full disks, values that are not finite, and lack of memory."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing stopped."""
+    """The folder of an uninterrupted run."""
     return train(TINY, data, out=tmp_path_factory.mktemp("runs") / "run").folder
 
 
 def assert_same(first: Path, second: Path) -> None:
-    """The last checkpoints of two runs' folders, and what they tell of every epoch."""
+    """Asserts that the last checkpoints of two runs are bitwise identical, with the same figures of every epoch."""
     a, b = first / "last.ckpt", second / "last.ckpt"
     assert_same_checkpoints(a, b)
     assert figures(a) == figures(b)
@@ -138,7 +138,7 @@ def test_signals_save_at_once(run: Path, data: Path, tmp_path: Path, number: sig
 def test_sigterm_between_two_steps_and_in_validation(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Lightning looks for the signal by itself, and would end the run unsaved."""
+    """Where Lightning itself checks for the signal, and would end the run without saving it."""
     for place, step in (("on_train_batch_start", 3), ("on_validation_epoch_start", 6)):
         original = getattr(Classifier, place)
 
@@ -189,7 +189,7 @@ def test_second_interrupt_ends_at_once(data: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path) -> None:
-    """As terminals and schedulers send them: processes that read images get them, too."""
+    """As terminals and schedulers send them, also to the processes that read images."""
     folder = tmp_path / "run"
     save_recipe(TINY, tmp_path / "tiny.yaml")
     unheld = "from alexnet_kernels.training import datasets\ndatasets.IN_MEMORY = 0\nfrom alexnet_kernels.cli"
@@ -241,7 +241,7 @@ class TestNotFinite:
         assert not (tmp_path / "run" / "last.ckpt").exists()
 
     def test_one_weight_is_never_saved(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A weight that no validation image's class hangs on."""
+        """A weight that does not change the class of any validation image."""
         original = Classifier.training_step
 
         def spoilt(self: Classifier, *arguments: object) -> None:
@@ -263,7 +263,7 @@ class TestNotFinite:
 
 class TestMachine:
     def test_full_disk(self, run: Path, data: Path, tmp_path: Path) -> None:
-        """A limit on the size of files stands in for it: the same error from the same call."""
+        """Simulated by a limit on the size of files: the same error from the same call."""
         folder = tmp_path / "run"
         train(TINY, data, out=folder, max_seconds=1e-9)
         before = (folder / "last.ckpt").read_bytes()

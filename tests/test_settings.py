@@ -1,4 +1,4 @@
-"""Settings: what they allow, the networks they mean, recipes, and the learning rate."""
+"""Settings: allowed values, the networks they define, recipes, and the learning rate."""
 
 from __future__ import annotations
 

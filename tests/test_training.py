@@ -1,4 +1,4 @@
-"""Training runs: they learn, resume to the same bits, survive failing writes, and leave what they promise."""
+"""Training runs: learning, bitwise identical resuming, failing writes, and the files of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels._files import atomic_file, link_atomically
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training import checkpoint, datasets, inference, pictures
+from alexnet_kernels.training import run as run_module
 from alexnet_kernels.training.callbacks.checkpoint import CheckpointCallback
 from alexnet_kernels.training.callbacks.progress import ProgressCallback
 from alexnet_kernels.training.callbacks.stop import StopRequest
@@ -31,6 +32,7 @@ from alexnet_kernels.training.header import KEY
 from alexnet_kernels.training.loader import ImageLoader
 from alexnet_kernels.training.metrics import EpochMetrics
 from alexnet_kernels.training.settings import settings_of
+from alexnet_kernels.training.spec import resumed_run
 
 TINY = settings_of("quick", epochs=2, batch_size=8, image_size=64, width=0.04, precision="32")
 CLASSES = ("airplane", "automobile", "ship")
@@ -66,6 +68,33 @@ class TestRun:
                 image.load()
                 assert image.format == "PNG"
                 assert np.asarray(image.convert("L")).std() > 5, name
+
+    def test_keeps_freed_memory(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[None] = []
+        monkeypatch.setattr(run_module, "keep_freed_memory", lambda: calls.append(None))
+        train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
+        assert len(calls) == 1
+
+    def test_files_of_a_run_that_is_killed_after_its_figures(
+        self, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The figures are written before the checkpoint, so that a resumed run completes them."""
+
+        def killed(self: CheckpointCallback, trainer: object, *rest: object) -> None:
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+            original(self, trainer, *rest)
+
+        original = CheckpointCallback.on_train_epoch_end
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointCallback, "on_train_epoch_end", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(TINY, data, out=tmp_path / "run")
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt").content["global_step"] == 4
+        assert (tmp_path / "run" / "layers.csv").read_bytes() == (run / "layers.csv").read_bytes()
+        train(TINY, resume=tmp_path / "run")
+        assert (tmp_path / "run" / "layers.csv").read_bytes() == (run / "layers.csv").read_bytes()
+        assert_same(run / "last.ckpt", tmp_path / "run" / "last.ckpt")
 
     def test_same_settings_give_the_same_bits(self, run: Path, data: Path, tmp_path: Path) -> None:
         torch.manual_seed(123)
@@ -104,7 +133,7 @@ class TestRun:
         ]
 
     def test_learns(self, tmp_path: Path) -> None:
-        """Three classes that colour and form tell apart, against a chance of 33%."""
+        """Three classes with different colours and shapes, against a chance of 33%."""
         root = shipped_images(tmp_path / "data", ("frog", "ship", "truck"), train=100, val=50)
         settings = replace(TINY, epochs=12, batch_size=20, width=0.12, lr=0.05, dropout=0.2)
         result = train(settings, root, out=tmp_path / "run")
@@ -155,6 +184,30 @@ class TestResume:
         result = train(TINY, resume=tmp_path / "alone" / "saved.ckpt")
         assert result.folder == tmp_path / "alone"
         assert (result.folder / "filters.png").exists()
+
+    def test_is_resolved_once(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The header is read when the run is resolved, the tensors by Lightning, and the best network for pictures."""
+        folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
+        mapped: list[bool] = []
+        original = checkpoint.load
+
+        def load(path: Path, mmap: bool = False) -> checkpoint.Checkpoint:
+            mapped.append(mmap)
+            return original(path, mmap)
+
+        monkeypatch.setattr(checkpoint, "load", load)
+        spec = resumed_run(folder)
+        assert mapped == [True]
+        assert (spec.settings, spec.data, spec.out) == (TINY, str(data.resolve()), folder)
+        with pytest.raises(FrozenInstanceError):
+            spec.settings = TINY  # type: ignore[misc]
+        run_module.train(spec)
+        assert mapped == [True, False, True]
+
+    def test_other_settings(self, data: Path, tmp_path: Path) -> None:
+        folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
+        with pytest.raises(InputError, match=f"--seed 1 can't be used with --resume: .* was begun with {TINY.seed}"):
+            resumed_run(folder, {"seed": 1, "epochs": TINY.epochs})
 
     def test_finished_run(self, run: Path) -> None:
         with pytest.raises(InputError, match="has finished its 2 epochs"):
@@ -418,7 +471,7 @@ class TestInference:
     def test_ten_crops_are_averaged(self, run: Path) -> None:
         network = checkpoint.load_network(run)
         size = 73
-        # An image of one colour and its crops are the same: the mean changes nothing.
+        # All crops of an image of one colour are equal, and so is their mean.
         flat = torch.full((1, size, size, 3), 90, dtype=torch.uint8)
         one, ten = (inference.probabilities(network, flat, crops) for crops in (1, 10))
         torch.testing.assert_close(one, ten)

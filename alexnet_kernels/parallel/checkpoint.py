@@ -83,7 +83,7 @@ def full_tensor(value: Tensor) -> Tensor:
 def shard_like(value: Tensor, like: DTensor) -> DTensor:
     """A full tensor of the shape of `like`, with its placements and memory format."""
     mesh, shard, local_like = like.device_mesh, value, like.to_local()
-    # First cut a tower's shard, which fully sharded data-parallel ranks share.
+    # First cut a tower's shard; the data-parallel ranks cut their shards from it.
     for dim, placement in reversed(list(enumerate(like.placements))):
         if not placement.is_replicate():
             shard = shard[shard_slice(len(shard), mesh.get_local_rank(dim), mesh.size(dim))]

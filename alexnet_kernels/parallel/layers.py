@@ -218,7 +218,7 @@ class _GatheredImagesLinear(torch.autograd.Function):
         for other in range(size):
             if other != rank:
                 output[other] = F.linear(rows[other], weight, bias)
-        # This rank's own images, not rounded to the dtype of the traffic.
+        # The exchange rounded this rank's own images to the dtype of the traffic.
         rows[rank] = x
         ctx.save_for_backward(rows, weight)
         return output.flatten(0, 1)

@@ -25,7 +25,7 @@ class Parallelism:
     name: str
     """The plan."""
     mesh: DeviceMesh
-    """Of dimensions "data" and "tower"."""
+    """With dimensions "data" and "tower", or one of them."""
     tower: Group
     """The ranks that share the neurons."""
     batch_shard: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Replaces a model by one rank's shard of it."""
+"""Turns a model into one rank's shard of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parallelize(
     gather_logits: bool = True,
     fully_sharded: bool = False,
 ) -> AlexNet:
-    """Replace the model by this rank's shard of it, in place. Every rank of the mesh calls it.
+    """Turn the model into this rank's shard of it, in place. Every rank of the mesh calls it.
 
     | plan | filters | neurons of fc6 to fc8 | input of a rank |
     |---|---|---|---|
@@ -79,23 +79,8 @@ def parallelize(
 
     model.register_forward_pre_hook(split.check_batch)
     for part, container in (("features", model.features), ("classifier", model.classifier)):
-        shard = plan == "towers" or (plan == "hybrid" and part == "classifier")
         _convert_layers(container, split, part, traffic, gather_logits)
-        # The ranks with the same parameters, and the number of means whose sum is their gradients' sum.
-        group, divisor = split.data, split.data.size
-        if plan == "data":
-            group, divisor = split.all, split.all.size
-        elif not shard:
-            group = split.all
-        fully = fully_sharded and group.size > 1
-        for module in container.modules():
-            for name, param in list(module.named_parameters(recurse=False)):
-                new = _sharded(param, split, shard, fully)
-                setattr(module, name, new)
-                if group.size > 1 and not fully:
-                    split.reduce_gradient(new, group, divisor)
-        if fully:
-            split.fully_shard(model, container, group, divisor)
+        _shard_parameters(model, container, split, part, fully_sharded)
     last = [layer for layer in model.classifier.children() if isinstance(layer, nn.Linear)][-1]
     split.first_class = shard_slice(last.out_features, split.tower.rank, split.tower.size).start
     setattr(model, "parallelism", split)  # noqa: B010 (which nn.Module types as a Tensor or Module)
@@ -137,6 +122,28 @@ def _check_ranks_agree(model: AlexNet, split: Parallelism, arguments: tuple[Any,
         differing = [rank for rank, theirs in enumerate(everyone) if theirs[key] != everyone[0][key]]
         if differing:
             raise ValueError(f"parallelize: ranks 0 and {', '.join(map(str, differing))} have different {key}")
+
+
+def _shard_parameters(
+    model: AlexNet, container: nn.Sequential, split: Parallelism, part: str, fully_sharded: bool
+) -> None:
+    """Replace the container's parameters by this rank's shards, and set up the reduction of their gradients."""
+    shard = split.name == "towers" or (split.name == "hybrid" and part == "classifier")
+    # The group with the same parameters. Its gradients are a sum of `divisor` means over images.
+    group, divisor = split.data, split.data.size
+    if split.name == "data":
+        group, divisor = split.all, split.all.size
+    elif not shard:
+        group = split.all
+    fully = fully_sharded and group.size > 1
+    for module in container.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            new = _sharded(param, split, shard, fully)
+            setattr(module, name, new)
+            if group.size > 1 and not fully:
+                split.reduce_gradient(new, group, divisor)
+    if fully:
+        split.fully_shard(model, container, group, divisor)
 
 
 def _sharded(param: nn.Parameter, split: Parallelism, shard: bool, fully: bool) -> nn.Parameter:
