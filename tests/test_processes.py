@@ -162,7 +162,7 @@ def test_signal_ends_the_run_with_the_reason_and_resumed_it_comes_to_the_same_bi
         (["--processes", "2"], "--processes needs --parallel"),
         (["--parallel", "data", "--device", "cuda:1"], "--device cuda:1 can't be used with --parallel"),
         (["--resume", "nowhere", "--parallel", "data"], "nowhere does not exist"),
-        (["--batch-size", "9", "--parallel", "data"], "--batch-size 9 doesn't split evenly over the 2 parts"),
+        (["--batch-size", "9", "--parallel", "data"], "--batch-size 9 doesn't split evenly into the 2 batch shards"),
         (["--preset", "torchvision", "--parallel", "towers"], "preset 'torchvision' has 1 tower"),
         (["--preset", "batchnorm", "--parallel", "data"], "batch normalisation's statistics"),
         (["--precision", "16", "--parallel", "data"], "--precision 16 can't be used with --parallel"),

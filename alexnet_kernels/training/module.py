@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -51,7 +52,7 @@ class Classifier(pl.LightningModule):
         self.val_metrics = EpochMetrics(len(header.classes), self.team)
         self.crops = header.crops()
         self.epoch_images = 0
-        self.epoch_seconds = 0.0
+        self.epoch_seconds = self._step_began = 0.0
         # `training_step` runs several backward passes per optimizer step.
         self.automatic_optimization = False
 
@@ -81,8 +82,11 @@ class Classifier(pl.LightningModule):
             batch["images"] = self.crops.centre(batch["images"])
         return batch
 
+    def on_train_start(self) -> None:
+        self._step_began = time.perf_counter()
+
     def on_train_epoch_start(self) -> None:
-        self.epoch_images, self.epoch_seconds = 0, 0.0
+        self.epoch_images, self.epoch_seconds, self._step_began = 0, 0.0, time.perf_counter()
         self.train_metrics.reset()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -109,8 +113,13 @@ class Classifier(pl.LightningModule):
                 self.manual_backward(loss * (len(labels) / count))
             self.train_metrics.update(loss.detach(), logits.detach(), labels)
         optimizer.step()
-        self.epoch_images += count * self.team.batch_shard[1]
         self.team.report_progress()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        now = time.perf_counter()
+        self.epoch_images += len(batch["labels"]) * self.team.batch_shard[1]
+        self.epoch_seconds += now - self._step_began
+        self._step_began = now
 
     def _no_sync(self) -> Any:
         """A block whose gradients are summed over the processes by the next backward pass after it."""

@@ -19,15 +19,12 @@ _REFRESH = 0.25
 
 
 class ProgressCallback(Callback):
-    """Prints a line per epoch; on a terminal, also a bar with images/s, loss, top-1 and top-5.
-
-    It also measures the time of the training steps, `Classifier.epoch_seconds`.
-    """
+    """Prints a line per epoch; on a terminal, also a bar with images/s, loss, top-1 and top-5."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress: Progress | None = None
-        self._shown_at = self._step_began = 0.0
+        self._shown_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         columns = [TextColumn("{task.description}"), BarColumn(12), TimeRemainingColumn(compact=True)]
@@ -36,10 +33,6 @@ class ProgressCallback(Callback):
             self.progress.start()
         steps = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
         self.task = self.progress.add_task("", total=steps, completed=trainer.global_step, status="")
-        self._step_began = time.perf_counter()
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step_began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,8 +40,6 @@ class ProgressCallback(Callback):
         assert isinstance(pl_module, Classifier)
         assert self.progress is not None
         now = time.perf_counter()
-        pl_module.epoch_seconds += now - self._step_began
-        self._step_began = now
         # Reading the metrics synchronizes with the device.
         if not self.console.is_terminal or now - self._shown_at < _REFRESH:
             return
