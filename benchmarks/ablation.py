@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels._errors import RunError
 from alexnet_kernels.bench.machine import commit, cpu
 from alexnet_kernels.training import checkpoint
-from alexnet_kernels.training.errors import RunError
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import Settings, settings_of
+from alexnet_kernels.training.spec import new_run, resumed_run
 
 WHOLE = "whole"
 
@@ -92,16 +93,16 @@ def _history(
 def _run(settings: Settings, data: str, folder: Path) -> list[dict[str, float]]:
     last = folder / "last.ckpt"
     if last.exists():
-        header = checkpoint.load(last, mmap=True)[0]
-        if header.settings != settings:
+        saved = checkpoint.load(last, mmap=True)
+        if saved.header.settings != settings:
             sys.exit(f"{folder} holds a run with other settings; name another --runs")
-        if len(header.history) == settings.epochs:
-            return header.history
-        result = train(settings, data, resume=folder)
+        if len(saved.history.epochs) == settings.epochs:
+            return saved.history.epochs
+        result = train(resumed_run(folder, data=data))
     else:
         # What a kill before the first checkpoint or a diverging run left.
         shutil.rmtree(folder, ignore_errors=True)
-        result = train(settings, data, out=folder)
+        result = train(new_run(settings, data, folder))
     if result.stopped:
         sys.exit(f"{result.stopped}; the same command goes on")
     return result.history

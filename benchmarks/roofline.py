@@ -14,8 +14,8 @@ import argparse
 
 import torch
 
+from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.bench import roofline, tables
-from alexnet_kernels.bench.machine import keep_freed_memory
 from alexnet_kernels.bench.roofline import Ceilings
 from alexnet_kernels.bench.row import SHORT
 from alexnet_kernels.models import PRESETS

@@ -1,4 +1,4 @@
-"""What tests/test_parallel.py runs in several processes; rank 0 writes what it found as JSON."""
+"""The processes of tests/test_parallel.py. Rank 0 writes the results as JSON."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def accumulated(mesh: Any, sharded: bool) -> float:
 
 
 def save_one(path: Path) -> None:
-    """One process's checkpoint after a step, and beside it, in a plain file, what it holds."""
+    """Writes one process's checkpoint after a step, and its content as a plain file."""
     model = network("paper", torch.float32)
     optimizer = SGD(model.parameters(), 0.01)
     torch.manual_seed(2)
@@ -203,7 +203,7 @@ def save_one(path: Path) -> None:
 
 
 def reads_one(mesh: Any, folder: Path) -> bool:
-    """Whether the ranks read what one process wrote: the weights, and the momentum, which moves them once more."""
+    """Whether the ranks read the weights that one process wrote, and the momentum, by one more step."""
     many = parallel.parallelize(network("paper", torch.float32), mesh, "towers")
     optimizer = SGD(many.parameters(), 0.01)
     parallel.load(many, optimizer, folder / "one")
@@ -239,7 +239,7 @@ def checkpoints(mesh: Any, folder: Path) -> dict[str, Any]:
 
 def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    # A file, not a port, which another process might take before rank 0 does.
+    # A file instead of a port, which another process might take first.
     dist.init_process_group("gloo", f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tower"))
     found: dict[str, Any] = {"cases": {}}
@@ -257,5 +257,5 @@ def run(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         (Path(folder) / f"{world}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-    # Threads of gloo's that still let go of tensors while Python shuts down abort the process, now and then.
+    # gloo's threads may still free tensors while Python shuts down, which sometimes aborts the process.
     os._exit(0)

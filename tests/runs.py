@@ -1,4 +1,4 @@
-"""What tests of training runs share: a few real images, and the comparison of two runs."""
+"""Shared by the tests of training runs: a few real images, running, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from alexnet_kernels.training import checkpoint, images
+from alexnet_kernels.training import checkpoint, datasets, run
+from alexnet_kernels.training.settings import Settings
+from alexnet_kernels.training.spec import new_run, resumed_run
 
 
 def shipped_images(root: Path, classes: Sequence[str], train: int, val: int) -> Path:
-    """Writes so many of the package's images of each class below root, as train/ and val/; returns root."""
-    with zipfile.ZipFile(images.SHIPPED) as archive:
+    """Writes `train` and `val` of the package's images of each class below root. Returns root."""
+    with zipfile.ZipFile(datasets.SHIPPED) as archive:
         names = archive.namelist()
         for split, count in (("train", train), ("val", val)):
             for name in classes:
@@ -22,22 +25,38 @@ def shipped_images(root: Path, classes: Sequence[str], train: int, val: int) -> 
     return root
 
 
+def train(
+    settings: Settings,
+    data: Path | None = None,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    **options: Any,
+) -> run.Result:
+    """Trains a new run, or a resumed one with these settings given again."""
+    if resume is None:
+        return run.train(new_run(settings, data, out, **options))
+    return run.train(resumed_run(resume, settings.to_dict(), data, **options))
+
+
 def environment() -> dict[str, str]:
-    """Of a process that imports the package under test, not the folder it is started in. One thread: the bits of a
-    result depend on their number."""
+    """The environment of a process that imports the package under test from any folder.
+
+    It has one thread, since results are bitwise identical only for the same number of threads.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
 
 
 def figures(path: Path) -> list[dict[str, float]]:
     """A checkpoint's history without its timings."""
     timing = ("images_per_s", "seconds")
-    history = checkpoint.load(path)[0].history
+    history = checkpoint.load(path).history.epochs
     return [{key: value for key, value in row.items() if key not in timing} for row in history]
 
 
 def assert_same(first: Path, second: Path) -> None:
-    """The same weights, buffers and momentum of two checkpoints in every bit."""
-    a, b = checkpoint.load(first)[1], checkpoint.load(second)[1]
+    """Asserts that weights, buffers and momentum of two checkpoints are bitwise identical."""
+    a, b = checkpoint.load(first).content, checkpoint.load(second).content
     assert a["global_step"] == b["global_step"]
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for key, value in a["state_dict"].items():

@@ -1,4 +1,4 @@
-"""The command: what it prints and leaves, and one line instead of a traceback for every mistake."""
+"""The command: its output and files, and one line instead of a traceback for every invalid input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runs import shipped_images
 from alexnet_kernels import backends
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS
-from alexnet_kernels.training import checkpoint, images
+from alexnet_kernels.training import checkpoint, datasets
 
 SMALL = ["--width", "0.04", "--image-size", "64", "--batch-size", "6", "--epochs", "2", "--precision", "32"]
 
@@ -48,7 +48,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str, status: int = 2) -> None:
-    """One line on stderr, after argparse's usage where it is argparse that refuses."""
+    """Asserts one line on stderr; argparse's own errors print the usage before it."""
     try:
         result: object = main(arguments)
     except SystemExit as exit_:
@@ -116,7 +116,7 @@ class TestTrain:
     def test_interrupt_saves_and_tells_how_to_go_on(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Ctrl-C in a process of its own."""
+        """Ctrl-C, in a separate process."""
         folder = tmp_path / "run"
         command = [sys.executable, "-m", "alexnet_kernels", "train"]
         settings = [
@@ -147,20 +147,21 @@ class TestTrain:
         finally:
             process.kill()
         assert process.returncode == 130, out
-        assert f"interrupted; go on with: alexnet-kernels train --resume {folder}" in out
+        assert f"interrupted; resume with: alexnet-kernels train --resume {folder}" in out
         assert "Traceback" not in out
-        header, content = checkpoint.load(folder / "last.ckpt")
-        assert header.history
-        assert content["global_step"] // 2 == len(header.history)
+        saved = checkpoint.load(folder / "last.ckpt")
+        content = saved.content
+        assert saved.history.epochs
+        assert content["global_step"] // 2 == len(saved.history.epochs)
         assert main(["train", "--resume", str(folder), "--max-time", "0.000001s"]) == 0
-        assert "out of time; go on with" in capsys.readouterr().out
-        assert checkpoint.load(folder / "last.ckpt")[1]["global_step"] == content["global_step"] + 1
+        assert "out of time; resume with" in capsys.readouterr().out
+        assert checkpoint.load(folder / "last.ckpt").content["global_step"] == content["global_step"] + 1
 
     def test_time_limit_and_resume(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "run"
         command = ["train", "--data", str(data), "--preset", "batchnorm", "--out", str(folder), *SMALL]
         assert main([*command, "--max-time", "0.000001s"]) == 0
-        assert f"out of time; go on with: alexnet-kernels train --resume {folder}" in capsys.readouterr().out
+        assert f"out of time; resume with: alexnet-kernels train --resume {folder}" in capsys.readouterr().out
         fails(capsys, ["train", "--resume", str(folder), "--lr", "0.5"], "--lr 0.5 can't be used with --resume")
         fails(capsys, ["train", "--resume", str(folder), "--out", "x"], "--out can't be used with --resume")
         fails(capsys, ["train", "--resume", str(folder), "--recipe", "paper"], "--recipe can't be used with --resume")
@@ -171,8 +172,8 @@ class TestTrain:
     def test_recipe_of_an_earlier_run(self, run: Path, data: Path, tmp_path: Path) -> None:
         command = ["train", "--data", str(data), "--recipe", str(run / "recipe.yaml"), "--out", str(tmp_path / "run")]
         assert main([*command, "--seed", "3"]) == 0
-        settings = checkpoint.load(run / "last.ckpt")[0].settings
-        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[0].settings == replace(settings, seed=3)
+        settings = checkpoint.load(run / "last.ckpt").header.settings
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt").header.settings == replace(settings, seed=3)
 
     def test_existing_folder_is_never_overwritten(
         self, run: Path, data: Path, capsys: pytest.CaptureFixture[str]
@@ -241,9 +242,9 @@ class TestTrain:
         )
 
     def test_durations(self) -> None:
-        from alexnet_kernels.cli import _duration
+        from alexnet_kernels.cli.arguments import duration
 
-        assert [_duration(text) for text in ("90", "90s", "10m", "1h30m", "0.5h")] == [
+        assert [duration(text) for text in ("90", "90s", "10m", "1h30m", "0.5h")] == [
             90,
             90,
             600,
@@ -289,7 +290,7 @@ class TestMissingPackages:
 
 class TestEvaluate:
     def test_prints_accuracy(self, run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        best = checkpoint.load(run / "best.ckpt")[0].best()
+        best = checkpoint.load(run / "best.ckpt").history.best()
         assert main(["evaluate", str(run)]) == 0  # on the run's own data
         expected = f"top-1 {best['val_top1']:.2%}  top-5 100.00%  of 6 images, 1 crop, preset batchnorm"
         assert expected in capsys.readouterr().out
@@ -302,7 +303,7 @@ class TestEvaluate:
     def test_mistakes(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fails(capsys, ["evaluate", "no.ckpt"], "checkpoint no.ckpt does not exist")
         fails(capsys, ["evaluate", str(tmp_path)], "no checkpoint best.ckpt")
-        fails(capsys, ["evaluate", str(run), "--data", str(images.SHIPPED)], "2 classes are not the 10")
+        fails(capsys, ["evaluate", str(run), "--data", str(datasets.SHIPPED)], "2 classes are not the 10")
         fails(capsys, ["evaluate", str(run), "--data", str(tmp_path)], "no val/", "empty")
         cut = tmp_path / "cut.ckpt"
         cut.write_bytes((run / "best.ckpt").read_bytes()[:1000])

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alexnet_kernels.training import images
+from alexnet_kernels._errors import InputError
+from alexnet_kernels.training import datasets, decoding, image_set
 from alexnet_kernels.training.augmentation import Crops, PixelSums, Statistics, draws, stored_size
-from alexnet_kernels.training.errors import InputError
 
 
 def write(
@@ -44,12 +44,12 @@ def zipped(tree: Path, path: Path, prefix: str = "") -> Path:
     return path
 
 
-def pixels(images_: images.ImageSet) -> Tensor:
+def pixels(images_: image_set.ImageSet) -> Tensor:
     return images_.__getitems__(range(len(images_)))["images"]
 
 
 def test_tree_gives_sorted_classes_and_pixels(tree: Path) -> None:
-    train, val = images.open_data(tree, 4)
+    train, val = datasets.open_data(tree, 4)
     assert train.classes == val.classes == ["ant", "bee"]
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert val.labels.tolist() == [0, 0, 1, 1]
@@ -65,9 +65,9 @@ def test_tree_gives_sorted_classes_and_pixels(tree: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "made of/the folder/"], ids=["contents", "folder"])
 def test_zip_equals_tree(tree: Path, tmp_path: Path, prefix: str) -> None:
-    # Only one folder above train/ and val/ is looked through.
+    # Only one folder above train/ and val/ is searched.
     archive = zipped(tree, tmp_path / "tree.zip", prefix.split("/")[0] + "/" if prefix else "")
-    for a, b in zip(images.open_data(tree, 4), images.open_data(archive, 4), strict=True):
+    for a, b in zip(datasets.open_data(tree, 4), datasets.open_data(archive, 4), strict=True):
         assert torch.equal(pixels(a), pixels(b))
         assert (a.files, a.classes) == (b.files, b.classes)
 
@@ -75,7 +75,7 @@ def test_zip_equals_tree(tree: Path, tmp_path: Path, prefix: str) -> None:
 @pytest.mark.parametrize("kind", ["tree", "zip"])
 def test_lazy_equals_in_memory_and_survives_pickling(tree: Path, tmp_path: Path, kind: str) -> None:
     path = tree if kind == "tree" else zipped(tree, tmp_path / "tree.zip")
-    eager, lazy = images.open_data(path, 4)[0], images.open_data(path, 4, in_memory=0)[0]
+    eager, lazy = datasets.open_data(path, 4)[0], datasets.open_data(path, 4, in_memory=0)[0]
     assert eager.pixels is not None
     assert lazy.pixels is None
     for dataset in (lazy, pickle.loads(pickle.dumps(lazy))):
@@ -88,7 +88,7 @@ def test_hidden_and_other_files_are_no_images(tree: Path) -> None:
     (tree / "train" / "ant" / "notes.txt").write_text("no image")
     write(tree / "train" / "ant" / ".hidden.png")
     write(tree / "train" / "ant" / "deeper" / "SHOUTED.PNG", (50, 9, 0))
-    train, _ = images.open_data(tree, 4)
+    train, _ = datasets.open_data(tree, 4)
     assert [Path(name).name for name in train.files[:4]] == ["0.png", "1.png", "2.png", "SHOUTED.PNG"]
 
 
@@ -113,7 +113,7 @@ def encoded(mode: str, color: object, **options: object) -> io.BytesIO:
     ids=["grey", "bilevel", "grey-alpha", "rgba", "transparent", "16-bit", "cmyk"],
 )
 def test_every_mode_becomes_rgb(file: io.BytesIO, expected: tuple[int, ...]) -> None:
-    image = images.decode(file, 4)
+    image = decoding.decode(file, 4)
     assert image.shape == (4, 4, 3)
     assert image.dtype == torch.uint8
     assert (image == torch.tensor(expected)).all()
@@ -122,7 +122,7 @@ def test_every_mode_becomes_rgb(file: io.BytesIO, expected: tuple[int, ...]) -> 
 def test_palette_becomes_rgb() -> None:
     file = io.BytesIO()
     Image.new("RGB", (6, 4), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE).save(file, format="png")
-    assert images.decode(file, None).unique(dim=0).flatten(0, 1).unique(dim=0).tolist() == [[200, 100, 50]]
+    assert decoding.decode(file, None).unique(dim=0).flatten(0, 1).unique(dim=0).tolist() == [[200, 100, 50]]
 
 
 def test_orientation_of_exif_is_applied() -> None:
@@ -132,7 +132,7 @@ def test_orientation_of_exif_is_applied() -> None:
     exif[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
     file = io.BytesIO()
     source.save(file, format="png", exif=exif)
-    image = images.decode(file, None)
+    image = decoding.decode(file, None)
     assert image.shape == (8, 4, 3)
     assert image[0].eq(255).all()
     assert image[-1].eq(0).all()
@@ -147,17 +147,17 @@ def test_resizes_the_shorter_side_and_keeps_the_centre(shape: tuple[int, int]) -
     whole = image.resize((image.width * 4 // side, image.height * 4 // side), Image.Resampling.BICUBIC)
     left, top = (whole.width - 4) // 2, (whole.height - 4) // 2
     expected = torch.from_numpy(np.array(whole.crop((left, top, left + 4, top + 4)))).int()
-    torch.testing.assert_close(images.decode(file, 4).int(), expected, rtol=0, atol=1)
+    torch.testing.assert_close(decoding.decode(file, 4).int(), expected, rtol=0, atol=1)
 
 
 def test_very_long_image_is_cropped_before_it_grows() -> None:
     file = io.BytesIO()
     Image.new("RGB", (100_000, 1), "red").save(file, format="png")
-    assert images.decode(file, 64).unique(dim=1).shape == (64, 1, 3)
+    assert decoding.decode(file, 64).unique(dim=1).shape == (64, 1, 3)
 
 
 def test_shipped_images() -> None:
-    train, val = images.open_data(images.SHIPPED, 32)
+    train, val = datasets.open_data(datasets.SHIPPED, 32)
     assert (len(train), len(val), len(train.classes)) == (4000, 1000, 10)
     assert train.labels.bincount().tolist() == [400] * 10
     assert val.labels.bincount().tolist() == [100] * 10
@@ -165,12 +165,12 @@ def test_shipped_images() -> None:
         name.removeprefix("val/") for name in val.files
     }
     assert 100 < pixels(val).float().mean() < 140
-    assert (images.SHIPPED.parent / "README.md").read_text().count("CIFAR-10") >= 1
+    assert (datasets.SHIPPED.parent / "README.md").read_text().count("CIFAR-10") >= 1
 
 
 def refused(path: Path, *words: str, **options: object) -> None:
     with pytest.raises(InputError) as caught:
-        images.open_data(path, 4, **options)
+        datasets.open_data(path, 4, **options)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -225,13 +225,13 @@ class TestErrors:
 
     def test_bad_choice(self, tree: Path) -> None:
         with pytest.raises(ValueError, match="'refuse' or 'skip', got 'ignore'"):
-            images.open_data(tree, 4, bad_images="ignore")
+            datasets.open_data(tree, 4, bad_images="ignore")
 
 
 class TestBadImages:
     @pytest.fixture
     def spoilt(self, tree: Path) -> Path:
-        """Two of the five training images that sort first can't be read: one is cut off, one is no image."""
+        """Two of the five training images that sort first can't be read: one is truncated, one is no image."""
         whole = tree / "train" / "ant" / "0.png"
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(whole)
@@ -246,14 +246,14 @@ class TestBadImages:
     @pytest.mark.parametrize("kind", ["tree", "zip"])
     def test_skipped(self, spoilt: Path, tmp_path: Path, kind: str) -> None:
         path = spoilt if kind == "tree" else zipped(spoilt, tmp_path / "data.zip")
-        train, val = images.open_data(path, 4, bad_images="skip")
+        train, val = datasets.open_data(path, 4, bad_images="skip")
         assert [name.split(":")[0] for name in train.bad] == ["train/ant/0.png", "train/bee/1.png"]
         assert [name.split(":")[0] for name in val.bad] == ["val/bee/0.png"]
         assert train.labels.tolist() == [0, 0, 1, 1]
         assert pixels(train)[:, 0, 0].tolist() == [[50, 1, 0], [50, 2, 0], [150, 0, 0], [150, 2, 0]]
 
     def test_lazy_batches_are_without_them(self, spoilt: Path) -> None:
-        train, _ = images.open_data(spoilt, 4, in_memory=0)
+        train, _ = datasets.open_data(spoilt, 4, in_memory=0)
         batch = train.__getitems__([0, 1, 4, 5])
         assert batch["indices"].tolist() == [1, 5]
         assert batch["labels"].tolist() == [0, 1]
@@ -276,9 +276,9 @@ class TestBadImages:
     def test_read_image_names_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "x.png").write_bytes(b"no image")
         with pytest.raises(InputError, match=r"x\.png is not a readable image: no known image format"):
-            images.read_image(tmp_path / "x.png", 4)
+            decoding.read_image(tmp_path / "x.png", 4)
         with pytest.raises(InputError, match=r"y\.png does not exist"):
-            images.read_image(tmp_path / "y.png", 4)
+            decoding.read_image(tmp_path / "y.png", 4)
 
 
 class TestAugmentation:

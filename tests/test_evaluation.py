@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("lightning")
 
+from runs import train
+
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.cli import main
-from alexnet_kernels.training import checkpoint, images, inference, pictures
+from alexnet_kernels.training import checkpoint, datasets, inference, pictures
 from alexnet_kernels.training.augmentation import Statistics
-from alexnet_kernels.training.errors import InputError
-from alexnet_kernels.training.run import train
+from alexnet_kernels.training.header import Header
 from alexnet_kernels.training.settings import settings_of
 
 TINY = settings_of("quick", preset="batchnorm", epochs=1, batch_size=8, image_size=64, width=0.04, precision="32")
@@ -31,9 +33,9 @@ LABELS = [label for label, count in enumerate(COUNTS.values()) for _ in range(co
 
 
 def network_of(classes: list[str], **changes: Any) -> checkpoint.Network:
-    """With its initial values."""
+    """A network with its initial values."""
     statistics = Statistics.of(torch.randint(0, 256, (2, 73, 73, 3), dtype=torch.uint8))
-    header = checkpoint.Header(replace(TINY, **changes), classes, statistics, "", 2, "", 73)
+    header = Header(replace(TINY, **changes), classes, statistics, "", 2, "", 73)
     return checkpoint.Network(header.model().eval(), header)
 
 
@@ -85,7 +87,7 @@ class TestEvaluate:
     def test_agrees_with_plain_counting(self, saved: Path, data: Path, crops: int) -> None:
         network = checkpoint.load_network(saved)
         result = inference.evaluate(network, data, crops=crops, batch_size=7)
-        (val_set,) = images.open_data(data, 73, ("val",))
+        (val_set,) = datasets.open_data(data, 73, ("val",))
         table, rows = counted(inference.probabilities(network, val_set.pixels, crops), LABELS)
         assert result["confusion"] == table
         assert list(result["per_class"]) == list(COUNTS)
@@ -93,7 +95,7 @@ class TestEvaluate:
             assert row == pytest.approx(expected)
 
     def test_of_any_probabilities(self, saved: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Half of them right, so that no figure is 0 or 1 by itself."""
+        """Half of the predictions are right, so that no figure is 0 or 1."""
         scores = torch.rand(len(LABELS), len(COUNTS))
         scores[::2] += nn.functional.one_hot(torch.tensor(LABELS), len(COUNTS))[::2]
         scores /= scores.sum(1, keepdim=True)
@@ -118,15 +120,15 @@ class TestEvaluate:
             (tmp_path / "val" / name).mkdir(parents=True)
             content = b"no image" if name == "cow" else (data / "val" / name / "0.png").read_bytes()
             (tmp_path / "val" / name / "0.png").write_bytes(content)
-        monkeypatch.setattr(images, "open_data", functools.partial(images.open_data, in_memory=0))
+        monkeypatch.setattr(datasets, "open_data", functools.partial(datasets.open_data, in_memory=0))
         result = inference.evaluate(checkpoint.load_network(saved), tmp_path, bad_images="skip")
         assert result["images"] == 6
         assert result["per_class"]["cow"] == {"images": 0, "top1": None, "top5": None}
         assert result["confusion"][2] == [0] * 7
 
     def test_prepared_at_another_size(self, saved: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        prepared = images.open_data(data, 40, ("val",))
-        monkeypatch.setattr(images, "open_data", lambda *args, **options: prepared)
+        prepared = datasets.open_data(data, 40, ("val",))
+        monkeypatch.setattr(datasets, "open_data", lambda *args, **options: prepared)
         with pytest.raises(InputError, match=r"was prepared at 40 x 40, the checkpoint needs 73 x 73.*--size 73"):
             inference.evaluate(checkpoint.load_network(saved), data)
 
@@ -256,7 +258,7 @@ class TestFeatures:
 
 
 def tile(path: Path, row: int, column: int, size: int) -> Tensor:
-    """The image there in what `pictures.neighbours` drew."""
+    """The image in that row and column of the picture that `pictures.neighbours` wrote."""
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = torch.from_numpy(np.array(picture))
@@ -301,14 +303,14 @@ class TestNeighbours:
     def test_of_a_run(self, data: Path, tmp_path: Path) -> None:
         folder = train(TINY, data, out=tmp_path / "run").folder
         path = folder / "neighbours.png"
-        train_set, val_set = images.open_data(data, 73)
-        crops = inference.seen(val_set.pixels, 64)
+        train_set, val_set = datasets.open_data(data, 73)
+        crops = inference.centre(val_set.pixels, 64)
         assert torch.equal(tile(path, 0, 0, 64), crops[0])
         assert torch.equal(tile(path, 5, 0, 64), crops[-1])
         network = checkpoint.load_network(folder)
         features = inference.features(network, train_set.pixels)
         distances = (features - inference.features(network, val_set.pixels[:1])).norm(dim=1)
-        nearest = inference.seen(train_set.pixels, 64)[distances.argmin()]
+        nearest = inference.centre(train_set.pixels, 64)[distances.argmin()]
         assert torch.equal(tile(path, 0, 1, 64), nearest)
 
 
@@ -345,7 +347,7 @@ class TestPredictions:
         assert bars(tmp_path / "x.png", RED) == 0
 
     def test_any_name(self, saved: Path, data: Path, tmp_path: Path) -> None:
-        """No formulas of TeX, no glyphs that have to be there, no end to its length."""
+        """TeX formulas, missing glyphs, and a great length."""
         image = tmp_path / f"$\\frac$ 名 {'x' * 200}.png"
         image.write_bytes((data / "val" / "ant" / "0.png").read_bytes())
         assert main(["predict", str(saved), str(image), "--json", "--picture", str(tmp_path / "x.png")]) == 0
@@ -357,7 +359,7 @@ class TestPredictions:
         [
             ("x.jpg", 1, "--picture x.jpg: a .png file is expected"),
             ("no/x.png", 1, "--picture no/x.png: there is no folder no"),
-            ("x.png", 41, "--picture draws 40 images at most, got 41"),
+            ("x.png", 41, "--picture draws at most 40 images, got 41"),
         ],
     )
     def test_mistakes(
@@ -375,7 +377,7 @@ class TestPredictions:
 
 class TestConfusionPicture:
     def test_rows_are_the_true_classes(self, tmp_path: Path) -> None:
-        """All is taken for the second class: its column is dark."""
+        """Every image is taken for the second class, so its column is dark."""
         pictures.confusion([[0, 9], [0, 9]], ["a", "b"], tmp_path / "columns.png")
         pictures.confusion([[9, 0], [0, 9]], ["a", "b"], tmp_path / "right.png")
         quarters = []

@@ -1,4 +1,4 @@
-"""Safetensors files: what `convert` writes is the checkpoint's network in every bit; nothing else is taken for it."""
+"""Safetensors files: `convert` keeps the checkpoint's network bitwise, and other files are refused."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("safetensors")
 
-from runs import shipped_images
+from runs import shipped_images, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alexnet_kernels import alexnet
+from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.cli import main
 from alexnet_kernels.training import checkpoint, inference
 from alexnet_kernels.training.augmentation import Statistics
-from alexnet_kernels.training.errors import InputError, RunError
-from alexnet_kernels.training.run import train
+from alexnet_kernels.training.header import KEY, Header, to_dict
 from alexnet_kernels.training.settings import settings_of
 
 TINY = settings_of(
@@ -66,7 +66,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def assert_same(network: checkpoint.Network, other: checkpoint.Network) -> None:
-    values, others = network.header.to_dict(), other.header.to_dict()
+    values, others = to_dict(network.header, network.history), to_dict(other.header, other.history)
     image, other_image = values["statistics"].pop("mean_image"), others["statistics"].pop("mean_image")
     assert image.dtype == other_image.dtype == torch.float32
     assert torch.equal(image, other_image)
@@ -101,7 +101,8 @@ class TestRoundTrip:
         assert_same(network, checkpoint.load_network(tmp_path / "again.safetensors"))
 
     def test_content(self, run: Path, exported: Path) -> None:
-        header, content = checkpoint.load(run / "best.ckpt")
+        saved = checkpoint.load(run / "best.ckpt")
+        content = saved.content
         tensors = load_file(exported)
         assert {f"model.{key}" for key in tensors} == set(content["state_dict"])
         assert all(torch.equal(value, content["state_dict"][f"model.{key}"]) for key, value in tensors.items())
@@ -111,8 +112,8 @@ class TestRoundTrip:
         values = json.loads(described["alexnet_kernels"])
         assert values["classes"] == list(CLASSES)
         assert values["settings"] == {**TINY.to_dict(), "lr_epochs": list(TINY.lr_epochs)}
-        assert values["history"] == header.history
-        assert values["layers"] == header.layers
+        assert values["history"] == saved.history.epochs
+        assert values["layers"] == saved.history.layers
         assert values["train_images"] == 18
 
 
@@ -121,7 +122,7 @@ class TestOthersTakeIt:
         models = pytest.importorskip("torchvision").models
         settings = replace(TINY, preset="torchvision", width=1.0)
         statistics = Statistics.of(torch.randint(0, 256, (2, 73, 73, 3), dtype=torch.uint8))
-        header = checkpoint.Header(settings, list(CLASSES), statistics, "", 2, "", 73)
+        header = Header(settings, list(CLASSES), statistics, "", 2, "", 73)
         network = checkpoint.Network(header.model().eval(), header)
         path = tmp_path / "x.safetensors"
         checkpoint.export(network, path)
@@ -218,7 +219,7 @@ def described(change: Callable[[dict[str, Any]], object]) -> Callable[[str], dic
     def make(text: str) -> dict[str, str]:
         values = json.loads(text)
         change(values)
-        return {"format": "pt", checkpoint.KEY: json.dumps(values)}
+        return {"format": "pt", KEY: json.dumps(values)}
 
     return make
 
@@ -229,7 +230,7 @@ class TestBadFiles:
         whole = exported.read_bytes()
         path = tmp_path / "cut.safetensors"
         path.write_bytes(whole[: int(len(whole) * part)])
-        with pytest.raises(InputError, match=r"cut\.safetensors is not a readable safetensors file \(cut off, damaged"):
+        with pytest.raises(InputError, match=r"cut\.safetensors is not a readable safetensors file \(truncated,"):
             checkpoint.load_network(path)
 
     def test_of_another_kind(self, run: Path, tmp_path: Path) -> None:
@@ -249,13 +250,13 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda text: {checkpoint.KEY: text[:-9]}, "lacks a part of its description"),
-            (lambda text: {checkpoint.KEY: "[1, 2]"}, "lacks a part of its description"),
-            (described(lambda values: values.pop("history")), "lacks a part of its description: 'history'"),
-            (described(lambda values: values.update(stored_size=74)), "lacks a part of its description"),
+            (lambda text: {KEY: text[:-9]}, "lacks a part of its header"),
+            (lambda text: {KEY: "[1, 2]"}, "lacks a part of its header"),
+            (described(lambda values: values.pop("history")), "lacks a part of its header: 'history'"),
+            (described(lambda values: values.update(stored_size=74)), "lacks a part of its header"),
             (
                 described(lambda values: values["statistics"].update(mean_image="?")),
-                "lacks a part of its description",
+                "lacks a part of its header",
             ),
             (described(lambda values: values.update(format=99)), "can't be used: it is of format 99"),
             (described(lambda values: values["settings"].pop("lr")), "can't be used: settings lr are missing"),
@@ -269,7 +270,7 @@ class TestBadFiles:
         self, exported: Path, tmp_path: Path, make: Callable[[str], dict[str, str]], message: str
     ) -> None:
         path = tmp_path / "x.safetensors"
-        save_file(load_file(exported), path, make(metadata(exported)[checkpoint.KEY]))
+        save_file(load_file(exported), path, make(metadata(exported)[KEY]))
         with pytest.raises(InputError, match=rf"x\.safetensors {message}") as caught:
             checkpoint.load_network(path)
         assert "\n" not in str(caught.value)

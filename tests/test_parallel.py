@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[int, dict[str, Any]]:
-    """What the ranks of 2 and, after them, of 4 processes found."""
+    """The results of 2 processes, and then of 4."""
     parallel_ranks.save_one(folder / "one")
     result = {}
     for world in (2, 4):
@@ -40,7 +40,7 @@ def found(folder: Path) -> dict[int, dict[str, Any]]:
 
 @pytest.fixture(params=[(world, name) for world in (2, 4) for name in NAMES], ids=lambda p: f"{p[0]}-{p[1]}")
 def case(request: pytest.FixtureRequest, found: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks found of one network, plan and dtype."""
+    """The results for one network, plan and dtype."""
     world, name = request.param
     if name not in found[world]["cases"]:
         pytest.skip("float32 is run on two ranks")
@@ -59,7 +59,7 @@ def test_ranks_compute_what_one_device_computes(case):
 def test_bytes_sent_are_those_of_the_arithmetic(case):
     sent = {key: count for key, count in case["traffic"].items() if count}
     if case["parameters"] == "sharded" and "gradients" in sent:
-        # Parts are filled up to the same size.
+        # Shards are padded to the same size.
         assert sent.pop("gradients") == pytest.approx(case["arithmetic"].pop("gradients"), rel=0.01)
     assert sent == case["arithmetic"]
 
@@ -69,13 +69,13 @@ def test_bytes_sent_are_those_of_the_arithmetic(case):
     ("what", "words"),
     [
         ("plan", "plan must be one of towers, hybrid, data, not 'rows'"),
-        ("one tower", "preset 'torchvision' has 1 tower, the mesh 2; plans 'hybrid' and 'data' take it"),
+        ("one tower", "preset 'torchvision' has 1 tower, the mesh 2; plans 'hybrid' and 'data' can split it"),
         ("batch norm", "batch normalisation's statistics"),
         ("presets", "ranks 0 and 1 have different networks"),
         ("seeds", "ranks 0 and 1 have different random states"),
         ("traffic", "traffic must be None, torch.bfloat16 or torch.float16"),
         ("traffic of one rank", "ranks 0 and 1 have different arguments"),
-        ("uneven", "every rank must be given as many images"),
+        ("uneven", "every rank needs the same number of images"),
         ("not parallel", "the model is not parallel"),
     ],
 )

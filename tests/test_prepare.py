@@ -1,4 +1,4 @@
-"""Preparing image sets: the same bytes however they came about, every kind of image, and what reads them."""
+"""Preparing image sets: bitwise identical results, every kind of image, and reading them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from PIL import Image
 
 pytest.importorskip("lightning")
 
+from runs import train
+
+from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.cli import main
-from alexnet_kernels.training import checkpoint, images, shards
+from alexnet_kernels.training import checkpoint, datasets, decoding, image_set, shards
 from alexnet_kernels.training.augmentation import Statistics
-from alexnet_kernels.training.errors import InputError, RunError
-from alexnet_kernels.training.lightning import Batches
+from alexnet_kernels.training.loader import ImageLoader
 from alexnet_kernels.training.prepare import prepare
-from alexnet_kernels.training.run import train
 from alexnet_kernels.training.settings import settings_of
 
 SIZE = 24
@@ -66,13 +67,13 @@ def contents(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def pixels(images_: images.StoredImages) -> torch.Tensor:
+def pixels(images_: image_set.StoredImages) -> torch.Tensor:
     return images_.__getitems__(range(len(images_)))["images"]
 
 
 class TestResult:
     def test_holds_what_decoding_gives(self, tree: Path, prepared: Path) -> None:
-        for read, decoded in zip(images.open_data(prepared, 7), images.open_data(tree, SIZE), strict=True):
+        for read, decoded in zip(datasets.open_data(prepared, 7), datasets.open_data(tree, SIZE), strict=True):
             assert isinstance(read, shards.ShardSet)
             assert read.size == SIZE
             assert read.classes == decoded.classes == ["ant", "bee"]
@@ -84,8 +85,8 @@ class TestResult:
                     assert torch.equal(a[key], b[key]), key
 
     def test_statistics_are_of_every_training_image(self, tree: Path, prepared: Path) -> None:
-        expected = Statistics.of(pixels(images.open_data(tree, SIZE)[0]))
-        for split in images.open_data(prepared, SIZE):
+        expected = Statistics.of(pixels(datasets.open_data(tree, SIZE)[0]))
+        for split in datasets.open_data(prepared, SIZE):
             assert torch.equal(split.statistics.mean_image, expected.mean_image)
             assert split.statistics.mean == expected.mean
             assert split.statistics.components == expected.components
@@ -114,11 +115,11 @@ class TestResult:
         assert a == b
 
     def test_through_processes_and_pickles(self, prepared: Path) -> None:
-        train_set = images.open_data(prepared, SIZE)[0]
+        train_set = datasets.open_data(prepared, SIZE)[0]
         copy = pickle.loads(pickle.dumps(train_set))
         assert torch.equal(pixels(copy), pixels(train_set))
-        read = list(Batches(train_set, 4, workers=2, seed=1))
-        here = list(Batches(train_set, 4, workers=0, seed=1))
+        read = list(ImageLoader(train_set, 4, workers=2, seed=1))
+        here = list(ImageLoader(train_set, 4, workers=0, seed=1))
         assert len(read) == 5
         for a, b in zip(read, here, strict=True):
             assert torch.equal(a["images"], b["images"])
@@ -132,7 +133,7 @@ class TestResult:
         )
         prepare(tree, tmp_path / "set", size=73, shard_images=5)
         folders = [train(settings, data, out=tmp_path / f"run-{data.name}").folder for data in (tree, tmp_path / "set")]
-        a, b = (checkpoint.load(folder / "last.ckpt")[1]["state_dict"] for folder in folders)
+        a, b = (checkpoint.load(folder / "last.ckpt").content["state_dict"] for folder in folders)
         assert all(torch.equal(a[key], b[key]) for key in a)
         assert main(["evaluate", str(folders[1])]) == 0
         assert main(["evaluate", str(folders[1]), "--data", str(tree)]) == 0
@@ -146,7 +147,7 @@ class TestResult:
 
 
 class TestImages:
-    """Each kind, among ordinary ones."""
+    """Images of each kind among ordinary ones."""
 
     def tree(self, root: Path, **files: bytes) -> Path:
         for split in ("train", "val"):
@@ -192,15 +193,15 @@ class TestImages:
             "empty.jpg", "cut.jpg", "text.jpg", "huge.png", "dangling.png"
         }  # fmt: skip
         assert "pixels" in rows["huge.png"][1]
-        train_set = images.open_data(tmp_path / "set", SIZE)[0]
+        train_set = datasets.open_data(tmp_path / "set", SIZE)[0]
         for name, square in zip(train_set.files, pixels(train_set), strict=True):
-            assert torch.equal(square, images.decode(root / name, SIZE)), name
+            assert torch.equal(square, decoding.decode(root / name, SIZE)), name
 
     def test_large_photograph_is_decoded_smaller_to_nearly_the_same(self, tmp_path: Path) -> None:
         original = picture(8, size=(1600, 1200))
         original.save(tmp_path / "large.jpg", quality=95)
         original.save(tmp_path / "large.png")
-        a, b = (images.decode(tmp_path / f"large.{kind}", 64).float() for kind in ("jpg", "png"))
+        a, b = (decoding.decode(tmp_path / f"large.{kind}", 64).float() for kind in ("jpg", "png"))
         assert (a - b).abs().mean() < 3
 
     def test_refused(self, tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ class TestImages:
         with pytest.raises(InputError, match=r"1 image can't be read: train/ant/bad\.png: no known image format"):
             prepare(root, tmp_path / "set", size=SIZE, bad_images="refuse")
         with pytest.raises(InputError, match="is not finished: run `alexnet-kernels prepare` again"):
-            images.open_data(tmp_path / "set", SIZE)
+            datasets.open_data(tmp_path / "set", SIZE)
         assert prepare(root, tmp_path / "set", size=SIZE).left_out == 1
 
     def test_class_of_which_nothing_is_left(self, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def _group(process: Path) -> int | None:
 
 
 def interrupt(source: Path, folder: Path, options: list[str], ready: Callable[[], bool], delay: float = 0.0) -> None:
-    """Ctrl-C in the command's terminal, so long after it is ready: one line, and no process is left."""
+    """Ctrl-C in the command's terminal, `delay` seconds after it is ready: one line, and no process is left."""
     process = subprocess.Popen(
         [sys.executable, "-m", "alexnet_kernels", "prepare", str(source), str(folder), *options],
         stderr=subprocess.PIPE,
@@ -247,7 +248,10 @@ def interrupt(source: Path, folder: Path, options: list[str], ready: Callable[[]
         _, error = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, error) == (130, "alexnet-kernels: error: interrupted; the same command goes on\n")
+    assert (process.returncode, error) == (
+        130,
+        "alexnet-kernels: error: interrupted; run the same command to continue\n",
+    )
     while any(_group(task) == process.pid for task in Path("/proc").glob("[0-9]*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -256,9 +260,9 @@ def interrupt(source: Path, folder: Path, options: list[str], ready: Callable[[]
 class TestGoingOn:
     def test_killed_at_any_moment(self, tree: Path, prepared: Path, tmp_path: Path) -> None:
         slow = (
-            "import sys, time; from alexnet_kernels.training import images; decode = images.decode\n"
+            "import sys, time; from alexnet_kernels.training import decoding; decode = decoding.decode\n"
             "def slowly(*arguments):\n    time.sleep(0.03)\n    return decode(*arguments)\n"
-            "images.decode = slowly\nfrom alexnet_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+            "decoding.decode = slowly\nfrom alexnet_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
         )
         folder = tmp_path / "set"
         options = ["--size", str(SIZE), "--shard-images", "5", "--workers", "1"]
@@ -321,7 +325,7 @@ class TestGoingOn:
         assert contents(tmp_path / "set") == contents(prepared)
 
     def test_source_that_goes_away(self, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        source, original = tmp_path / "tree", images.decode
+        source, original = tmp_path / "tree", decoding.decode
         shutil.copytree(tree, source)
         calls = []
 
@@ -332,8 +336,8 @@ class TestGoingOn:
             return original(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(images, "decode", decode)
-            with pytest.raises(RunError, match="No such file or directory; what is finished stays"):
+            patch.setattr(decoding, "decode", decode)
+            with pytest.raises(RunError, match="No such file or directory; finished files are kept"):
                 prepare(source, tmp_path / "set", size=SIZE, shard_images=5)
         (tmp_path / "unmounted").rename(source)
         assert prepare(source, tmp_path / "set", size=SIZE, shard_images=5).left_out == 0
@@ -371,7 +375,7 @@ class TestGoingOn:
         content = path.read_bytes()
         try:
             path.write_bytes(content + b"x")
-            with pytest.raises(InputError, match="was begun otherwise: the images differ"):
+            with pytest.raises(InputError, match="was begun with other arguments: the images differ"):
                 prepare(tree, prepared, size=SIZE, shard_images=5)
         finally:
             path.write_bytes(content)
@@ -385,7 +389,7 @@ class TestGoingOn:
 
     @pytest.mark.parametrize("workers", ["1", "2"])
     def test_full_disk(self, tree: Path, prepared: Path, tmp_path: Path, workers: str) -> None:
-        """A limit on the size of files stands in for it: the same error from the same call."""
+        """Simulated by a limit on the size of files: the same error from the same call."""
         folder = tmp_path / "set"
         options = ["--size", str(SIZE), "--shard-images", "5", "--workers", workers]
         done = subprocess.run(
@@ -397,7 +401,7 @@ class TestGoingOn:
         )
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
-        assert f"{folder} can't be written: File too large; what is finished stays" in done.stderr
+        assert f"{folder} can't be written: File too large; finished files are kept" in done.stderr
         assert not list(folder.glob("*/.*.tmp"))
         prepare(tree, folder, size=SIZE, shard_images=5)
         assert contents(folder) == contents(prepared)
@@ -424,8 +428,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("train/images-00002.npy", None, r"images-00002\.npy is missing or cut off"),
-            ("train/images-00002.npy", 1000, r"images-00002\.npy is missing or cut off"),
+            ("train/images-00002.npy", None, r"images-00002\.npy is missing or truncated"),
+            ("train/images-00002.npy", 1000, r"images-00002\.npy is missing or truncated"),
             ("train/labels.npy", 130, r"train is damaged"),
             ("val/files.json", 5, r"val is damaged"),
             ("statistics.npz", 50, "is damaged"),
@@ -440,24 +444,24 @@ class TestDamage:
         if content is not None:
             path.write_bytes(whole[:content])
         with pytest.raises(InputError, match=message):
-            images.open_data(copy, SIZE)
+            datasets.open_data(copy, SIZE)
 
     def test_another_files_images(self, copy: Path) -> None:
         np.save(copy / "train" / "images-00001.npy", np.zeros((5, SIZE, SIZE, 3), np.float32))
-        with pytest.raises(InputError, match=r"images-00001\.npy holds float32 .* where uint8 .* was written"):
-            images.open_data(copy, SIZE)
+        with pytest.raises(InputError, match=r"images-00001\.npy holds float32 .* where uint8 .* is expected"):
+            datasets.open_data(copy, SIZE)
 
     def test_other_format(self, copy: Path) -> None:
         index = (copy / "index.json").read_text()
         (copy / "index.json").write_text(index.replace('"format": 1', '"format": 2'))
         with pytest.raises(InputError, match="is of format 2, this version reads 1"):
-            images.open_data(copy, SIZE)
+            datasets.open_data(copy, SIZE)
 
     def test_split_that_was_not_prepared(self, tree: Path, tmp_path: Path) -> None:
         prepare(tree, tmp_path / "set", size=SIZE, splits=("val",))
         with pytest.raises(InputError, match="train was not prepared, only val"):
-            images.open_data(tmp_path / "set", SIZE)
-        assert len(images.open_data(tmp_path / "set", SIZE, ("val",))[0]) == 8
+            datasets.open_data(tmp_path / "set", SIZE)
+        assert len(datasets.open_data(tmp_path / "set", SIZE, ("val",))[0]) == 8
 
 
 class TestCommand:
@@ -472,7 +476,7 @@ class TestCommand:
             (["{tmp}/no", "{tmp}/set"], "there is no such folder or zip"),
             (["{tmp}", "{tmp}/set"], "there is no train/ in it"),
             (["{tree}", "{tmp}/set", "--splits", "test"], "there is no test/ in it"),
-            (["{prepared}", "{tmp}/set"], "is prepared already"),
+            (["{prepared}", "{tmp}/set"], "is already a prepared folder"),
             (["{tree}", "/dev/null/set"], "can't be written"),
             (["{tree}", "{tmp}/set", "--splits", "val", "val"], "splits must be different names, got val, val"),
         ],

@@ -129,7 +129,7 @@ def images(size: int) -> Tensor:
 
 
 def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
-    # Batch statistics make the gradient of a convolution's bias zero but for rounding.
+    # Batch statistics make the gradient of a convolution's bias zero up to rounding.
     largest = max(value.abs().max().item() for value in expected[1:])
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11 * largest, msg=lambda text, i=i: f"value {i}: {text}")

@@ -1,4 +1,4 @@
-"""`train --parallel`: the result of one process, resumed on any number of them; what ends a run says why."""
+"""`train --parallel`: results equal to one process's, resuming with any number of processes, failures with a reason."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_close(first: Path, second: Path) -> None:
-    a, b = (checkpoint.load(path / "last.ckpt")[1] for path in (first, second))
+    a, b = (checkpoint.load(path / "last.ckpt").content for path in (first, second))
     for key, value in a["state_dict"].items():
         torch.testing.assert_close(b["state_dict"][key], value, rtol=1e-3, atol=1e-5)
     for row, other in zip(figures(first / "last.ckpt"), figures(second / "last.ckpt"), strict=True):
@@ -94,7 +94,7 @@ def test_four_fully_sharded_train_as_one_process_and_resume_on_one_and_four(
     status, output = train("--data", data, "--out", run, "--max-time", "0.001s", *four, *TINY)
     assert status == 0, output
     assert f"--resume {run} --parallel towers --processes 4 --fully-sharded\n" in output
-    assert checkpoint.load(run / "last.ckpt")[1]["global_step"] == 1
+    assert checkpoint.load(run / "last.ckpt").content["global_step"] == 1
     shutil.copytree(run, on_one)
     for folder, again in ((run, four), (on_one, [])):
         status, output = train("--resume", folder, "--device", "cpu", *again)
@@ -121,10 +121,10 @@ def ranks(launcher: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("number", "rank", "status", "message"),
     [
-        (signal.SIGKILL, "0", 1, "rank 0 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, go on"),
-        (signal.SIGKILL, "1", 1, "rank 1 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, go on"),
-        (signal.SIGSTOP, "1", 1, "rank 1 gave no sign of life for 5 s; {run}/last.ckpt is intact, go on"),
-        (signal.SIGTERM, None, 130, "interrupted; go on with: {go_on} --parallel towers --processes 2\n"),
+        (signal.SIGKILL, "0", 1, "rank 0 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, resume"),
+        (signal.SIGKILL, "1", 1, "rank 1 was ended by signal 9 (SIGKILL); {run}/last.ckpt is intact, resume"),
+        (signal.SIGSTOP, "1", 1, "rank 1 sent no heartbeat for 5 s; {run}/last.ckpt is intact, resume"),
+        (signal.SIGTERM, None, 130, "interrupted; resume with: {go_on} --parallel towers --processes 2\n"),
     ],
     ids=["kills rank 0", "kills rank 1", "stops rank 1", "ends all"],
 )
@@ -162,7 +162,7 @@ def test_signal_ends_the_run_with_the_reason_and_resumed_it_comes_to_the_same_bi
         (["--processes", "2"], "--processes needs --parallel"),
         (["--parallel", "data", "--device", "cuda:1"], "--device cuda:1 can't be used with --parallel"),
         (["--resume", "nowhere", "--parallel", "data"], "nowhere does not exist"),
-        (["--batch-size", "9", "--parallel", "data"], "--batch-size 9 doesn't split evenly over the 2 parts"),
+        (["--batch-size", "9", "--parallel", "data"], "--batch-size 9 doesn't split evenly into the 2 batch shards"),
         (["--preset", "torchvision", "--parallel", "towers"], "preset 'torchvision' has 1 tower"),
         (["--preset", "batchnorm", "--parallel", "data"], "batch normalisation's statistics"),
         (["--precision", "16", "--parallel", "data"], "--precision 16 can't be used with --parallel"),
@@ -187,7 +187,7 @@ def test_refuses_before_it_starts(
 
 
 def torchrun(*arguments: object, nodes: int = 1) -> tuple[int, str]:
-    """Two processes, of one torchrun or of one each of two."""
+    """Runs two processes: both of one torchrun, or one each of two."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(2 // nodes)]
     if nodes == 1:
         command.append("--standalone")
@@ -237,7 +237,7 @@ def test_processes_with_different_settings_are_refused(data: Path, tmp_path: Pat
 HANGING = """
 import os, sys, time
 from alexnet_kernels import cli
-from alexnet_kernels.training.lightning import Classifier
+from alexnet_kernels.training.module import Classifier
 
 def waits_for_ever():
     time.sleep(1000)
@@ -267,7 +267,7 @@ def test_hanging_rank_ends_the_run_under_torchrun_too(data: Path, tmp_path: Path
 DYING = """
 import os, signal, sys
 from alexnet_kernels import cli
-from alexnet_kernels.training.lightning import Classifier
+from alexnet_kernels.training.module import Classifier
 
 step = Classifier.training_step
 def training_step(self, batch, batch_idx):
@@ -299,7 +299,7 @@ import sys
 import lightning.pytorch as pl, torch
 from alexnet_kernels import AlexNet
 from alexnet_kernels.optim import SGD
-from alexnet_kernels.training.strategy import AlexNetStrategy
+from alexnet_kernels.training.distributed.strategy import AlexNetStrategy
 
 class Module(pl.LightningModule):
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Nothing a run made is lost: kills, signals, full disks, values that are not finite, no memory."""
+"""A run's results survive kills, signals, full disks, values that are not finite, and lack of memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import torch
 pytest.importorskip("lightning")
 
 from runs import assert_same as assert_same_checkpoints
-from runs import environment, figures, shipped_images
+from runs import environment, figures, shipped_images, train
 
+from alexnet_kernels._errors import RunError
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.training import checkpoint, images
-from alexnet_kernels.training.errors import RunError
-from alexnet_kernels.training.lightning import Classifier, Saver
-from alexnet_kernels.training.run import train
+from alexnet_kernels.training import checkpoint, decoding, image_set
+from alexnet_kernels.training.callbacks.checkpoint import CheckpointCallback
+from alexnet_kernels.training.module import Classifier
 from alexnet_kernels.training.settings import save_recipe, settings_of
 
 TINY = settings_of("quick", epochs=3, batch_size=4, image_size=64, width=0.04, precision="32")
@@ -50,22 +50,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing stopped."""
+    """The folder of an uninterrupted run."""
     return train(TINY, data, out=tmp_path_factory.mktemp("runs") / "run").folder
 
 
 def assert_same(first: Path, second: Path) -> None:
-    """The last checkpoints of two runs' folders, and what they tell of every epoch."""
+    """Asserts that the last checkpoints of two runs are bitwise identical, with the same figures of every epoch."""
     a, b = first / "last.ckpt", second / "last.ckpt"
     assert_same_checkpoints(a, b)
     assert figures(a) == figures(b)
-    assert checkpoint.load(a)[0].layers == checkpoint.load(b)[0].layers
+    assert checkpoint.load(a).history.layers == checkpoint.load(b).history.layers
 
 
 # Steps take a millisecond or so each: a run must last long enough to be killed inside one.
 SLOW = """
 import sys, time
-from alexnet_kernels.training.lightning import Classifier
+from alexnet_kernels.training.module import Classifier
 step = Classifier.training_step
 def slow(*arguments):
     time.sleep(0.05)
@@ -107,7 +107,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(run: Path, data: P
             process.kill()
             process.wait()
         kills += process.returncode == -signal.SIGKILL
-        steps.append(checkpoint.load(last)[1]["global_step"])
+        steps.append(checkpoint.load(last).content["global_step"])
     assert kills >= 3
     assert steps == sorted(set(steps))
     if steps[-1] < 18:
@@ -129,7 +129,7 @@ def test_signals_save_at_once(run: Path, data: Path, tmp_path: Path, number: sig
     finally:
         process.kill()
     assert process.returncode == 130, out
-    assert f"interrupted; go on with: alexnet-kernels train --resume {folder}" in out
+    assert f"interrupted; resume with: alexnet-kernels train --resume {folder}" in out
     assert "Traceback" not in out
     assert train(TINY, resume=folder).stopped is None
     assert_same(run, folder)
@@ -138,7 +138,7 @@ def test_signals_save_at_once(run: Path, data: Path, tmp_path: Path, number: sig
 def test_sigterm_between_two_steps_and_in_validation(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Lightning looks for the signal by itself, and would end the run unsaved."""
+    """Where Lightning itself checks for the signal, and would end the run without saving it."""
     for place, step in (("on_train_batch_start", 3), ("on_validation_epoch_start", 6)):
         original = getattr(Classifier, place)
 
@@ -153,7 +153,7 @@ def test_sigterm_between_two_steps_and_in_validation(
         with monkeypatch.context() as patch:
             patch.setattr(Classifier, place, signalled)
             assert train(TINY, data, out=folder).stopped == "interrupted"
-        assert checkpoint.load(folder / "last.ckpt")[1]["global_step"] in (step, step + 1)
+        assert checkpoint.load(folder / "last.ckpt").content["global_step"] in (step, step + 1)
         train(TINY, resume=folder)
         assert_same(run, folder)
 
@@ -162,17 +162,17 @@ def test_sigterm_between_two_steps_and_in_validation(
 def test_sigterm_right_after_the_run_looked_for_it(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, step: int
 ) -> None:
-    original = getattr(Saver, place)
+    original = getattr(CheckpointCallback, place)
 
-    def signalled(self: Saver, trainer: Any, *rest: Any) -> None:
+    def signalled(self: CheckpointCallback, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         if trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, place, signalled)
+        patch.setattr(CheckpointCallback, place, signalled)
         assert train(TINY, data, out=tmp_path / "run").stopped == "interrupted"
-    assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == step + 1
+    assert checkpoint.load(tmp_path / "run" / "last.ckpt").content["global_step"] == step + 1
     train(TINY, resume=tmp_path / "run")
     assert_same(run, tmp_path / "run")
 
@@ -189,11 +189,11 @@ def test_second_interrupt_ends_at_once(data: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path) -> None:
-    """As terminals and schedulers send them: processes that read images get them, too."""
+    """As terminals and schedulers send them, also to the processes that read images."""
     folder = tmp_path / "run"
     save_recipe(TINY, tmp_path / "tiny.yaml")
-    code = SLOW.replace("0.05", "0.3").replace("from alexnet_kernels.cli", "from alexnet_kernels.training import run\n"
-                        "run.train.__kwdefaults__['in_memory'] = 0\nfrom alexnet_kernels.cli")  # fmt: skip
+    unheld = "from alexnet_kernels.training import datasets\ndatasets.IN_MEMORY = 0\nfrom alexnet_kernels.cli"
+    code = SLOW.replace("0.05", "0.3").replace("from alexnet_kernels.cli", unheld)
     arguments = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", str(data), "--out", str(folder), "--workers", "2"]
     command = [sys.executable, "-c", code, "train", "--save-every", "1", *arguments]
     process = subprocess.Popen(
@@ -214,7 +214,7 @@ def test_signals_to_all_processes_of_a_run(run: Path, data: Path, tmp_path: Path
     finally:
         process.kill()
     assert process.returncode == 130, out
-    assert "interrupted; go on with" in out
+    assert "interrupted; resume with" in out
     assert "Traceback" not in out
     train(TINY, resume=folder)
     assert_same(run, folder)
@@ -241,7 +241,7 @@ class TestNotFinite:
         assert not (tmp_path / "run" / "last.ckpt").exists()
 
     def test_one_weight_is_never_saved(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A weight that no validation image's class hangs on."""
+        """A weight that does not change the class of any validation image."""
         original = Classifier.training_step
 
         def spoilt(self: Classifier, *arguments: object) -> None:
@@ -255,15 +255,15 @@ class TestNotFinite:
         with pytest.raises(RunError) as error:
             train(TINY, data, out=folder, save_every=3)
         assert "not finite in epoch 2, step 9" in str(error.value)
-        assert str(error.value).endswith(f"{folder}/last.ckpt is intact, go on from it with --resume {folder}")
-        content = checkpoint.load(folder / "last.ckpt")[1]
+        assert str(error.value).endswith(f"{folder}/last.ckpt is intact, resume from it with --resume {folder}")
+        content = checkpoint.load(folder / "last.ckpt").content
         assert content["global_step"] == 6
         assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
 class TestMachine:
     def test_full_disk(self, run: Path, data: Path, tmp_path: Path) -> None:
-        """A limit on the size of files stands in for it: the same error from the same call."""
+        """Simulated by a limit on the size of files: the same error from the same call."""
         folder = tmp_path / "run"
         train(TINY, data, out=folder, max_seconds=1e-9)
         before = (folder / "last.ckpt").read_bytes()
@@ -321,9 +321,9 @@ class TestMachine:
 
         with monkeypatch.context() as patch:
             patch.setattr(AlexNet, "forward", forward)
-            with pytest.raises(RunError, match=r"no memory left: try --accumulate 2 .*last\.ckpt is intact"):
+            with pytest.raises(RunError, match=r"out of memory: try --accumulate 2 .*last\.ckpt is intact"):
                 train(TINY, data, out=folder, save_every=2)
-        assert checkpoint.load(folder / "last.ckpt")[1]["global_step"] == 4
+        assert checkpoint.load(folder / "last.ckpt").content["global_step"] == 4
         train(TINY, resume=folder)
         assert_same(run, folder)
 
@@ -339,14 +339,14 @@ class TestMachine:
         def die(*arguments: object) -> None:
             os._exit(9)
 
-        monkeypatch.setattr(images, "decode", die)
-        patched = images.ImageSet.sample
+        monkeypatch.setattr(decoding, "decode", die)
+        patched = image_set.ImageSet.sample
 
-        def sample(self: images.ImageSet, count: int) -> torch.Tensor:
+        def sample(self: image_set.ImageSet, count: int) -> torch.Tensor:
             with monkeypatch.context() as patch:
-                patch.setattr(images, "decode", lambda file, size: torch.zeros(size, size, 3, dtype=torch.uint8))
+                patch.setattr(decoding, "decode", lambda file, size: torch.zeros(size, size, 3, dtype=torch.uint8))
                 return patched(self, count)
 
-        monkeypatch.setattr(images.ImageSet, "sample", sample)
+        monkeypatch.setattr(image_set.ImageSet, "sample", sample)
         with pytest.raises(RunError, match=r"a process that reads images ended: .*; try fewer --workers"):
             train(TINY, data, out=tmp_path / "run", in_memory=0, workers=1)

@@ -1,4 +1,4 @@
-"""Settings: what they allow, the networks they mean, recipes, and the learning rate."""
+"""Settings: allowed values, the networks they define, recipes, and the learning rate."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("yaml")
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.models import PRESETS, AlexNet
-from alexnet_kernels.training.errors import InputError
 from alexnet_kernels.training.settings import Settings, recipe_names, save_recipe, settings_of, stalls
 
 QUICK = settings_of("quick", precision="32")

@@ -1,4 +1,4 @@
-"""Training runs: they learn, resume to the same bits, survive failing writes, and leave what they promise."""
+"""Training runs: learning, bitwise identical resuming, failing writes, and the files of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,23 @@ from PIL import Image
 
 pytest.importorskip("lightning")
 
-from runs import assert_same, figures, shipped_images
+from runs import assert_same, figures, shipped_images, train
 
+from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._files import atomic_file, link_atomically
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.training import checkpoint, images, inference, pictures
-from alexnet_kernels.training.errors import InputError, RunError
-from alexnet_kernels.training.lightning import Bar, Batches, Board, Metrics, Saver
-from alexnet_kernels.training.run import train
+from alexnet_kernels.training import checkpoint, datasets, inference, pictures
+from alexnet_kernels.training import run as run_module
+from alexnet_kernels.training.callbacks.checkpoint import CheckpointCallback
+from alexnet_kernels.training.callbacks.progress import ProgressCallback
+from alexnet_kernels.training.callbacks.stop import StopRequest
+from alexnet_kernels.training.callbacks.tensorboard import TensorBoardCallback
+from alexnet_kernels.training.devices import pick_device
+from alexnet_kernels.training.header import KEY
+from alexnet_kernels.training.loader import ImageLoader
+from alexnet_kernels.training.metrics import EpochMetrics
 from alexnet_kernels.training.settings import settings_of
+from alexnet_kernels.training.spec import resumed_run
 
 TINY = settings_of("quick", epochs=2, batch_size=8, image_size=64, width=0.04, precision="32")
 CLASSES = ("airplane", "automobile", "ship")
@@ -41,7 +50,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(path)[1]["state_dict"]
+    return checkpoint.load(path).content["state_dict"]
 
 
 class TestRun:
@@ -59,6 +68,33 @@ class TestRun:
                 image.load()
                 assert image.format == "PNG"
                 assert np.asarray(image.convert("L")).std() > 5, name
+
+    def test_keeps_freed_memory(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[None] = []
+        monkeypatch.setattr(run_module, "keep_freed_memory", lambda: calls.append(None))
+        train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
+        assert len(calls) == 1
+
+    def test_files_of_a_run_that_is_killed_after_its_figures(
+        self, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The figures are written before the checkpoint, so that a resumed run completes them."""
+
+        def killed(self: CheckpointCallback, trainer: object, *rest: object) -> None:
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+            original(self, trainer, *rest)
+
+        original = CheckpointCallback.on_train_epoch_end
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointCallback, "on_train_epoch_end", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(TINY, data, out=tmp_path / "run")
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt").content["global_step"] == 4
+        assert (tmp_path / "run" / "layers.csv").read_bytes() == (run / "layers.csv").read_bytes()
+        train(TINY, resume=tmp_path / "run")
+        assert (tmp_path / "run" / "layers.csv").read_bytes() == (run / "layers.csv").read_bytes()
+        assert_same(run / "last.ckpt", tmp_path / "run" / "last.ckpt")
 
     def test_same_settings_give_the_same_bits(self, run: Path, data: Path, tmp_path: Path) -> None:
         torch.manual_seed(123)
@@ -97,7 +133,7 @@ class TestRun:
         ]
 
     def test_learns(self, tmp_path: Path) -> None:
-        """Three classes that colour and form tell apart, against a chance of 33%."""
+        """Three classes with different colours and shapes, against a chance of 33%."""
         root = shipped_images(tmp_path / "data", ("frog", "ship", "truck"), train=100, val=50)
         settings = replace(TINY, epochs=12, batch_size=20, width=0.12, lr=0.05, dropout=0.2)
         result = train(settings, root, out=tmp_path / "run")
@@ -110,22 +146,22 @@ class TestResume:
     def test_to_the_same_bits(
         self, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
     ) -> None:
-        def ask_at(saver: Saver) -> str | None:
+        def ask_at(stop: StopRequest) -> str | None:
             return "interrupted" if trained[-1] >= step else None
 
         trained = [0]
-        original = Saver.on_train_batch_end
+        original = CheckpointCallback.on_train_batch_end
 
-        def counted(self: Saver, trainer: object, *rest: object) -> None:
+        def counted(self: CheckpointCallback, trainer: object, *rest: object) -> None:
             trained.append(trainer.global_step)
             original(self, trainer, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Saver, "on_train_batch_end", counted)
-            patch.setattr(Saver, "_stop_reason", ask_at)
+            patch.setattr(CheckpointCallback, "on_train_batch_end", counted)
+            patch.setattr(StopRequest, "reason", ask_at)
             stopped = train(TINY, data, out=tmp_path / "run")
         assert stopped.stopped == "interrupted"
-        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == step
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt").content["global_step"] == step
         torch.manual_seed(99)
         resumed = train(TINY, resume=tmp_path / "run")
         assert resumed.stopped is None
@@ -137,7 +173,7 @@ class TestResume:
         stopped = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
         assert stopped.stopped == "out of time"
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-        assert checkpoint.load(tmp_path / "run" / "last.ckpt")[1]["global_step"] == 1
+        assert checkpoint.load(tmp_path / "run" / "last.ckpt").content["global_step"] == 1
         train(TINY, resume=tmp_path / "run" / "last.ckpt")
         assert_same(run / "last.ckpt", tmp_path / "run" / "last.ckpt")
 
@@ -148,6 +184,30 @@ class TestResume:
         result = train(TINY, resume=tmp_path / "alone" / "saved.ckpt")
         assert result.folder == tmp_path / "alone"
         assert (result.folder / "filters.png").exists()
+
+    def test_is_resolved_once(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The header is read when the run is resolved, the tensors by Lightning, and the best network for pictures."""
+        folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
+        mapped: list[bool] = []
+        original = checkpoint.load
+
+        def load(path: Path, mmap: bool = False) -> checkpoint.Checkpoint:
+            mapped.append(mmap)
+            return original(path, mmap)
+
+        monkeypatch.setattr(checkpoint, "load", load)
+        spec = resumed_run(folder)
+        assert mapped == [True]
+        assert (spec.settings, spec.data, spec.out) == (TINY, str(data.resolve()), folder)
+        with pytest.raises(FrozenInstanceError):
+            spec.settings = TINY  # type: ignore[misc]
+        run_module.train(spec)
+        assert mapped == [True, False, True]
+
+    def test_other_settings(self, data: Path, tmp_path: Path) -> None:
+        folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
+        with pytest.raises(InputError, match=f"--seed 1 can't be used with --resume: .* was begun with {TINY.seed}"):
+            resumed_run(folder, {"seed": 1, "epochs": TINY.epochs})
 
     def test_finished_run(self, run: Path) -> None:
         with pytest.raises(InputError, match="has finished its 2 epochs"):
@@ -166,7 +226,7 @@ class TestResume:
     def test_other_data(self, data: Path, tmp_path: Path) -> None:
         train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)
         with pytest.raises(InputError, match="begun on 36 images of 3 classes, the data has 4000 of 10"):
-            train(TINY, images.SHIPPED, resume=tmp_path / "run")
+            train(TINY, datasets.SHIPPED, resume=tmp_path / "run")
 
 
 class TestSteps:
@@ -179,11 +239,11 @@ class TestSteps:
 
     def gradients(self, folder: Path, data: Path) -> tuple[AlexNet, dict[str, torch.Tensor]]:
         """The network before the only step, and its gradients on the only batch."""
-        header = checkpoint.load(folder / "last.ckpt")[0]
+        header = checkpoint.load(folder / "last.ckpt").header
         torch.manual_seed(header.settings.seed)
         model = header.model().to(memory_format=torch.channels_last)
-        train_set, _ = images.open_data(data, header.stored_size)
-        (batch,) = Batches(train_set, 36, 0, seed=header.settings.seed)
+        train_set, _ = datasets.open_data(data, header.stored_size)
+        (batch,) = ImageLoader(train_set, 36, 0, seed=header.settings.seed)
         x = header.crops().random(batch["images"], batch["indices"], 0)
         torch.nn.functional.cross_entropy(model(x), batch["labels"]).backward()
         return model, {name: param.grad for name, param in model.named_parameters()}
@@ -212,8 +272,8 @@ class TestSteps:
         settings = replace(self.PLAIN, epochs=2)
         whole = train(settings, data, out=tmp_path / "whole")
         train(settings, data, out=tmp_path / "run", max_seconds=1e-9)
-        train(settings, resume=tmp_path / "run", accumulate=3)
-        header = checkpoint.load(tmp_path / "run" / "last.ckpt")[0]
+        train(replace(settings, accumulate=3), resume=tmp_path / "run")
+        header = checkpoint.load(tmp_path / "run" / "last.ckpt").header
         assert header.settings == replace(settings, accumulate=3)
         for name, value in weights(whole.folder / "last.ckpt").items():
             torch.testing.assert_close(weights(tmp_path / "run" / "last.ckpt")[name], value, rtol=1e-3, atol=1e-5)
@@ -239,15 +299,15 @@ class TestSteps:
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         errors = iter([0.5, 0.6, 0.7, 0.7])
-        original = Metrics.compute
+        original = EpochMetrics.compute
 
-        def compute(self: Metrics, prefix: str) -> dict[str, float]:
+        def compute(self: EpochMetrics, prefix: str) -> dict[str, float]:
             values = original(self, prefix)
             return values | {"val_top1": 1 - next(errors)} if prefix == "val" else values
 
-        monkeypatch.setattr(Metrics, "compute", compute)
-        monkeypatch.setattr(Bar, "on_train_epoch_end", lambda *arguments: None)
-        monkeypatch.setattr(Board, "on_train_epoch_end", lambda *arguments: None)
+        monkeypatch.setattr(EpochMetrics, "compute", compute)
+        monkeypatch.setattr(ProgressCallback, "on_train_epoch_end", lambda *arguments: None)
+        monkeypatch.setattr(TensorBoardCallback, "on_train_epoch_end", lambda *arguments: None)
         settings = replace(self.PLAIN, epochs=4, schedule="plateau", patience=1, lr_drops=2)
         result = train(settings, data, out=tmp_path / "run")
         assert [row["lr"] for row in result.history] == pytest.approx([0.01, 0.01, 0.001, 0.0001])
@@ -263,7 +323,7 @@ def test_tensorboard_holds_losses_layers_and_pictures(run: Path, data: Path, tmp
     tags = events.Tags()
     assert [event.step for event in events.Scalars("step/train_loss")] == [20, 40]
     assert [event.step for event in events.Scalars("epoch/val_top1")] == list(range(4, 49, 4))
-    history = checkpoint.load(folder / "last.ckpt")[0].history
+    history = checkpoint.load(folder / "last.ckpt").history.epochs
     assert [event.value for event in events.Scalars("epoch/val_loss")] == pytest.approx(
         [row["val_loss"] for row in history]
     )
@@ -292,7 +352,7 @@ class TestFiles:
         path.write_bytes(b"before")
 
         def write_half() -> None:
-            with checkpoint.atomic_file(path) as file:
+            with atomic_file(path) as file:
                 file.write(b"after")
                 raise KeyboardInterrupt
 
@@ -302,19 +362,18 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_best_is_the_first_epoch_of_the_highest_top1(self, run: Path) -> None:
-        header = checkpoint.load(run / "last.ckpt")[0]
-        best, content = checkpoint.load(run / "best.ckpt")
-        top1 = [row["val_top1"] for row in header.history]
-        assert len(best.history) == top1.index(max(top1)) + 1
-        assert content["global_step"] == 4 * len(best.history)
+        best = checkpoint.load(run / "best.ckpt")
+        top1 = [row["val_top1"] for row in checkpoint.load(run / "last.ckpt").history.epochs]
+        assert len(best.history.epochs) == top1.index(max(top1)) + 1
+        assert best.content["global_step"] == 4 * len(best.history.epochs)
 
     def test_best_survives_the_next_last(self, tmp_path: Path) -> None:
         last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
         checkpoint.save({"epoch": 1}, last)
-        checkpoint.link(last, best)
+        link_atomically(last, best)
         checkpoint.save({"epoch": 2}, last)
         assert torch.load(best, weights_only=True) == {"epoch": 1}
-        checkpoint.link(last, best)
+        link_atomically(last, best)
         assert torch.load(best, weights_only=True) == {"epoch": 2}
         assert len(list(tmp_path.iterdir())) == 2
 
@@ -324,7 +383,7 @@ class TestFiles:
 
         monkeypatch.setattr(os, "link", refuse)
         (tmp_path / "last").write_bytes(b"content")
-        checkpoint.link(tmp_path / "last", tmp_path / "best")
+        link_atomically(tmp_path / "last", tmp_path / "best")
         assert (tmp_path / "best").read_bytes() == b"content"
         assert len(list(tmp_path.iterdir())) == 2
 
@@ -333,7 +392,7 @@ class TestBadCheckpoints:
     def change(self, run: Path, path: Path, **changes: object) -> Path:
         content = torch.load(run / "best.ckpt", weights_only=True)
         for name, value in changes.items():
-            content[checkpoint.KEY][name] = value
+            content[KEY][name] = value
         torch.save(content, path)
         return path
 
@@ -355,7 +414,7 @@ class TestBadCheckpoints:
             def __reduce__(self) -> tuple[object, tuple[str]]:
                 return os.mkdir, (str(tmp_path / "made"),)
 
-        torch.save({checkpoint.KEY: Evil()}, tmp_path / "evil.ckpt")
+        torch.save({KEY: Evil()}, tmp_path / "evil.ckpt")
         with pytest.raises(InputError, match="not a readable checkpoint"):
             checkpoint.load_network(tmp_path / "evil.ckpt")
         assert not (tmp_path / "made").exists()
@@ -388,7 +447,7 @@ class TestInference:
         network = checkpoint.load_network(run)
         result = inference.evaluate(network, data, batch_size=5)
         assert result["images"] == 18
-        assert result["top1"] == pytest.approx(network.header.best()["val_top1"])
+        assert result["top1"] == pytest.approx(network.history.best()["val_top1"])
         assert result["top5"] == 1
 
     def test_predict_agrees_with_evaluate(self, run: Path, data: Path) -> None:
@@ -412,7 +471,7 @@ class TestInference:
     def test_ten_crops_are_averaged(self, run: Path) -> None:
         network = checkpoint.load_network(run)
         size = 73
-        # An image of one colour and its crops are the same: the mean changes nothing.
+        # All crops of an image of one colour are equal, and so is their mean.
         flat = torch.full((1, size, size, 3), 90, dtype=torch.uint8)
         one, ten = (inference.probabilities(network, flat, crops) for crops in (1, 10))
         torch.testing.assert_close(one, ten)
@@ -426,13 +485,13 @@ class TestInference:
     @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:99", "cpu:0"])
     def test_device_that_is_not_there(self, name: str) -> None:
         with pytest.raises(InputError, match=f"--device.*{name}"):
-            inference.pick_device(name)
+            pick_device(name)
 
 
 class TestPieces:
     def test_every_epoch_shows_every_image_once_in_its_own_order(self, data: Path) -> None:
-        train_set, _ = images.open_data(data, 4)
-        loader = Batches(train_set, 6, 0, seed=0)
+        train_set, _ = datasets.open_data(data, 4)
+        loader = ImageLoader(train_set, 6, 0, seed=0)
         orders = []
         for epoch in range(2):
             loader.batch_sampler.sampler.set_epoch(epoch)
@@ -471,7 +530,7 @@ class TestPieces:
         for split in ("train", "val"):
             (tmp_path / "one" / split).mkdir(parents=True)
             (tmp_path / "one" / split / "ship").symlink_to(data / split / "ship")
-        with pytest.raises(InputError, match="two classes at least are needed, there is only 'ship'"):
+        with pytest.raises(InputError, match="at least two classes are needed, there is only 'ship'"):
             train(TINY, tmp_path / "one", out=tmp_path / "run")
 
     def test_lazy_bad_images(self, data: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -113,21 +112,3 @@ def facts(device: torch.device) -> dict[str, Any]:
             "triton": version("triton"),
         }
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next step, which takes the same hundreds of megabytes again.
-
-    Fresh pages from the system cost a fault each, a third of the time of a step on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)

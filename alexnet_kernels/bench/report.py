@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels._files import write_atomically
+from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.bench import baselines, machine, plots, roofline, tables
 from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.row import Row
@@ -95,7 +97,7 @@ def run(
 
 def configure() -> None:
     """Sets torch up as the baselines' experts would, and keeps freed memory: page faults would count as time."""
-    machine.keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True
 
@@ -140,7 +142,7 @@ def _plain(value: Any) -> str:
 
 def save(report: dict[str, Any], out: Path) -> None:
     for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
-        machine.write_atomically(out.with_name(out.name + suffix), text)
+        write_atomically(out.with_name(out.name + suffix), text)
 
 
 def pictures(report: dict[str, Any], out: Path) -> list[Path]:

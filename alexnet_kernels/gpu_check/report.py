@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_kernels.bench import machine, roofline, tables
+from alexnet_kernels._files import write_atomically
+from alexnet_kernels.bench import roofline, tables
 from alexnet_kernels.bench.row import OURS, is_ours
 from alexnet_kernels.gpu_check import convolutions, findings
 from alexnet_kernels.gpu_check.findings import Findings, Line
@@ -20,8 +21,8 @@ FACTS = ("device", "driver", "torch", "cuda", "cudnn", "triton", "nvcc", "python
 
 def write(out: Path, found: Findings) -> None:
     report = gathered(found.lines())
-    machine.write_atomically(out / JSON, json.dumps(report) + "\n")
-    machine.write_atomically(out / MARKDOWN, markdown(report))
+    write_atomically(out / JSON, json.dumps(report) + "\n")
+    write_atomically(out / MARKDOWN, markdown(report))
 
 
 def gathered(lines: Sequence[Line]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""AlexNet."""
+"""The AlexNet module, and torchvision's constructor of it."""
 
 from __future__ import annotations
 
@@ -25,46 +25,49 @@ _CONV_SHAPES = (
     {"kernel_size": 3, "padding": 1},
 )
 _IN_TOWERS = (False, True, False, True, True)
+"""Whether a convolution sees only its own tower's channels."""
 
 
 class AlexNet(nn.Module):
-    """AlexNet: five convolutions, three fully-connected layers, for images [N, in_channels, H, W].
+    """AlexNet: five convolutions and three fully-connected layers.
 
-    Input float32, bfloat16, float16 or float64, the parameters' dtype (any of them under autocast), NCHW or
-    channels_last (the fast one); output [N, num_classes], not normalised. H and W are free down to the
-    smallest size that leaves every pool a window: `avgpool` brings the last pool's maps to 6 x 6.
+    Input: images [N, in_channels, H, W] of the parameters' dtype (float32, bfloat16, float16 or float64; any of them
+    under autocast), NCHW or channels_last, which is faster. Output: logits [N, num_classes]. H and W may have any value
+    from `min_size` on: `avgpool` brings the last pool's maps to 6 x 6.
 
-    How the input becomes conv1's 55 x 55 maps, then 27, 13, 13, 13 and after the last pool 6:
+    conv1's output is 55 x 55, that of the later layers 27, 13, 13, 13 and, after the last pool, 6, for an input of:
 
-    - 224, zero padding of 3 at the right and bottom: the 2012 code, preset "as_run", or
+    - 224 with zero padding of 3 at the right and bottom: the 2012 code; preset "as_run", or
       conv1_padding=(0, 3, 0, 3).
-    - 224, zero padding of 2 on all sides: torchvision, presets "torchvision", "paper" and "batchnorm", or
-      conv1_padding=2. The paper prints 224 and 55 and not the padding between them.
-    - 227, no padding: Caffe, presets "caffe" and "caffenet", or conv1_padding=0.
-    - 224, no padding, gives 54 instead: the ONNX zoo's bvlc_alexnet, which is preset "caffe" fed with 224;
-      its pools round up (54, 27, 13, 6).
+    - 224 with zero padding of 2 on all sides: torchvision; presets "torchvision", "paper" and "batchnorm", or
+      conv1_padding=2. The paper gives 224 and 55, but not the padding.
+    - 227 without padding: Caffe; presets "caffe" and "caffenet", or conv1_padding=0.
+
+    224 without padding gives 54 instead: the ONNX zoo's bvlc_alexnet, which is preset "caffe" with an input of 224. Its
+    pools round up (54, 27, 13, 6).
 
     Args:
         num_classes: outputs of fc8.
-        preset: a name in `PRESETS`, or a `Preset`: the layers' order, sizes, normalisation and initial
-            values.
-        dropout: probability of dropping, on fc6 and fc7 (on their inputs in preset "torchvision"). The
-            presets "paper" and "as_run" scale activations at test, the others in training; see
+        preset: a name in `PRESETS`, or a `Preset`: order and sizes of the layers, normalisation, initial values.
+        dropout: probability of dropping the outputs of fc6 and fc7 (their inputs in preset "torchvision"). The presets
+            "paper" and "as_run" scale activations in evaluation, the others in training; see
             `alexnet_kernels.nn.Dropout`.
-        width: factor on the preset's filters and neurons, each rounded to a multiple of 8, or of 8 in each
-            tower.
+        width: factor on the preset's filters and neurons, which are rounded to a multiple of 8 per tower.
         in_channels: channels of the images.
-        conv1_padding: zero padding before conv1 in place of the preset's: a number for all sides, or (left,
-            right, top, bottom). An uneven one is an nn.ZeroPad2d in front of conv1, which moves every index
-            in `features` by one.
+        conv1_padding: zero padding before conv1 in place of the preset's: a number for all sides, or (left, right, top,
+            bottom). Unequal padding is an nn.ZeroPad2d before conv1, which shifts every index in `features` by one.
         device, dtype: of the parameters.
 
     Attributes:
         preset: the `Preset`'s name.
-        input_size: height and width of the images that give 55 x 55.
-        min_size: the smallest (height, width) that the layers take, as they were built.
-        features, avgpool, classifier: torchvision's names, and in preset "torchvision" its 13, 1 and 7
-            children and its state_dict keys. `features` and `classifier` are FusedSequential.
+        input_size: height and width of the images for which conv1's output is 55 x 55.
+        min_size: the smallest (height, width) that leaves every layer, as built, an output.
+        features, avgpool, classifier: torchvision's names. In preset "torchvision" they have its 13, 1 and 7 children
+            and its state_dict keys. `features` and `classifier` are FusedSequential.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range. The forward pass raises ValueError for an
+            input of another shape, dtype or number of channels, or one that is too small.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class AlexNet(nn.Module):
         self.preset = spec.name
         self.input_size = _input_size(spec, padding)
 
-        # Values are drawn once: by torch's layers, or by reset_parameters into layers that were never filled.
+        # Initial values are drawn once: by torch's layers, or by reset_parameters into layers on the meta device.
         target = torch.get_default_device() if device is None else torch.device(device)
         device = target if spec.initialization is None else "meta"
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -116,7 +119,7 @@ class AlexNet(nn.Module):
         return self.classifier(x)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew as the preset says, and reset batch normalisation's statistics."""
+        """Draw new initial values as the preset defines them, and reset batch normalisation's statistics."""
         layers = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         initialization = self._spec.initialization
         if initialization is None:
@@ -140,7 +143,7 @@ class AlexNet(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         first = next((m for m in self.features.children() if not isinstance(m, nn.ZeroPad2d)), None)
-        # A replaced first layer has its own rules.
+        # A first layer that the user has replaced checks its input itself.
         conv = first if isinstance(first, nn.Conv2d) else None
         channels = "C" if conv is None else conv.in_channels
         if x.dim() != 4:
@@ -179,7 +182,7 @@ def _check_count(name: str, value: int) -> None:
 
 
 def _sides(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom)."""
+    """The padding as (left, right, top, bottom)."""
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
         raise ValueError(
@@ -189,13 +192,13 @@ def _sides(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def _input_size(spec: Preset, padding: tuple[int, int, int, int]) -> int:
-    """The preset's, or else 224 or the smallest size for which conv1 gives 55 x 55."""
+    """The preset's size; with other padding 224 if conv1 then gives 55 x 55, otherwise the smallest size that does."""
     if padding == _sides(spec.conv1_padding):
         return spec.input_size
     left, right, top, bottom = padding
     rows, columns = top + bottom, left + right
-    reach = all(0 <= 224 + pad - 227 < 4 for pad in (rows, columns))
-    return 224 if reach else 227 - min(rows, columns)
+    gives_55 = all(0 <= 224 + pad - 227 < 4 for pad in (rows, columns))
+    return 224 if gives_55 else 227 - min(rows, columns)
 
 
 def _scaled(count: int, width: float, multiple: int) -> int:
@@ -261,7 +264,7 @@ def _classifier(
 
 
 def _smallest_input(features: nn.Module) -> tuple[int, int]:
-    """The smallest (height, width) that leaves every convolution and pool among the children an output."""
+    """The smallest (height, width) for which every convolution and pool has an output; (1, 1) if layers are unknown."""
     needs = [1, 1]
     for layer in reversed(list(features.children())):
         if isinstance(layer, nn.ZeroPad2d):
@@ -275,14 +278,14 @@ def _smallest_input(features: nn.Module) -> tuple[int, int]:
 
 
 def _needed(layer: nn.Conv2d | nn.MaxPool2d, axis: int, outputs: int) -> int:
-    """Rows (axis 0) or columns (axis 1) of input for so many of output."""
+    """Rows (axis 0) or columns (axis 1) of input needed for that many of output."""
     sizes: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     kernel, stride, padding, dilation = (value if isinstance(value, int) else value[axis] for value in sizes)
     reach = dilation * (kernel - 1) + 1
     if isinstance(layer, nn.MaxPool2d) and layer.ceil_mode:
-        # A last window counts if it begins inside the input, or its top or left padding.
-        cut = (outputs - 2) * stride + reach - 2 * padding + 1
-        return max(1, cut, (outputs - 1) * stride - padding + 1)
+        # The last window exists if it begins inside the input or its top or left padding.
+        partial = (outputs - 2) * stride + reach - 2 * padding + 1
+        return max(1, partial, (outputs - 1) * stride - padding + 1)
     return max(1, (outputs - 1) * stride + reach - 2 * padding)
 
 
@@ -293,17 +296,21 @@ def alexnet(
     strict: bool = True,
     **kwargs: Any,
 ) -> AlexNet:
-    """torchvision's alexnet: `AlexNet(preset="torchvision", **kwargs)`, with weights if asked for.
+    """torchvision's alexnet: `AlexNet(preset="torchvision", **kwargs)`, optionally with weights.
 
     Args:
-        weights: None, for initial values; a state dict; the path of one, a .pt, .pth, .safetensors or .npz
-            file; or a member of torchvision.models.AlexNet_Weights or its name ("IMAGENET1K_V1", "DEFAULT"),
-            which torchvision downloads. Keys and shapes are checked before the model takes any of them.
-            num_classes, unless given, follows the weights.
+        weights: None for initial values; a state dict; the path of a .pt, .pth, .safetensors or .npz file that holds
+            one; or a member of torchvision.models.AlexNet_Weights or its name ("IMAGENET1K_V1", "DEFAULT"), which
+            torchvision downloads. Keys and shapes are checked before the model is created. num_classes defaults to that
+            of the weights.
         progress: whether torchvision's download shows a progress bar.
-        strict: False also takes weights of `features` alone, and warns that the classifier keeps its initial
+        strict: False also accepts weights of `features` alone, with a warning that the classifier keeps its initial
             values.
-        **kwargs: of `AlexNet`; preset is "torchvision" unless given.
+        **kwargs: arguments of `AlexNet`; preset defaults to "torchvision".
+
+    Raises:
+        ValueError: weights that do not fit the model.
+        FileNotFoundError, ImportError, TypeError: weights that can't be read.
     """
     kwargs.setdefault("preset", "torchvision")
     if weights is None:
@@ -323,7 +330,7 @@ def _shapes(**kwargs: Any) -> dict[str, torch.Size]:
 
 
 def _check_state(state: Mapping[str, Tensor], name: str, kwargs: dict[str, Any], strict: bool) -> None:
-    """Raise unless AlexNet(**kwargs) takes the state; fills in num_classes from it."""
+    """Raise ValueError unless the state fits AlexNet(**kwargs). Sets num_classes in `kwargs` if it is missing."""
     expected = _shapes(**kwargs)
     last = list(expected)[-2]
     if "num_classes" not in kwargs and last in state and state[last].dim() == 2:

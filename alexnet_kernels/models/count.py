@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a model."""
+"""Counts of a model's parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ __all__ = ["LayerCount", "count_layers", "count_macs", "count_parameters"]
 
 @dataclass(frozen=True)
 class LayerCount:
-    """One convolution or fully-connected layer of a model, for one image."""
+    """A convolution or fully-connected layer, with its counts for one image."""
 
     name: str
     weight_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    """Without the batch."""
+    """Without the batch dimension."""
     parameters: int
     macs: int
-    """Multiply-adds of the weight; the bias adds none."""
+    """Multiply-adds of the weight. The bias is not counted."""
 
 
 def count_layers(model: nn.Module, input_size: int | tuple[int, int] | None = None) -> list[LayerCount]:
-    """The Conv2d and Linear layers that one image passes, in order.
+    """The Conv2d and Linear layers in the order in which an image passes them.
 
-    Only shapes are computed, and `model` stays as it is.
-    input_size is the image's side or (height, width), `model.input_size` unless given. The image has as many
-    channels as the first convolution takes.
+    Only shapes are computed, on the meta device, and `model` is unchanged. input_size: side of the image, or (height,
+    width); defaults to `model.input_size`. The number of channels is that of the first convolution.
+
+    Raises ValueError for a model without a Conv2d, or without an input_size if none is given.
     """
     if input_size is None:
         input_size = getattr(model, "input_size", None)
@@ -70,10 +71,10 @@ def count_layers(model: nn.Module, input_size: int | tuple[int, int] | None = No
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Elements of all parameters."""
+    """Number of elements of all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: int | tuple[int, int] | None = None) -> int:
-    """Multiply-adds of the convolutions and fully-connected layers for one image; see `count_layers`."""
+    """Multiply-adds of the convolutions and fully-connected layers for one image. Arguments as of `count_layers`."""
     return sum(layer.macs for layer in count_layers(model, input_size))

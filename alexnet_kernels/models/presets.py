@@ -1,4 +1,4 @@
-"""The AlexNets that have been published, run and shared, as data."""
+"""The published variants of AlexNet, as data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class ResponseNorm:
     """Normalisation across channels, `b = a / (k + alpha / size * sum a^2)^beta`: torch's convention."""
 
     size: int
-    """Channels in the window, n of the paper."""
+    """Channels in the window; n in the paper."""
     alpha: float
-    """Divided by size; the paper prints 1e-4 with an undivided sum, which is 5e-4 here."""
+    """Divided by size. The paper's 1e-4, which is not divided, is 5e-4 here."""
     beta: float
     k: float
     towers: int = 1
-    """Towers that the channels form; the window stays inside one."""
+    """Number of towers that the channels are split into. A window stays inside one tower."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Pool:
     kernel_size: int = 3
     stride: int = 2
     ceil_mode: bool = False
-    """Whether a window that reaches over the bottom or right edge counts."""
+    """Whether a window that extends past the bottom or right edge counts."""
 
 
 @dataclass(frozen=True)
 class Initialization:
-    """Weights drawn from N(0, std), biases constant; conv1-conv5, fc6, fc7, fc8 in this order."""
+    """Weights from N(0, std) and constant biases, in the order conv1-conv5, fc6, fc7, fc8."""
 
     weight_std: tuple[float, ...] | None
     """None: the square root of 2 / fan-in (He et al. 2015)."""
@@ -42,37 +42,38 @@ class Initialization:
 
 @dataclass(frozen=True)
 class Preset:
-    """One AlexNet. Layers 1-5 are conv1-conv5; layers 6-8 are fc6-fc8, with ReLU after fc6 and fc7."""
+    """A variant of AlexNet. Layers 1-5 are conv1-conv5, layers 6-8 fc6-fc8. fc6 and fc7 have an activation."""
 
     name: str
     source: str
-    """Where the network is written down."""
+    """Where the network is defined."""
     input_size: int
-    """Height and width of the images that make conv1's output 55 x 55."""
+    """Height and width of the images for which conv1's output is 55 x 55."""
     conv1_padding: int | tuple[int, int, int, int]
     """Zero padding of the input on all sides, or (left, right, top, bottom)."""
     filters: tuple[int, int, int, int, int]
     """Output channels of conv1-conv5."""
     groups: int
-    """Towers of conv2, conv4 and conv5; conv1, conv3 and the fc layers see every channel."""
+    """Groups of conv2, conv4 and conv5, the towers. conv1, conv3 and the fc layers see every channel."""
     layers: tuple[str, str, str, str, str]
-    """What follows conv1-conv5, in order: relu, norm (across channels), map_norm, batch_norm, pool."""
+    """The layers after each of conv1-conv5, in order: relu, norm (across channels), map_norm, batch_norm, pool."""
     pools: tuple[Pool | None, ...]
     """The pool of each of layers 1-5."""
     norm: ResponseNorm | None
-    """What norm stands for."""
+    """Definition of norm."""
     map_norm: ResponseNorm | None
-    """What map_norm stands for: a size x size window in its own map, alpha divided by size^2."""
+    """Definition of map_norm: a size x size window inside one map, alpha divided by size^2."""
     dropout_on: str
-    """outputs or inputs: of fc6 and fc7, where dropout sits."""
+    """outputs or inputs: whether dropout is applied to the outputs or the inputs of fc6 and fc7."""
     dropout_scale_at: str
-    """inference: activations times 1 - p at test, the paper's; training: kept ones times 1 / (1 - p) then."""
+    """inference: the paper's, activations times 1 - p in evaluation. training: kept activations times 1 / (1 - p) in
+    training."""
     initialization: Initialization | None
-    """None is torch's default."""
+    """None: torch's default."""
     inplace_relu: bool = False
-    """Whether the ReLU modules overwrite their input when they are called by themselves."""
+    """Whether the ReLU modules work in place when they are called unfused."""
     activation: str = "relu"
-    """What relu stands for in every layer: relu or tanh."""
+    """Definition of relu in every layer: relu or tanh."""
     neurons: int = 4096
     """Outputs of fc6 and of fc7."""
 
@@ -85,7 +86,7 @@ _CAFFE_WEIGHT_STD = (0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01)
 
 
 def _biases(value: float) -> tuple[float, ...]:
-    """The biases that start the ReLUs of conv2, conv4, conv5, fc6 and fc7 in their linear part."""
+    """Biases of `value` for conv2, conv4, conv5, fc6 and fc7, whose ReLUs then start in their linear range."""
     return (0.0, value, 0.0, value, value, value, value, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Reading AlexNet weights in the forms that people have them."""
+"""Reads AlexNet weights from state dicts, files and torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WEIGHT_NAMES = ("IMAGENET1K_V1", "DEFAULT")
 
 
 def load_weights(weights: Any, progress: bool) -> tuple[dict[str, Tensor], str]:
-    """The tensors of `weights`, and how to call it in a message."""
+    """The tensors of `weights`, and its name for messages. Arguments and errors as of `alexnet`."""
     if isinstance(weights, Mapping):
         state, name = dict(weights), "the state dict"
     elif isinstance(weights, str) and weights.removeprefix("AlexNet_Weights.") in _WEIGHT_NAMES:

@@ -1,4 +1,4 @@
-"""AlexNet over several processes: filters and neurons split into towers, batches into parts.
+"""AlexNet in several processes: filters and neurons split into towers, batches into shards.
 
     mesh = init_device_mesh("cuda", (nodes, 2), mesh_dim_names=("data", "tower"))
     model = parallelize(AlexNet().cuda(), mesh, "towers")
@@ -6,11 +6,13 @@
 See docs/parallel.md.
 """
 
-from alexnet_kernels.parallel.arithmetic import step_traffic
 from alexnet_kernels.parallel.checkpoint import export, full_state_dict, load, save
 from alexnet_kernels.parallel.collectives import count_traffic
 from alexnet_kernels.parallel.loss import cross_entropy
-from alexnet_kernels.parallel.plan import PLANS, Parallelism, parallelize
+from alexnet_kernels.parallel.parallelism import Parallelism
+from alexnet_kernels.parallel.plan import PLANS
+from alexnet_kernels.parallel.sharding import parallelize
+from alexnet_kernels.parallel.traffic import step_traffic
 
 __all__ = [
     "PLANS",

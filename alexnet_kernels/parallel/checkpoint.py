@@ -1,4 +1,4 @@
-"""Checkpoints of a parallel model, which a model on another number of ranks, or on one, can read."""
+"""Checkpoints of a split model, readable on any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 
-from alexnet_kernels.parallel.collectives import part_of
+from alexnet_kernels._errors import require
+from alexnet_kernels._files import atomic_file
+from alexnet_kernels.parallel.collectives import shard_slice
 
 __all__ = ["export", "full_state_dict", "load", "save"]
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | Path) -> None:
-    """Writes a distributed checkpoint, a new folder; each rank writes what it has.
+    """Write a distributed checkpoint, a new folder, to which each rank writes its shards.
 
-    The folder takes its name once it is whole: a process that dies leaves none of that name. Every rank calls it,
-    with one path on a file system that all of them see. Raises ValueError if the path exists.
+    The folder gets its name when it is complete. Every rank calls it, with the same path on a file system that all of
+    them see. Raises ValueError if the path exists.
     """
     path = Path(path)
-    _on_all(f"{path} exists: name another folder" if path.exists() else "")
+    _raise_on_all(f"{path} exists: name another folder" if path.exists() else "")
     temporary = path.with_name(f".{path.name}.tmp")
     if _rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -39,12 +41,12 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | 
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | Path) -> None:
-    """Reads what `save` wrote, on any number of ranks and by any plan, into the model and the optimizer.
+    """Read what `save` wrote, with any number of ranks and any plan, into the model and the optimizer.
 
     Every rank calls it. Raises ValueError if there is no such checkpoint.
     """
     path = Path(path)
-    _on_all("" if (path / ".metadata").is_file() else f"{path} is no checkpoint of parallel.save")
+    _raise_on_all("" if (path / ".metadata").is_file() else f"{path} is no checkpoint of parallel.save")
     state = _state(model, optimizer)
     dcp.load(state, checkpoint_id=str(path))
     optimizers = [] if optimizer is None else [optimizer]
@@ -57,49 +59,48 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the model on one device, on every rank, its tensors on the CPU. Every rank calls it."""
-    return {name: whole(value).contiguous() for name, value in model.state_dict().items()}
+    """The state_dict of the model before the split, on the CPU of every rank. Every rank calls it."""
+    return {name: full_tensor(value).contiguous() for name, value in model.state_dict().items()}
 
 
-def whole(value: Tensor) -> Tensor:
-    """The value of a tensor on the mesh, on every rank, on the CPU, in its parts' memory format."""
+def full_tensor(value: Tensor) -> Tensor:
+    """The full value of a DTensor, or of any tensor, on the CPU of every rank, in its shards' memory format."""
     value = value.detach()
     if isinstance(value, DTensor):
-        part = value.to_local()
-        last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+        shard = value.to_local()
+        channels_last = shard.dim() == 4 and shard.is_contiguous(memory_format=torch.channels_last)
         placements = list(value.placements)
-        # The data-parallel ranks' parts of a tower's part first.
+        # First gather a tower's shard from the data-parallel ranks.
         for dim in range(len(placements)):
             placements[dim] = Replicate()
             value = value.redistribute(placements=placements)
-        value = value.to_local().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        value = value.to_local().contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
     return value.cpu()
 
 
-def part_like(value: Tensor, like: DTensor) -> DTensor:
-    """A whole tensor, placed and laid out as `like` is, whose shape it has."""
-    mesh, part, near = like.device_mesh, value, like.to_local()
-    # A tower's part first, of which the data-parallel ranks have parts where they are fully sharded.
+def shard_like(value: Tensor, like: DTensor) -> DTensor:
+    """A full tensor of the shape of `like`, with its placements and memory format."""
+    mesh, shard, local_like = like.device_mesh, value, like.to_local()
+    # First cut a tower's shard; the data-parallel ranks cut their shards from it.
     for dim, placement in reversed(list(enumerate(like.placements))):
         if not placement.is_replicate():
-            part = part[part_of(len(part), mesh.get_local_rank(dim), mesh.size(dim))]
-    local = torch.empty_like(near, dtype=value.dtype, memory_format=torch.preserve_format).copy_(part)
+            shard = shard[shard_slice(len(shard), mesh.get_local_rank(dim), mesh.size(dim))]
+    local = torch.empty_like(local_like, dtype=value.dtype, memory_format=torch.preserve_format).copy_(shard)
     return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def export(model: nn.Module, path: str | Path) -> None:
-    """Writes the whole model's state_dict as one safetensors file, which `alexnet(weights=path)` reads.
+    """Write the full state_dict as one safetensors file, which `alexnet(weights=path)` reads.
 
     Every rank calls it, rank 0 writes. Raises ValueError if the path exists, MissingPackage without safetensors.
     """
-    from alexnet_kernels.training.checkpoint import atomic_file
-    from alexnet_kernels.training.errors import require
-
     require("a safetensors file", "safetensors")
     from safetensors.torch import save as serialize
 
     path = Path(path)
-    _on_all(f"{path} exists: name another file" if path.exists() else "")
+    _raise_on_all(f"{path} exists: name another file" if path.exists() else "")
     state = full_state_dict(model)
     if _rank() == 0:
         with atomic_file(path) as file:
@@ -107,8 +108,8 @@ def export(model: nn.Module, path: str | Path) -> None:
     _barrier()
 
 
-def _on_all(problem: str) -> None:
-    """ValueError on every rank if rank 0 has a problem."""
+def _raise_on_all(problem: str) -> None:
+    """Raise ValueError on every rank if rank 0 has a problem."""
     problems = [problem]
     if dist.is_initialized():
         dist.broadcast_object_list(problems, 0)

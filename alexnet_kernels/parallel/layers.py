@@ -1,4 +1,4 @@
-"""AlexNet's layers on one rank of several. `parallelize` makes them of a model's own."""
+"""The layers of a split AlexNet. `parallelize` changes a model's layers to these classes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from alexnet_kernels.ops.dropout import dropout
 from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout
 from alexnet_kernels.ops.local_response_norm import local_response_norm
 from alexnet_kernels.ops.lrn_max_pool2d import lrn_max_pool2d
-from alexnet_kernels.parallel.collectives import Exchange, Side, exchanged, part_of
+from alexnet_kernels.parallel.collectives import Exchange, Group, exchanged, shard_slice
 
 __all__ = ["Conv2d", "Dropout", "Linear", "LocalResponseNorm"]
 
 
 class Conv2d(nn.Conv2d):
-    """A tower's filters, over its own channels or (`both`) over every tower's."""
+    """A tower's filters, applied to its own channels or, if `all_towers`, to the channels of every tower."""
 
     name: str
-    tower: Side
-    both: bool
+    tower: Group
+    all_towers: bool
     local_groups: int
     traffic: torch.dtype | None
 
@@ -38,17 +38,17 @@ class Conv2d(nn.Conv2d):
         relu = "R" in run
         weight, bias = local(self.weight), local(self.bias)
         stride, padding = self.stride, cast(Any, self.padding)
-        if not self.both or self.tower.size == 1:
+        if not self.all_towers or self.tower.size == 1:
             return conv2d_relu(x, weight, bias, stride, padding, self.local_groups, relu=relu)
-        last = memory_format_of(x) == torch.channels_last
+        channels_last = memory_format_of(x) == torch.channels_last
         exchange = Exchange(self.name, self.tower, self.traffic)
-        unfinished, finish = exchanged(x.permute(0, 2, 3, 1) if last else x, exchange)
+        unfinished, finish = exchanged(x.permute(0, 2, 3, 1) if channels_last else x, exchange)
         filters = weight.split(x.shape[1], 1)
         output = conv2d_relu(x, filters[self.tower.rank], bias, stride, padding, relu=False)
         parts = finish(unfinished)
         for rank in range(self.tower.size):
             if rank != self.tower.rank:
-                part = parts[rank].permute(0, 3, 1, 2) if last else parts[rank]
+                part = parts[rank].permute(0, 3, 1, 2) if channels_last else parts[rank]
                 output = output + conv2d_relu(part, filters[rank], None, stride, padding, relu=False)
         return F.relu(output) if relu else output
 
@@ -56,11 +56,11 @@ class Conv2d(nn.Conv2d):
 class LocalResponseNorm(modules.LocalResponseNorm):
     """Normalisation whose window crosses the border of two towers.
 
-    Each tower normalises its channels, and those next to the border once more beside their neighbours.
+    Each tower normalises its channels, then recomputes those next to the border with a halo of the other tower's.
     """
 
     name: str
-    tower: Side
+    tower: Group
     traffic: torch.dtype | None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ class LocalResponseNorm(modules.LocalResponseNorm):
             return compute(x)
         memory_format = memory_format_of(x)
         channels, first = x.shape[1], self.tower.rank == 0
-        # Channel i's window is i - left ... i + right.
+        # The window of channel i is i - left ... i + right.
         left, right = self.size // 2, (self.size - 1) // 2
         edge = x[:, channels - left :] if first else x[:, :left]
         exchange = Exchange(self.name, self.tower, self.traffic)
         unfinished, finish = exchanged(edge.contiguous(), exchange)
         output = compute(x)
         theirs = finish(unfinished)[1 if first else 0]
-        # Kernels want eight channels.
+        # Kernels need a multiple of eight channels.
         halo = right if first else left
         if not halo:
             return output
@@ -104,12 +104,12 @@ class LocalResponseNorm(modules.LocalResponseNorm):
 
 
 class Dropout(modules.Dropout):
-    """Drops what the layer of one device would drop of these images and neurons."""
+    """Uses the mask that dropout on one device would have for these images and neurons."""
 
     rows: tuple[int, int]
-    """(index, count): the part of the batch."""
+    """(index, count): the shard of the images."""
     columns: tuple[int, int]
-    """(index, count): the part of the neurons."""
+    """(index, count): the shard of the neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
         return dropout(input, self.p, self.training, scale_at=self.scale_at, shard=self.shard(input.shape))
@@ -123,19 +123,19 @@ class Dropout(modules.Dropout):
 
 
 class Linear(nn.Linear):
-    """A tower's neurons. They see every tower's inputs, or (`gathers_rows`) the inputs of every rank's images."""
+    """A tower's neurons. It gathers the inputs of every tower or, if `gathers_images`, of every rank's images."""
 
     name: str
-    tower: Side
-    gathers_rows: bool
+    tower: Group
+    gathers_images: bool
     logits: str
-    """What becomes of the outputs: "" stays in the tower; "columns" and "rows" bring every class together, of the
-    images that the tower sees or of the rank's own."""
+    """How outputs are gathered: "" not at all; "classes" every class of the tower's images; "images" every class of
+    this rank's images."""
     traffic: torch.dtype | None
 
     def forward(self, input: Tensor) -> Tensor:
         output = self._gathered(input)
-        return _whole_logits(output, self) if self.logits and self.tower.size > 1 else output
+        return _gathered_logits(output, self) if self.logits and self.tower.size > 1 else output
 
     def compute_run(self, run: str, children: Sequence[Any], x: Tensor) -> Tensor:
         if run == "L":
@@ -157,23 +157,23 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        function = _RowsLinear if self.gathers_rows else _GatheredLinear
+        function = _GatheredImagesLinear if self.gathers_images else _GatheredInputsLinear
         with torch.autocast(x.device.type, enabled=False):
             return function.apply(x, weight, bias, Exchange(self.name, self.tower, self.traffic))
 
 
-class _GatheredLinear(torch.autograd.Function):
-    """Linear over every tower's inputs: its own product overlaps the exchange, both ways."""
+class _GatheredInputsLinear(torch.autograd.Function):
+    """Linear over the inputs of every tower. The product of its own inputs overlaps the exchange in both passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> Tensor:
         ctx.exchange, ctx.bias = exchange, bias is not None
         received = exchange.start(x)
         columns = weight.split(x.shape[1], 1)
-        rank = exchange.side.rank
+        rank = exchange.group.rank
         output = F.linear(x, columns[rank], bias)
         exchange.wait()
-        for other in range(exchange.side.size):
+        for other in range(exchange.group.size):
             if other != rank:
                 output.addmm_(received[other].to(x.dtype), columns[other].t())
         ctx.save_for_backward(x, received, weight)
@@ -183,7 +183,7 @@ class _GatheredLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, received, weight = ctx.saved_tensors
-        rank, size, inputs = ctx.exchange.side.rank, ctx.exchange.side.size, x.shape[1]
+        rank, size, inputs = ctx.exchange.group.rank, ctx.exchange.group.size, x.shape[1]
         columns = weight.split(inputs, 1)
         parts = grad.new_zeros(size, *x.shape)
         for other in range(size):
@@ -203,15 +203,15 @@ class _GatheredLinear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None
 
 
-class _RowsLinear(torch.autograd.Function):
-    """Linear over every rank's images: the product of its own overlaps the exchange, the weight's gradient the way
-    back."""
+class _GatheredImagesLinear(torch.autograd.Function):
+    """Linear over the images of every rank. The product of its own images overlaps the exchange, the weight's gradient
+    overlaps the exchange of gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> Tensor:
         ctx.exchange, ctx.bias = exchange, bias is not None
         received = exchange.start(x)
-        rank, size = exchange.side.rank, exchange.side.size
+        rank, size = exchange.group.rank, exchange.group.size
         output = x.new_empty(size, x.shape[0], weight.shape[0])
         output[rank] = F.linear(x, weight, bias)
         exchange.wait()
@@ -219,7 +219,7 @@ class _RowsLinear(torch.autograd.Function):
         for other in range(size):
             if other != rank:
                 output[other] = F.linear(rows[other], weight, bias)
-        # What was rounded for its way is exact here.
+        # The exchange rounded this rank's own images to the dtype of the traffic.
         rows[rank] = x
         ctx.save_for_backward(rows, weight)
         return output.flatten(0, 1)
@@ -228,7 +228,7 @@ class _RowsLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         rows, weight = ctx.saved_tensors
-        rank, size = ctx.exchange.side.rank, ctx.exchange.side.size
+        rank, size = ctx.exchange.group.rank, ctx.exchange.group.size
         grads = grad.unflatten(0, (size, -1))
         parts = torch.zeros_like(rows)
         for other in range(size):
@@ -245,24 +245,24 @@ class _RowsLinear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None
 
 
-def _whole_logits(logits: Tensor, layer: Linear) -> Tensor:
-    parts = [part_of(layer.out_features, rank, layer.tower.size) for rank in range(layer.tower.size)]
+def _gathered_logits(logits: Tensor, layer: Linear) -> Tensor:
+    parts = [shard_slice(layer.out_features, rank, layer.tower.size) for rank in range(layer.tower.size)]
     padded = F.pad(logits, (0, parts[0].stop - logits.shape[1]))
-    whole = _Logits.apply(padded, Exchange("logits", layer.tower, layer.traffic), layer.logits == "rows")
+    whole = _Logits.apply(padded, Exchange("logits", layer.tower, layer.traffic), layer.logits == "images")
     return torch.cat([whole[rank, :, : part.stop - part.start] for rank, part in enumerate(parts)], 1)
 
 
 class _Logits(torch.autograd.Function):
-    """[n, C] of each rank to [T, n, C], or, for rows, to [T, n / T, C] of this rank's images.
+    """[n, C] of each rank to [T, n, C] or, with `by_images`, to [T, n / T, C] of this rank's images.
 
-    Every rank goes on with the same loss, or with one of T parts of it: nothing is summed.
+    The loss of every rank is the same or, with `by_images`, the mean over its own images. No gradients are summed.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, exchange: Exchange, rows: bool) -> Tensor:
-        ctx.exchange, ctx.rows = exchange, rows
-        if rows:
-            exchange.send(logits.unflatten(0, (exchange.side.size, -1)))
+    def forward(ctx: Any, logits: Tensor, exchange: Exchange, by_images: bool) -> Tensor:
+        ctx.exchange, ctx.by_images = exchange, by_images
+        if by_images:
+            exchange.send(logits.unflatten(0, (exchange.group.size, -1)))
             return exchange.receive().to(logits.dtype)
         received = exchange.start(logits)
         exchange.wait()
@@ -271,9 +271,9 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.rows:
-            return grad[ctx.exchange.side.rank], None, None
-        ctx.exchange.send(grad / ctx.exchange.side.size)
+        if not ctx.by_images:
+            return grad[ctx.exchange.group.rank], None, None
+        ctx.exchange.send(grad / ctx.exchange.group.size)
         return ctx.exchange.receive().to(grad.dtype).flatten(0, 1), None, None
 
 

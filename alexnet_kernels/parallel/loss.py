@@ -1,4 +1,4 @@
-"""The loss over logits that stay in their towers."""
+"""Cross-entropy over logits that are split over the towers."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alexnet_kernels.parallel.collectives import Exchange, Side, all_reduce
-from alexnet_kernels.parallel.plan import Parallelism, parallelism_of
+from alexnet_kernels.parallel.collectives import Exchange, Group, all_reduce
+from alexnet_kernels.parallel.parallelism import Parallelism, parallelism_of
 
 __all__ = ["cross_entropy"]
 
 
 def cross_entropy(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of a model that was made by `parallelize(..., gather_logits=False)`.
+    """Mean cross-entropy for a model split by `parallelize(..., gather_logits=False)`.
 
     Args:
         model: the model.
-        logits: what it returned: [rows, classes of this tower], of every image that the tower saw.
-        labels: int64, of the images that this rank gave to the model.
+        logits: the model's output, [images of the tower, classes of this tower].
+        labels: int64 [images that this rank passed to the model].
 
     Returns:
-        A scalar, the same on each rank of a tower group: three numbers a row travel, never the logits. Float32 for
-        bfloat16 and float16 logits. In plan "hybrid" the mean is over the images of all ranks of the group.
+        A scalar, the same on each rank of a tower group; float32 for bfloat16 and float16 logits. In plan "hybrid" the
+        mean is over the images of all ranks of the group. Three numbers per image are sent, never the logits.
 
     Raises:
         TypeError: labels are not int64.
-        ValueError: another number of labels than of images, or a model that isn't parallel.
+        ValueError: the numbers of labels and images differ, or the model is not split.
     """
     plan: Parallelism = parallelism_of(model)
     if labels.dtype != torch.int64:
@@ -46,7 +46,7 @@ def cross_entropy(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, tower: Side, first: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, tower: Group, first: int) -> Tensor:
         z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         count = z.shape[1]
         high = z.amax(1) if count else z.new_full((len(z),), -torch.inf)

@@ -2,17 +2,21 @@
 
 | module | |
 |---|---|
-| `images` | reads ImageFolder trees and zips of them |
-| `prepare`, `shards` | the same as memory-mapped squares |
+| `settings` | what the result of a run depends on, recipes, the learning rate |
+| `source`, `decoding` | files of a folder or zip; image files as tensors |
+| `image_set`, `shards`, `datasets` | image sets in a tree or zip, and prepared ones; opening either |
+| `prepare`, `shard_writer` | writing prepared image sets |
 | `augmentation` | the paper's crops, mirroring and colour shifts; statistics of a training set |
-| `checkpoint` | atomic files, and networks read from them |
-| `lightning` | the LightningModule, the LightningDataModule and the callbacks |
-| `run` | one training run from its settings to its pictures |
-| `settings` | what a run depends on, its recipes, the learning rate |
+| `loader` | samplers, data loaders, the LightningDataModule |
+| `metrics` | loss, top-1, top-5, confusion |
+| `header`, `checkpoint` | what a checkpoint says about its run; checkpoint files |
+| `module`, `callbacks` | the LightningModule; checkpoints, stopping, CSV, TensorBoard, progress |
+| `distributed` | training in several processes |
+| `spec`, `run`, `run_pictures` | one run: its specification, the run, the pictures it leaves |
+| `devices` | picking a device, autocast |
+| `inference` | accuracy, predictions and features of a trained network |
+| `pictures` | drawing of filters, curves, predictions, neighbours, confusion |
 | `throughput` | images/s of the parts of a training step |
-| `metrics` | top-1 and top-5 |
-| `inference` | accuracy and predictions from a checkpoint |
-| `pictures` | conv1's filters, curves, predictions |
 
-Importing the package loads none of them, so that each asks for no more than it uses.
+Importing the package loads none of its modules: each needs only the optional packages that it uses.
 """

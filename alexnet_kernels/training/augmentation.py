@@ -1,8 +1,8 @@
 """The paper's data augmentation, and the statistics of a training set that it uses.
 
 Krizhevsky et al. 2012, section 4.1: random crops and mirroring, and a shift of each image's colours along the
-principal components of the training set's. What is drawn for an image is a function of (seed, epoch, the
-image's index) alone.
+principal components of the training set's colours. The random numbers of an image are a function of the seed, the
+epoch and the image's index.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from alexnet_kernels import ops, reference
 __all__ = ["Crops", "PixelSums", "Statistics", "draws", "stored_size"]
 
 COLOR_STD = 0.1
+"""The paper's standard deviation of the colour components' random multiples."""
 
 
 def stored_size(image_size: int) -> int:
-    """Side of the stored squares that crops of `image_size` are taken from: 256 for the paper's 224 and Caffe's 227."""
+    """Side of the stored squares for crops of `image_size`, in pixels: 256 for the paper's 224 and Caffe's 227."""
     return 256 if image_size == 227 else round(image_size * 256 / 224)
 
 
 @dataclass
 class PixelSums:
-    """Exact sums over images, which add up in any order to the same `Statistics`."""
+    """Exact sums over images. Added in any order, they give the same `Statistics`."""
 
     count: int
-    """Images."""
+    """Number of images."""
     places: Tensor
-    """float64 [S, S, 3], of the values at each place: whole numbers below 2^53."""
+    """float64 [S, S, 3], sums over images of each pixel: whole numbers below 2^53."""
     products: Tensor
-    """float64 [3, 3], of the products of channels over all pixels: whole numbers below 2^53."""
+    """float64 [3, 3], sums over all pixels of the products of two channels: whole numbers below 2^53."""
 
     @classmethod
     def of(cls, images: Tensor) -> PixelSums:
-        """images: uint8 [N, S, S, 3]."""
+        """The sums of images, uint8 [N, S, S, 3]."""
         total = cls(0, torch.zeros(images.shape[1:], dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64))
         for part in images.split(64):
             values = part.double()
@@ -50,12 +51,12 @@ class PixelSums:
         return PixelSums(self.count + other.count, self.places + other.places, self.products + other.products)
 
     def statistics(self) -> Statistics:
-        """Of the images that were added; at least one."""
+        """Statistics of the images that were added, at least one."""
         pixels = self.count * self.places[..., 0].numel()
         mean = self.places.sum((0, 1)) / pixels
         covariance = self.products / pixels - torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(covariance / 255**2)
-        # An eigenvector's sign is free; the draws are symmetric.
+        # An eigenvector's sign is arbitrary, and the distribution of the shift is symmetric.
         components = (vectors * values.clamp(min=0) * 255).T.flip(0)
         std = covariance.diagonal().clamp(min=0).sqrt()
         image = (self.places / self.count).float().permute(2, 0, 1).contiguous()
@@ -66,44 +67,45 @@ class PixelSums:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of a training set's pixels, in the images' units of 0..255."""
+    """Pixel statistics of a training set, in units of 0..255."""
 
     mean: tuple[float, ...]
-    """Of each channel."""
+    """Mean of each channel."""
     std: tuple[float, ...]
-    """Of each channel."""
+    """Standard deviation of each channel."""
     components: tuple[tuple[float, ...], ...]
-    """Row i: the i-th principal component of the colours, times its eigenvalue. The eigenvalues are of the
-    covariance of channels in 0..1, and brought back to 0..255: with the covariance of 0..255 the paper's
-    shift of 0.1 eigenvalues would be some hundred times an image's range."""
+    """Row i: the i-th principal component of the colours, times its eigenvalue. The eigenvalues are those of channels
+    in 0..1, scaled to 0..255. With the eigenvalues of channels in 0..255, the paper's shift of 0.1 eigenvalues would
+    be about a hundred times the range of an image."""
     mean_image: Tensor
-    """float32 [3, S, S], of each place of the stored squares."""
+    """float32 [3, S, S], the mean of each pixel of the stored squares."""
 
     @classmethod
     def of(cls, images: Tensor) -> Statistics:
-        """images: uint8 [N, S, S, 3]."""
+        """The statistics of images, uint8 [N, S, S, 3]."""
         return PixelSums.of(images).statistics()
 
 
 def draws(seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Eight numbers in [0, 1) for each image, float64 [N, 8], from int64 indices [N]."""
+    """Eight random numbers in [0, 1) for each image, float64 [N, 8]; indices: int64 [N]."""
     places = indices.cpu()[:, None] * 8 + torch.arange(8)
     return reference.philox(seed, epoch, places).double() / 2**32
 
 
 class Crops:
-    """Makes a network's input of stored images.
+    """Converts stored images to a network's input.
 
-    Images are uint8 [N, S, S, 3] on any device; results are float32 [N, 3, size, size], channels_last, on the
-    images' device: crops, mirrored and coloured, less the mean, times scale.
+    Images are uint8 [N, S, S, 3] on any device. Results are float32 [N, 3, size, size], channels_last, on the images'
+    device: crops, mirrored, with shifted colours, minus the mean, times the scale.
 
     Args:
-        size: side of the crops.
+        size: side of the crops, in pixels.
         statistics: of the training set.
-        mean: "image", the training set's mean at each place of the stored square (the 2012 code's), or "channel".
-        scale: [3], or None for 1.
-        color_std: standard deviation of the random multiples of the colours' components; 0 shifts nothing.
-        seed: of the random crops.
+        mean: "image" subtracts the mean of each pixel of the stored square, as the 2012 code; "channel" subtracts the
+            mean of each channel.
+        scale: float32 [3], or None for 1.
+        color_std: standard deviation of the colour components' random multiples; 0 disables the shift.
+        seed: seed of `random`.
     """
 
     def __init__(
@@ -121,9 +123,9 @@ class Crops:
         self._scale = scale
 
     def random(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Crops at random places, mirrored with probability 1/2, colours shifted.
+        """Crops at random positions, mirrored with probability 1/2, with shifted colours.
 
-        indices: int64 [N] on the CPU, the images' places in the training set.
+        indices: int64 [N] on the CPU, the images' indices in the training set.
         """
         u = draws(self.seed, epoch, indices)
         room = torch.tensor([images.shape[1] - self.size + 1, images.shape[2] - self.size + 1])
@@ -131,7 +133,7 @@ class Crops:
         flips = u[:, 2] < 0.5
         shift = None
         if self.color_std:
-            # Box and Muller: two normal deviates of each two numbers, three of the four wanted.
+            # Box-Muller: four normal deviates of four numbers, of which three are used.
             radius = (-2 * torch.log1p(-u[:, 4:6])).sqrt()
             angle = 2 * math.pi * u[:, 6:8]
             normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :3] * self.color_std
@@ -139,11 +141,11 @@ class Crops:
         return self._crop(images, crops, flips, shift)
 
     def centre(self, images: Tensor) -> Tensor:
-        """The crops that networks are evaluated on."""
+        """The centre crops, used for evaluation."""
         return self._crop_at(images, ((images.shape[1] - self.size) // 2, (images.shape[2] - self.size) // 2), False)
 
     def ten(self, images: Tensor) -> list[Tensor]:
-        """The paper's ten: four corners and centre, and their mirror images."""
+        """The paper's ten crops: the four corners and the centre, and their mirror images."""
         down, right = images.shape[1] - self.size, images.shape[2] - self.size
         places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
         return [self._crop_at(images, place, flip) for place in places for flip in (False, True)]

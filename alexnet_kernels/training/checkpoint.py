@@ -1,178 +1,60 @@
-"""Checkpoint files: written whole or not at all, read without executing what is in them.
+"""Checkpoint files: written completely or not at all, read without executing their content.
 
-A checkpoint is the Lightning trainer's, of tensors and plain types only, and under the key "alexnet_kernels"
-what evaluation and prediction need besides the weights: a `Header`. A safetensors file holds the model's
-state_dict and, in its metadata, the same header as JSON.
+A checkpoint is the Lightning trainer's: tensors and plain types only. Under the key "alexnet_kernels" it holds the
+header and the history of the run. A safetensors file holds the model's state_dict and, in its metadata, the same header
+and history as JSON.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
-import os
 import pickle
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_kernels._errors import InputError, RunError, first_line, require
+from alexnet_kernels._files import atomic_file, output_path, write_errors
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.training.augmentation import Crops, Statistics
-from alexnet_kernels.training.errors import InputError, RunError, first_line, require
-from alexnet_kernels.training.settings import Settings
+from alexnet_kernels.training.augmentation import Crops
+from alexnet_kernels.training.header import KEY, Header, History, from_dict, from_json, to_json
 
-__all__ = ["Header", "Network", "atomic_file", "export", "load", "load_network", "save"]
+__all__ = ["Checkpoint", "Network", "export", "export_path", "find", "load", "load_network", "save"]
 
-KEY = "alexnet_kernels"
 MODEL = "model."
-"""What the model's keys begin with in a checkpoint's state_dict."""
-FORMAT = 2
+"""Prefix of the model's keys in a checkpoint's state_dict."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read."""
+
+    header: Header
+    history: History
+    content: dict[str, Any]
+    """The whole checkpoint, as Lightning wrote it."""
 
 
 @dataclass
-class Header:
-    """What a checkpoint says about its network."""
+class Network:
+    """A trained network with the header and history of its run."""
 
-    settings: Settings
-    classes: list[str]
-    statistics: Statistics
-    data: str
-    """The path of the images it was trained on; empty for the shipped ones."""
-    train_images: int
-    fingerprint: str
-    """Of the training images' names, in order."""
-    stored_size: int
-    """Side of the squares that the crops were taken from, in pixels."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """A row of losses, accuracies and rates for each epoch."""
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    """A row for each epoch and parameter: the mean magnitude of its elements and of its last step's."""
+    model: AlexNet
+    header: Header
+    history: History = field(default_factory=History)
 
-    def to_dict(self) -> dict[str, Any]:
-        from alexnet_kernels import __version__
-
-        return {**asdict(self), "format": FORMAT, "version": __version__, "num_classes": len(self.classes)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Header:
-        if values["format"] != FORMAT:
-            raise InputError(
-                f"it is of format {values['format']}, written by version {values['version']}; "
-                f"this version reads format {FORMAT}"
-            )
-        return cls(
-            Settings.from_dict(values["settings"]),
-            [str(name) for name in values["classes"]],
-            Statistics(**values["statistics"]),
-            values["data"],
-            values["train_images"],
-            values["fingerprint"],
-            values["stored_size"],
-            list(values["history"]),
-            list(values["layers"]),
-        )
-
-    def to_json(self) -> str:
-        """`to_dict`, the mean image's float32 values, little-endian, in base64."""
-        values = self.to_dict()
-        image = values["statistics"]["mean_image"].numpy().astype("<f4")
-        values["statistics"]["mean_image"] = base64.b64encode(image.tobytes()).decode()
-        return json.dumps(values)
-
-    @classmethod
-    def from_json(cls, text: str) -> Header:
-        """Raises InputError, KeyError, TypeError or ValueError where `to_json` hasn't made the text."""
-        values = json.loads(text)
-        statistics, size = values["statistics"], values["stored_size"]
-        image = np.frombuffer(base64.b64decode(statistics["mean_image"], validate=True), "<f4")
-        statistics["mean_image"] = torch.from_numpy(image.reshape(3, size, size).astype(np.float32))
-        for name in ("mean", "std"):
-            statistics[name] = tuple(statistics[name])
-        statistics["components"] = tuple(tuple(row) for row in statistics["components"])
-        return cls.from_dict(values)
-
-    def model(self, device: torch.device | str | None = None) -> AlexNet:
-        """The network with new initial values."""
-        settings = self.settings
-        return AlexNet(len(self.classes), settings.network(), settings.dropout, settings.width, device=device)
-
+    @cached_property
     def crops(self) -> Crops:
-        """What makes the network's input.
-
-        The paper's initial values are made for pixels of 0..255, torch's and He's for variance 1.
-        """
-        settings, statistics = self.settings, self.statistics
-        initialization = settings.network().initialization
-        scale = None
-        if initialization is None or initialization.weight_std is None:
-            scale = 1 / torch.tensor(statistics.std).clamp(min=1.0)
-        return Crops(settings.image_size, statistics, settings.mean, scale, settings.color_shift, settings.seed)
-
-    def best(self) -> dict[str, float]:
-        """The first epoch of the highest top-1."""
-        return max(self.history, key=lambda row: row["val_top1"])
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes path's place, on disk, when the block ends; if it fails, path stays."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the new name last; some file systems refuse it.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def output_path(path: str | Path, *suffixes: str, option: str = "") -> Path:
-    """The path that was given (as an option); InputError unless it has one of these suffixes and its folder
-    exists."""
-    what, path = f"{option} {path}".strip(), Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise InputError(f"{what}: a {' or '.join(suffixes)} file is expected")
-    if not path.parent.is_dir():
-        raise InputError(f"{what}: there is no folder {path.parent}")
-    return path
-
-
-@contextlib.contextmanager
-def write_errors(path: str | Path) -> Iterator[None]:
-    """Around the writing of a file: RunError where that fails."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+        return self.header.crops()
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint in path's place; RunError if that fails, and path is then as it was."""
+    """Write a checkpoint, replacing `path`. If that fails, RunError is raised and `path` is unchanged."""
     try:
         with atomic_file(path) as file:
             torch.save(checkpoint, file)
@@ -181,24 +63,8 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
         raise RunError(f"checkpoint {path} could not be written: {first_line(error)}{kept}") from error
 
 
-def link(source: Path, path: Path) -> None:
-    """Give a checkpoint a second name, in place of what has it: a hard link, or a copy where there are
-    none."""
-    temporary = path.with_name(f".{path.name}.link.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with atomic_file(path) as file, source.open("rb") as original:
-            while block := original.read(1 << 20):
-                file.write(block)
-        return
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
 def find(path: str | Path, name: str) -> Path:
-    """The checkpoint itself, or the one of that name in a run's folder."""
+    """The checkpoint at `path`, or the one called `name` in a run's folder. Raises InputError if it doesn't exist."""
     path = Path(path)
     if path.is_dir():
         if not (path / name).is_file():
@@ -209,19 +75,23 @@ def find(path: str | Path, name: str) -> Path:
     return path
 
 
-def load(path: str | Path, mmap: bool = False) -> tuple[Header, dict[str, Any]]:
-    """The header and the whole content of a checkpoint, tensors on the CPU; InputError if it isn't one."""
+def load(path: str | Path, mmap: bool = False) -> Checkpoint:
+    """Read a checkpoint, with its tensors on the CPU. Raises InputError if it is not one.
+
+    mmap: map the tensors' data instead of reading it.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a readable checkpoint (cut off, damaged or of another kind)") from error
+        raise InputError(f"{path} is not a readable checkpoint (truncated, damaged or of another kind)") from error
     if not isinstance(content, dict) or not isinstance(content.get(KEY), dict):
         raise InputError(f"{path} is not a checkpoint of `alexnet-kernels train`")
     with _header_errors(path):
-        return Header.from_dict(content[KEY]), content
+        header, history = from_dict(content[KEY])
+    return Checkpoint(header, history, content)
 
 
-def _load_safetensors(path: Path) -> tuple[Header, dict[str, Tensor]]:
+def _load_safetensors(path: Path) -> tuple[Header, History, dict[str, Tensor]]:
     require(str(path), "safetensors")
     from safetensors import SafetensorError, safe_open
 
@@ -230,11 +100,13 @@ def _load_safetensors(path: Path) -> tuple[Header, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is not a readable safetensors file (cut off, damaged or of another kind)") from error
+        raise InputError(
+            f"{path} is not a readable safetensors file (truncated, damaged or of another kind)"
+        ) from error
     if KEY not in metadata:
         raise InputError(f"{path} is not a checkpoint of `alexnet-kernels convert`: its metadata has no {KEY}")
     with _header_errors(path):
-        return Header.from_json(metadata[KEY]), weights
+        return *from_json(metadata[KEY]), weights
 
 
 @contextlib.contextmanager
@@ -244,32 +116,21 @@ def _header_errors(path: str | Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"checkpoint {path} can't be used: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"checkpoint {path} lacks a part of its description: {first_line(error)}") from error
-
-
-@dataclass
-class Network:
-    """A trained network and how its input is made."""
-
-    model: AlexNet
-    header: Header
-
-    @cached_property
-    def crops(self) -> Crops:
-        return self.header.crops()
+        raise InputError(f"checkpoint {path} lacks a part of its header: {first_line(error)}") from error
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
-    """The network of a checkpoint, of a run's best or of what `export` wrote, in evaluation mode.
+    """The network of a checkpoint, of a run's best.ckpt, or of a file that `export` wrote, in evaluation mode.
 
     Raises InputError if it can't be read, MissingPackage for a .safetensors file without that package.
     """
     path = find(path, "best.ckpt")
     if path.suffix.lower() == ".safetensors":
-        header, weights = _load_safetensors(path)
+        header, history, weights = _load_safetensors(path)
     else:
-        header, content = load(path, mmap=True)
-        state = content.get("state_dict")
+        checkpoint = load(path, mmap=True)
+        header, history = checkpoint.header, checkpoint.history
+        state = checkpoint.content.get("state_dict")
         if not isinstance(state, dict):
             raise InputError(f"checkpoint {path} holds no weights")
         weights = {key.removeprefix(MODEL): value for key, value in state.items() if key.startswith(MODEL)}
@@ -282,11 +143,11 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
         detail = " ".join(str(error).split("\n")[1:2]).strip()
         raise InputError(f"checkpoint {path} does not hold the weights of {what}: {detail}") from error
     model.requires_grad_(False).eval()
-    return Network(model.to(device).to(memory_format=torch.channels_last), header)
+    return Network(model.to(device).to(memory_format=torch.channels_last), header, history)
 
 
 def export_path(path: str | Path) -> Path:
-    """The path; InputError where `export` refuses it."""
+    """The path. Raises InputError if `export` refuses it."""
     path = output_path(path, ".safetensors")
     if path.exists():
         raise InputError(f"{path} exists: name another file")
@@ -296,14 +157,14 @@ def export_path(path: str | Path) -> Path:
 def export(network: Network, path: str | Path) -> None:
     """Write the model's state_dict, its keys and dtypes unchanged, as a safetensors file.
 
-    The metadata are {"format": "pt", "alexnet_kernels": the header, see `Header.to_json`}. Raises InputError
-    for a path that exists, has another suffix than .safetensors or whose folder is missing, RunError if it
-    can't be written; nothing is left of it then.
+    The metadata are {"format": "pt", "alexnet_kernels": header and history, see `to_json`}. Raises InputError if the
+    path exists, has another suffix than .safetensors or its folder is missing; RunError if it can't be written, and
+    then no file is left.
     """
     require("a safetensors file", "safetensors")
-    from safetensors.torch import save
+    from safetensors.torch import save as serialize
 
     path = export_path(path)
     tensors = {key: value.cpu().contiguous() for key, value in network.model.state_dict().items()}
     with write_errors(path), atomic_file(path) as file:
-        file.write(save(tensors, {"format": "pt", KEY: network.header.to_json()}))
+        file.write(serialize(tensors, {"format": "pt", KEY: to_json(network.header, network.history)}))

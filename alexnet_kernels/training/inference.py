@@ -1,4 +1,4 @@
-"""Accuracy and predictions of a checkpoint's network."""
+"""Accuracy, predictions and features of a trained network."""
 
 from __future__ import annotations
 
@@ -10,39 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alexnet_kernels.training import images
+from alexnet_kernels._errors import InputError
+from alexnet_kernels.training import datasets, decoding, image_set
 from alexnet_kernels.training.checkpoint import Network
-from alexnet_kernels.training.errors import InputError
+from alexnet_kernels.training.devices import autocast
 
-__all__ = ["evaluate", "features", "likeliest", "pick_device", "predict", "probabilities", "read", "seen"]
+__all__ = [
+    "centre",
+    "evaluate",
+    "features",
+    "likeliest",
+    "predict",
+    "probabilities",
+    "read",
+]
 
 _BATCH = 100
 
 
-def pick_device(name: str) -> torch.device:
-    """auto (CUDA if there is a device), cpu, cuda or cuda:<n>; InputError for what isn't there."""
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    kind, colon, number = name.partition(":")
-    if name != "cpu" and not (kind == "cuda" and (number.isdigit() if colon else True)):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name}")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(number or 0) >= count:
-            raise InputError(f"--device {name}: torch {torch.__version__} finds {count} CUDA devices")
-        return torch.device("cuda", int(number or 0))
-    return torch.device("cpu")
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What a run of this precision computes in; the CPU has bfloat16 for float16."""
-    low = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
-    return torch.autocast(device.type, low.get(precision), enabled=precision in low)
-
-
 @torch.no_grad()
 def probabilities(network: Network, pixels: Tensor, crops: int = 1) -> Tensor:
-    """Softmax of each image, float32 [N, classes] on the CPU; the mean over ten crops with crops=10.
+    """Softmax of each image, float32 [N, classes] on the CPU; with crops=10, the mean over the paper's ten crops.
 
     pixels: uint8 [N, S, S, 3], squares of the network's stored size.
     """
@@ -58,10 +46,10 @@ def probabilities(network: Network, pixels: Tensor, crops: int = 1) -> Tensor:
 
 @torch.no_grad()
 def features(network: Network, pixels: Tensor) -> Tensor:
-    """What the last layer sees of each image, float32 [N, F] on the CPU: the 4096 neurons of fc7 at width 1.
+    """Inputs of the last layer for each image, float32 [N, F] on the CPU: the 4096 neurons of fc7 at width 1.
 
-    They are after their nonlinearity and, in presets that scale at evaluation, dropout's factor. pixels: uint8
-    [N, S, S, 3], squares of the network's stored size; the centre crop is taken.
+    The nonlinearity is applied and, in presets that scale at evaluation, dropout's factor. pixels: uint8
+    [N, S, S, 3], squares of the network's stored size. The centre crop is used.
     """
     device = next(network.model.parameters()).device
     last = [layer for layer in network.model.classifier.children() if isinstance(layer, torch.nn.Linear)][-1]
@@ -76,8 +64,8 @@ def features(network: Network, pixels: Tensor) -> Tensor:
     return torch.cat(result)
 
 
-def seen(pixels: Tensor, size: int) -> Tensor:
-    """The centre of stored squares, [N, size, size, 3]."""
+def centre(pixels: Tensor, size: int) -> Tensor:
+    """The centres of stored squares, [N, size, size, 3]: the pixels of the crops that are evaluated."""
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
     return pixels[:, top : top + size, left : left + size]
 
@@ -91,18 +79,30 @@ def evaluate(
     bad_images: str = "refuse",
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Top-1 and top-5 on the val/ of a folder or zip, or of the package's images (None).
+    """Top-1 and top-5 accuracy on the val split of an image set.
 
-    Returns {top1, top5, images, seconds, skipped, confusion, per_class}: accuracies from 0 to 1; confusion, of
-    each class the list of how often each class was the likeliest of its images; per_class, of each class's name
-    {images, top1, top5}, with None for accuracies where no image was read. Raises InputError where images can't
-    be read, or are of other classes or another size than the network's.
+    Args:
+        network: the network.
+        data: a folder or zip, as of `open_data`; None for the package's images.
+        crops: 1 (the centre) or 10.
+        batch_size: images per batch.
+        bad_images: "refuse" unreadable images with an error, or "skip" them.
+        progress: called with the number of images done since its last call.
+
+    Returns:
+        top1, top5: accuracies from 0 to 1. images: images evaluated. seconds. skipped: unreadable files. confusion:
+        list [true class][predicted class] of numbers of images. per_class: {images, top1, top5} for each class's name,
+        with None for the accuracies of a class without images.
+
+    Raises:
+        InputError: unreadable images, or images of other classes or another size than the network's.
     """
+    # torchmetrics is needed only here.
     from alexnet_kernels.training.metrics import accuracies, confusion
 
     classes = network.header.classes
-    path = data or images.SHIPPED
-    (val_set,) = images.open_data(path, network.header.stored_size, ("val",), bad_images=bad_images)
+    path = data or datasets.SHIPPED
+    (val_set,) = datasets.open_data(path, network.header.stored_size, ("val",), bad_images=bad_images)
     if val_set.classes != classes:
         theirs, ours = set(val_set.classes), set(classes)
         differing = sorted(theirs ^ ours)
@@ -123,7 +123,7 @@ def evaluate(
         places = list(range(start, min(start + batch_size, len(val_set))))
         batch = val_set.__getitems__(places)
         if batch["bad"] and bad_images == "refuse":
-            raise images.refuse(batch["bad"])
+            raise image_set.unreadable(batch["bad"])
         bad += batch["bad"]
         if len(batch["labels"]):
             result = probabilities(network, batch["images"], crops)
@@ -154,13 +154,12 @@ def evaluate(
 
 
 def read(network: Network, paths: Sequence[str | Path]) -> Tensor:
-    """Image files as squares of the network's stored size, uint8 [N, S, S, 3]; InputError where one can't be
-    read."""
-    return torch.stack([images.read_image(path, network.header.stored_size) for path in paths])
+    """Image files as squares of the network's stored size, uint8 [N, S, S, 3]. InputError if one can't be read."""
+    return torch.stack([decoding.read_image(path, network.header.stored_size) for path in paths])
 
 
 def likeliest(network: Network, probabilities: Tensor, top: int = 5) -> list[list[tuple[str, float]]]:
-    """For each row of `probabilities` its likeliest classes, best first, with their probabilities."""
+    """The `top` likeliest classes of each row of `probabilities`, best first, with their probabilities."""
     classes = network.header.classes
     values, places = probabilities.topk(min(top, len(classes)))
     return [
@@ -172,6 +171,5 @@ def likeliest(network: Network, probabilities: Tensor, top: int = 5) -> list[lis
 def predict(
     network: Network, paths: Sequence[str | Path], *, crops: int = 1, top: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """For each image file its likeliest classes with their probabilities; InputError where one can't be
-    read."""
+    """The `top` likeliest classes of each image file with their probabilities. InputError if one can't be read."""
     return likeliest(network, probabilities(network, read(network, paths), crops), top)

@@ -1,4 +1,4 @@
-"""Pictures of a run: conv1's filters, its curves, its predictions, what it confuses and takes for alike."""
+"""Drawing of filters, curves, predictions, nearest neighbours and confusion matrices, as PNG files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from alexnet_kernels.training.checkpoint import atomic_file
+from alexnet_kernels._files import atomic_file
 
 __all__ = ["confusion", "curves", "filter_grid", "filters", "neighbours", "predictions"]
 
@@ -23,8 +23,8 @@ __all__ = ["confusion", "curves", "filter_grid", "filters", "neighbours", "predi
 def filter_grid(weight: Tensor, towers: int = 2, columns: int = 16) -> Tensor:
     """conv1's kernels [K, 3, R, S] in rows of `columns`, one tower below the other, uint8 [H, W, 3].
 
-    Each kernel fills 0..255 by itself. One pixel of white between kernels, four between towers; 96 kernels in
-    two towers make six rows, as in the paper's Figure 3.
+    Each kernel is scaled to 0..255. One white pixel separates kernels, four separate towers. 96 kernels in two towers
+    make six rows, as in the paper's Figure 3.
     """
     kernels = weight.detach().float().cpu()
     low = kernels.amin((1, 2, 3), keepdim=True)
@@ -45,7 +45,7 @@ def filter_grid(weight: Tensor, towers: int = 2, columns: int = 16) -> Tensor:
 
 
 def filters(weight: Tensor, path: Path, towers: int = 2, zoom: int = 5) -> None:
-    """`filter_grid` as a PNG, each weight zoom x zoom pixels."""
+    """Write `filter_grid` as a PNG, with zoom x zoom pixels per weight."""
     grid = filter_grid(weight, towers).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     with atomic_file(path) as file:
         Image.fromarray(np.asarray(grid)).save(file, format="png")
@@ -54,13 +54,13 @@ def filters(weight: Tensor, path: Path, towers: int = 2, zoom: int = 5) -> None:
 def _write(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with atomic_file(path) as file, warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn in boxes.
+        # Characters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, format="png", dpi=110)
 
 
 def curves(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss and error over the epochs, as a PNG."""
+    """Write loss and error over the epochs as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -86,11 +86,15 @@ def predictions(
     path: Path,
     titles: Sequence[str] | None = None,
 ) -> None:
-    """Images uint8 [n, H, W, 3] above their class and the five likeliest, as in the paper's Figure 4, as a
-    PNG.
+    """Write images with their class and the five likeliest classes, as in the paper's Figure 4, as a PNG.
 
-    probabilities [n, classes]; a red bar is the right class. With labels=None all bars are blue, and titles,
-    one for each image, take the place of its class.
+    Args:
+        images: uint8 [n, H, W, 3].
+        labels: the true classes, whose bars are red; None draws all bars in blue.
+        probabilities: [n, classes].
+        classes: names.
+        path: of the PNG.
+        titles: one for each image, in place of the name of its class.
     """
     if titles is None:
         titles = [""] * len(images) if labels is None else [classes[label] for label in labels]
@@ -129,19 +133,19 @@ def neighbours(
     path: Path,
     count: int = 6,
 ) -> None:
-    """A row for each query: itself, then the training images of the nearest features, as in the paper's Figure 4,
-    as a PNG.
+    """Write a row for each query: the query, then the training images with the nearest features, as in the paper's
+    Figure 4, as a PNG.
 
-    Nearest is the smallest Euclidean distance, of the same distances the first. Two pixels of white between
-    images, twelve after the first column.
+    Nearest is the smallest Euclidean distance; of equal distances, the first. Two white pixels separate images, twelve
+    the first column from the second.
 
     Args:
         queries, training_images: uint8 [q, H, W, 3] and [n, H, W, 3].
         query_features, training_features: float32 [q, F] and [n, F].
         path: of the PNG.
-        count: training images in a row, of fewer all.
+        count: training images per row, or all if there are fewer.
     """
-    # Not by a product of matrices, which finds a distance between an image and its copy.
+    # The faster matrix product gives a nonzero distance between an image and its copy.
     distances = torch.cdist(query_features, training_features, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.argsort(dim=1, stable=True)[:, :count]
     height, width = queries.shape[1] + 2, queries.shape[2] + 2
@@ -156,19 +160,19 @@ def neighbours(
 
 
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
-    """How often the images of each class (rows) were taken for each (columns), as a PNG.
+    """Write a confusion matrix, true classes in rows and predicted ones in columns, as a PNG.
 
-    The darker, the larger the share of the row. The numbers are written up to 20 classes, every class is named
-    up to 50, some forty of more.
+    A darker cell is a larger share of its row. Up to 20 classes the numbers are written; up to 50 every class is named,
+    of more about forty.
     """
     total = len(classes)
     table = np.asarray(counts)
     share = table / table.sum(1, keepdims=True).clip(min=1)
-    # A thousand classes have two pixels each.
+    # In inches; a thousand classes get two pixels each.
     side = min(23.0, 3 + 0.4 * total)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    # The square root of a share: one error in a hundred is to be seen.
+    # The square root of the share makes one error in a hundred visible.
     axes.imshow(share, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1), interpolation="nearest")
     named = range(0, total, 1 if total <= 50 else -(-total // 40))
     names = [_short(classes[place], 20) for place in named]

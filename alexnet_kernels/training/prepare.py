@@ -1,7 +1,7 @@
-"""Turns an ImageFolder tree, or a zip of one, into the memory-mapped squares that training reads.
+"""Writes an ImageFolder tree, or a zip of one, as the memory-mapped squares that training reads.
 
-Images are taken in the order of their names, `shard_images` to a file; each file is written by one process and
-doesn't depend on which, or on how many there are. A process holds one decoded image and 64 squares at a time.
+Images are written in the order of their names, `shard_images` to a file. Each file is written by one process, and its
+bytes do not depend on the number of processes. A process holds one decoded image and 64 squares at a time.
 """
 
 from __future__ import annotations
@@ -11,75 +11,37 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from alexnet_kernels.training import images, shards
+from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._files import atomic_file, remove_temporaries, write_atomically
+from alexnet_kernels.training import image_set, shards
 from alexnet_kernels.training.augmentation import PixelSums
-from alexnet_kernels.training.checkpoint import atomic_file
-from alexnet_kernels.training.errors import InputError, RunError
+from alexnet_kernels.training.shard_writer import ShardTask, write_shards
+from alexnet_kernels.training.source import Source
 
 __all__ = ["Report", "prepare"]
-
-_BLOCK = 64
-_HEADER = 128
-"""Bytes of a .npy file's header, whatever the number of images."""
 
 
 @dataclass
 class Report:
-    """What was prepared."""
+    """The result of `prepare`."""
 
     counts: dict[str, int]
     """Images of each split."""
     classes: int
     left_out: int
     converted: int
-    """Grey, CMYK, palette and other images that became RGB."""
+    """Grey, CMYK, palette and other images that were converted to RGB."""
     seconds: float
-
-
-@dataclass
-class _Shard:
-    source: images.Source
-    split: str
-    number: int
-    files: list[str]
-    labels: list[int]
-    size: int
-    folder: Path
-
-    @property
-    def record(self) -> Path:
-        return self.folder / f"record-{self.number:05d}.npz"
-
-    @property
-    def images(self) -> Path:
-        return self.folder / shards.shard_name(self.number)
-
-    def is_finished(self) -> bool:
-        try:
-            with np.load(self.record) as record:
-                count = len(record["kept"])
-            return self.images.stat().st_size == _HEADER + count * self.size**2 * 3
-        except FileNotFoundError:
-            return False
 
 
 def prepare(
@@ -93,22 +55,23 @@ def prepare(
     bad_images: str = "skip",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Write a prepared set, going on with what an earlier call has begun; its bytes are the same either way.
+    """Write a prepared set, or continue what an interrupted call began. The result is bitwise identical either way.
 
     Args:
-        source: a folder or zip with <split>/<class>/<image> for each split, of any size and format that Pillow reads.
-        destination: the folder to write, new or begun with the same arguments.
-        size: side of the squares: the shorter side is resized to it, the centre kept.
-        splits: names of the folders; statistics are of the first.
-        shard_images: images in a file.
+        source: a folder or zip with <split>/<class>/<image> for each split; images of any size and format that Pillow
+            reads.
+        destination: a new folder, or one begun with the same arguments.
+        size: side of the squares in pixels. The shorter side is resized to it, the centre kept.
+        splits: names of the splits. The statistics are those of the first.
+        shard_images: images per file.
         workers: processes.
-        bad_images: "skip" unreadable images, listing them in report.csv, or "refuse" them.
-        progress: called with the images done, those of earlier calls included, and their total.
+        bad_images: "skip" leaves unreadable images out and lists them in report.csv; "refuse" raises InputError.
+        progress: called with the number of images done, including those of earlier calls, and the total.
 
     Raises:
-        InputError: nothing to prepare, a destination that holds something else, refused images.
-        ValueError: a number below 1.
-        RunError: a disk that is full or read-only, a process that died; what is finished stays.
+        InputError: no images, a destination with other content, refused images.
+        ValueError: a number below 1, another value of `bad_images`.
+        RunError: the disk is full or read-only, or a process died. Finished files are kept.
     """
     if bad_images not in ("refuse", "skip"):
         raise ValueError(f"bad_images must be 'refuse' or 'skip', got {bad_images!r}")
@@ -119,9 +82,9 @@ def prepare(
         raise InputError(f"splits must be different names, got {', '.join(splits) or 'none'}")
     began, root = time.monotonic(), Path(destination)
     if shards.is_prepared(source):
-        raise InputError(f"{source} is prepared already")
-    tree = images.Source(source)
-    sets = images.open_splits(tree, splits, size)
+        raise InputError(f"{source} is already a prepared folder")
+    tree = Source(source)
+    sets = image_set.open_splits(tree, splits, size)
     plan = {
         "format": shards.FORMAT,
         "source": str(Path(source).resolve()),
@@ -133,17 +96,17 @@ def prepare(
     with _disk_errors(root):
         finished = _begin(root, plan)
         tasks = [
-            _Shard(tree, split, number, files, labels, size, root / split)
+            ShardTask(tree, split, number, files, labels, size, root / split)
             for split, images_ in zip(splits, sets, strict=True)
             for number, (files, labels) in enumerate(_parts(images_, shard_images))
         ]
-        with _alone(root):
-            for left in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
-                left.unlink()
+        with _locked(root):
+            for folder in (root, *(root / split for split in splits)):
+                remove_temporaries(folder)
             if finished:
                 shards.open_shards(root, splits)
             else:
-                _write_shards(tasks, workers, progress)
+                write_shards(tasks, workers, progress)
                 _finish(root, plan, tasks, sets, bad_images)
             for task in tasks:
                 task.record.unlink(missing_ok=True)
@@ -157,7 +120,7 @@ def prepare(
     )
 
 
-def _digest(source: images.Source, sets: Sequence[images.ImageSet]) -> str:
+def _digest(source: Source, sets: Sequence[image_set.ImageSet]) -> str:
     digest = hashlib.sha256()
     for images_ in sets:
         for name in images_.files:
@@ -165,7 +128,7 @@ def _digest(source: images.Source, sets: Sequence[images.ImageSet]) -> str:
     return digest.hexdigest()
 
 
-def _parts(images_: images.ImageSet, count: int) -> Iterator[tuple[list[str], list[int]]]:
+def _parts(images_: image_set.ImageSet, count: int) -> Iterator[tuple[list[str], list[int]]]:
     for start in range(0, len(images_), count):
         yield images_.files[start : start + count], images_.labels[start : start + count].tolist()
 
@@ -176,15 +139,16 @@ def _disk_errors(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{root} can't be written: {error.strerror or error}; what is finished stays, the same command goes on"
+            f"{root} can't be written: {error.strerror or error}; finished files are kept, run the same command to "
+            "continue"
         ) from error
     except MemoryError as error:
-        raise RunError("there is no memory left; the same command goes on, with fewer --workers") from error
+        raise RunError("out of memory; run the same command with fewer --workers to continue") from error
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """InputError where another process is preparing the same folder."""
+def _locked(root: Path) -> Iterator[None]:
+    """Lock the folder. Raises InputError if another process is preparing it."""
     with (root / shards.PLAN).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,7 +158,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _begin(root: Path, plan: dict[str, Any]) -> bool:
-    """Makes the folder, or checks that it was begun with this plan; whether it is finished."""
+    """Create the folder, or check that it was begun with this plan. Returns whether it is finished."""
     path = root / shards.PLAN
     if root.exists() and not root.is_dir():
         raise InputError(f"{root} is a file; a new folder is expected")
@@ -202,14 +166,14 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
         try:
             begun = json.loads(path.read_text())
         except ValueError as error:
-            raise InputError(f"{path} is damaged: remove {root} and begin anew") from error
+            raise InputError(f"{path} is damaged: remove {root} and start again") from error
         differing = [name for name in plan if begun.get(name) != plan[name]]
         if differing:
             what = "; ".join(
                 "the images differ" if name == "images" else f"{name} was {begun.get(name)}, is {plan[name]}"
                 for name in differing
             )
-            raise InputError(f"{root} was begun otherwise: {what}; name another folder")
+            raise InputError(f"{root} was begun with other arguments: {what}; name another folder")
     elif root.exists() and any(root.iterdir()):
         raise InputError(f"{root} exists and is not empty: name a new folder")
     for split in plan["splits"]:
@@ -219,138 +183,10 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
     return (root / shards.INDEX).is_file()
 
 
-def _write_shards(tasks: list[_Shard], workers: int, progress: Callable[[int, int], None]) -> None:
-    total = sum(len(task.files) for task in tasks)
-    waiting = [task for task in tasks if not task.is_finished()]
-    before = total - sum(len(task.files) for task in waiting)
-    progress(before, total)
-    if workers <= 1 or len(waiting) <= 1:
-        done = before
-        for task in waiting:
-            for count in _write_shard(task):
-                done += count
-                progress(done, total)
-        return
-    # Threads of torch's don't survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(
-        min(workers, len(waiting)), mp_context=context, initializer=_begin_process, initargs=(counter, stop)
-    ) as pool:
-        futures = _submit(pool, waiting)
-        try:
-            while futures:
-                ready, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    future.result()
-                progress(before + counter.value, total)
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process that reads images was killed, perhaps for lack of memory; the same command goes on, "
-                "with fewer --workers if need be"
-            ) from error
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            raise
-
-
-def _submit(pool: ProcessPoolExecutor, tasks: list[_Shard]) -> set[Future[None]]:
-    # The pool starts its processes here. They inherit the mask: a terminal's Ctrl-C reaches all processes, but the
-    # first one tells the others.
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return {pool.submit(_work, task) for task in tasks}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-_counter: Any = None
-_stop: Any = None
-
-
-def _begin_process(counter: Any, stop: Any) -> None:
-    global _counter, _stop
-    _counter, _stop = counter, stop
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-
-def _work(task: _Shard) -> None:
-    for count in _write_shard(task):
-        with _counter.get_lock():
-            _counter.value += count
-        if _stop.is_set():
-            return
-
-
-def _write_shard(task: _Shard) -> Iterator[int]:
-    """Writes a shard and then its record; yields the number of images done since it last did."""
-    kept: list[int] = []
-    notes: list[tuple[str, str, str]] = []
-    size = task.size
-    sums = PixelSums.of(torch.empty(0, size, size, 3, dtype=torch.uint8))
-    with images.no_warnings(), atomic_file(task.images) as file:
-        _write_header(file, len(task.files), size)
-        block: list[torch.Tensor] = []
-        for place, name in enumerate(task.files):
-            try:
-                content = task.source.open(name)
-                mode = _mode(content)
-                block.append(images.decode(content, size))
-            except Exception as error:
-                if task.source.at_fault(error):
-                    raise
-                notes.append((name, "left out", images.reason(error)))
-            else:
-                kept.append(place)
-                if mode != "RGB":
-                    notes.append((name, "converted", mode))
-            if len(block) == _BLOCK or (block and place + 1 == len(task.files)):
-                squares = torch.stack(block)
-                sums += PixelSums.of(squares)
-                file.write(squares.numpy().tobytes())
-                block = []
-            yield 1
-        file.seek(0)
-        _write_header(file, len(kept), size)
-        file.seek(0, os.SEEK_END)
-    record = {
-        "kept": np.array(kept, dtype=np.int64),
-        "count": np.array(sums.count),
-        "places": sums.places.numpy(),
-        "products": sums.products.numpy(),
-        "notes": np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8),
-    }
-    with atomic_file(task.record) as file:
-        np.savez(file, **record)  # type: ignore[arg-type]
-
-
-def _write_header(file: Any, count: int, size: int) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _mode(content: io.BytesIO) -> str:
-    with Image.open(content) as image:
-        mode = image.mode
-    content.seek(0)
-    return mode
-
-
 def _finish(
-    root: Path, plan: dict[str, Any], tasks: list[_Shard], sets: Sequence[images.ImageSet], bad_images: str
+    root: Path, plan: dict[str, Any], tasks: list[ShardTask], sets: Sequence[image_set.ImageSet], bad_images: str
 ) -> None:
-    """Writes what belongs to the whole, index.json last."""
+    """Write the labels, names, statistics and report of the whole set, index.json last."""
     notes: list[list[str]] = []
     splits: dict[str, dict[str, list[int]]] = {}
     for split, images_ in zip(plan["splits"], sets, strict=True):
@@ -370,7 +206,7 @@ def _finish(
             counts.append(len(kept))
         images_.files, images_.labels = files, torch.tensor(labels, dtype=torch.int64)
         if bad_images == "skip":
-            images.check_classes(images_, split)
+            image_set.check_classes(images_, split)
         splits[split] = {"shards": counts}
         with atomic_file(root / split / "labels.npy") as file:
             np.save(file, np.array(labels, dtype=np.int64))
@@ -381,10 +217,9 @@ def _finish(
     left_out = [f"{name}: {reason}" for name, what, reason in notes if what == "left out"]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["image", "what", "reason"], *notes])
-    with atomic_file(root / shards.REPORT) as file:
-        file.write(text.getvalue().encode())
+    write_atomically(root / shards.REPORT, text.getvalue())
     if left_out and bad_images == "refuse":
-        raise images.refuse(left_out)
+        raise image_set.unreadable(left_out)
     index = {
         "format": plan["format"],
         "size": plan["size"],
@@ -397,5 +232,4 @@ def _finish(
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(content).encode())
+    write_atomically(path, json.dumps(content))

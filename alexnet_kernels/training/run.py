@@ -1,4 +1,4 @@
-"""One training run, from its settings to its pictures."""
+"""One training run, from its specification to its pictures."""
 
 from __future__ import annotations
 
@@ -8,264 +8,205 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from rich.console import Console
 from rich.progress import Progress
 
-from alexnet_kernels import __version__
+from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._files import remove_temporaries
+from alexnet_kernels._runtime import keep_freed_memory
+from alexnet_kernels._version import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
-from alexnet_kernels.training import checkpoint, images, inference, pictures
+from alexnet_kernels.training import datasets, decoding, image_set
 from alexnet_kernels.training.augmentation import Statistics, stored_size
-from alexnet_kernels.training.errors import InputError, RunError
-from alexnet_kernels.training.lightning import AtomicCheckpointIO, Bar, Board, Classifier, Images, Saver, Stopped
-from alexnet_kernels.training.processes import Parallel, Team, join
+from alexnet_kernels.training.callbacks.checkpoint import AtomicCheckpointIO, CheckpointCallback
+from alexnet_kernels.training.callbacks.csv_files import CSVCallback
+from alexnet_kernels.training.callbacks.progress import ProgressCallback
+from alexnet_kernels.training.callbacks.stop import Stopped, StopRequest
+from alexnet_kernels.training.callbacks.tensorboard import TensorBoardCallback
+from alexnet_kernels.training.devices import pick_device
+from alexnet_kernels.training.distributed.strategy import AlexNetStrategy
+from alexnet_kernels.training.distributed.team import Team, join
+from alexnet_kernels.training.header import Header
+from alexnet_kernels.training.loader import ImageDataModule
+from alexnet_kernels.training.module import Classifier
+from alexnet_kernels.training.run_pictures import draw_pictures
 from alexnet_kernels.training.settings import Settings, save_recipe
+from alexnet_kernels.training.spec import ResumePoint, RunSpec
 
 __all__ = ["Result", "train"]
 
 _STATISTICS_IMAGES = 10_000
-_NEIGHBOURS = 2000
-"""Training images among which the nearest to some validation images are looked for."""
 _PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+_TRAFFIC = {None: None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 @dataclass
 class Result:
-    """Of a run: what was reached, and where it is."""
+    """What a run reached, and where its files are."""
 
     folder: Path
     history: list[dict[str, float]]
+    """A row per epoch, see `History`."""
     best: dict[str, float]
-    """The row of the best epoch; empty if none was finished."""
+    """The row of the best epoch; empty if no epoch was finished."""
     classes: int
     parameters: int
     seconds: float
-    """Of this call, reading included."""
+    """Duration of this call, including reading images."""
     skipped: list[str]
     """Unreadable images that were left out."""
     stopped: str | None
     """Why the run ended before its last epoch, or None."""
 
 
-def train(
-    settings: Settings,
-    data: str | Path | None = None,
-    *,
-    out: str | Path | None = None,
-    resume: str | Path | None = None,
-    device: str = "auto",
-    workers: int = 0,
-    max_seconds: float | None = None,
-    save_every: int = 1000,
-    accumulate: int | None = None,
-    bad_images: str = "refuse",
-    in_memory: int = images.IN_MEMORY,
-    parallel: Parallel | None = None,
-    console: Console | None = None,
-) -> Result:
-    """Train an AlexNet, leaving its checkpoints, metrics.csv and pictures in a folder.
+def train(spec: RunSpec, console: Console | None = None) -> Result:
+    """Train an AlexNet. Checkpoints, metrics.csv and pictures are left in the run's folder.
 
     Args:
-        settings: what the result depends on; with resume, the checkpoint's own are taken.
-        data: what `prepare` made, or an ImageFolder tree with train/ and val/, or a zip of one; None for the
-            images of the package.
-        out: the run's folder, which must not exist; None for the next free runs/<preset>-<n>. Processes that torchrun
-            starts anew go on with the run in it.
-        resume: a checkpoint, or the folder of a run, to go on with in that folder. With the same device and
-            number of threads the weights come out, on a CPU, as those of a run that never stopped. Another number of
-            processes, or one, may go on with it.
-        device: auto (CUDA if there is a device), cpu, cuda or cuda:<n>.
-        workers: processes that read images where a set is too large to be held in memory.
-        max_seconds: ends the run after the step that passes them.
-        save_every: steps between checkpoints inside an epoch; one is written after every epoch, too.
-        accumulate: in place of the settings' own, for a resumed run that lacks memory.
-        bad_images: "refuse" or "skip".
-        in_memory: bytes up to which images are held in memory, by all processes of a machine together.
-        parallel: how the network is split over processes, each of which makes this call, with torchrun's environment
-            variables (see `processes.launch`); None for one process.
+        spec: the run.
         console: for progress; None prints nothing.
 
     Raises:
-        InputError: settings, images or checkpoint that can't be used.
+        InputError: settings, images or a checkpoint that can't be used.
         RunError: a loss that is not finite, a checkpoint that can't be written, no memory left.
     """
+    began = time.monotonic()
+    keep_freed_memory()
     console = console or Console(quiet=True)
-    options: dict[str, Any] = {
-        "resume": resume, "workers": workers, "max_seconds": max_seconds, "save_every": save_every,
-        "accumulate": accumulate, "bad_images": bad_images,
-    }  # fmt: skip
-    if parallel is None:
-        return _train(settings, data, out, in_memory, device, console, Team(), **options)
-    with join(parallel, device) as team:
+    if spec.parallel is None:
+        return _train(spec, console, Team(), began)
+    with join(spec.parallel, spec.device) as team:
         if team.rank > 0:
             console = Console(quiet=True)
-        device = f"cuda:{team.local_rank}" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        return _train(settings, data, out, in_memory // team.local_size, device, console, team, **options)
+        cuda = spec.device != "cpu" and torch.cuda.is_available()
+        local = replace(
+            spec,
+            device=f"cuda:{team.local_rank}" if cuda else "cpu",
+            in_memory=spec.in_memory // team.local_size,
+        )
+        return _train(local, console, team, began)
 
 
-def _train(
-    settings: Settings,
-    data: str | Path | None,
-    out: str | Path | None,
-    in_memory: int,
-    device: str,
-    console: Console,
-    team: Team,
-    *,
-    resume: str | Path | None,
-    workers: int,
-    max_seconds: float | None,
-    save_every: int,
-    accumulate: int | None,
-    bad_images: str,
-) -> Result:
-    began = time.monotonic()
-    resumed: checkpoint.Header | None = None
-    if resume is None and out is not None and team.restarted and (Path(out) / "last.ckpt").exists():
-        resume = out
-    if resume is not None:
-        resume = checkpoint.find(resume, "last.ckpt")
-        resumed = checkpoint.load(resume, mmap=True)[0]
-        settings = resumed.settings
-        if len(resumed.history) >= settings.epochs:
-            raise InputError(f"{resume} has finished its {settings.epochs} epochs: there is nothing to resume")
-        if accumulate is not None:
-            settings = resumed.settings = replace(settings, accumulate=accumulate)
-        if team.rank == 0:
-            _remove_temporaries(resume.parent)
-        if data is None and resumed.data:
-            data = resumed.data
-    target = inference.pick_device(device)
-    if settings.precision == "16" and target.type != "cuda":
-        raise InputError("--precision 16 needs a CUDA device; --precision bf16 and 32 run everywhere")
-    _check_size(settings)
-    _check_split(settings, team)
-    if resume is None and out is not None and team.rank == 0 and not team.restarted:
-        _refuse_existing(Path(out))
-
-    sets = _read(data or images.SHIPPED, settings.image_size, bad_images, in_memory, console, team)
-    header = _header(settings, data, sets[0], resumed)
-    _check_sets(header, sets, bad_images, resumed, team)
+def _train(spec: RunSpec, console: Console, team: Team, began: float) -> Result:
+    settings = spec.settings
+    device = pick_device(spec.device)
+    if spec.resume is not None and team.rank == 0:
+        # What a killed process was writing.
+        remove_temporaries(spec.resume.path.parent)
+    _check_settings(spec, device, team)
+    sets = _read_images(spec, console, team)
+    header = _header(spec, sets[0])
+    _check_sets(spec, header, sets, team)
     torch.manual_seed(settings.seed)
     model = header.model()
     parameters = count_parameters(model)
-
-    def make_folder() -> Path:
-        folder = _new_folder(out, settings.preset, team.restarted and out is not None)
-        save_recipe(settings, folder / "recipe.yaml")
-        return folder
-
-    folder = team.folder = resume.parent if resume is not None else team.from_first(make_folder)
-    introduction = _introduction(settings, sets, parameters, target, folder, team)
+    folder = team.folder = _folder(spec, team)
+    introduction = _introduction(settings, sets, parameters, device, folder, team)
     console.print(introduction, highlight=False, soft_wrap=True, markup=False)
 
-    module = Classifier(model.to(memory_format=torch.channels_last), header, bad_images, team)
-    saver = Saver(folder, None if max_seconds is None else max_seconds - (time.monotonic() - began), save_every, team)
-    board = Board(folder / "tensorboard")
+    module = Classifier(model.to(memory_format=torch.channels_last), header, spec.bad_images, team)
+    left = None if spec.max_seconds is None else spec.max_seconds - (time.monotonic() - began)
+    stop, board = StopRequest(left, team), TensorBoardCallback(folder / "tensorboard")
+    callbacks = [
+        ProgressCallback(console), board, CSVCallback(folder), CheckpointCallback(folder, stop, spec.save_every)
+    ]  # fmt: skip
     stopped: str | None = None
-    with _quiet():
+    with _lightning_notices_off():
         trainer = pl.Trainer(
-            accelerator="gpu" if target.type == "cuda" else "cpu",
+            accelerator="gpu" if device.type == "cuda" else "cpu",
             precision=_PRECISIONS[settings.precision],
             max_epochs=settings.epochs,
-            callbacks=[Bar(console), board, saver],
+            callbacks=callbacks,
             default_root_dir=folder,
-            **_processes(team, target),
+            **_devices(team, device),
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        module_data = Images(sets[0], sets[1], settings, workers, team.rows)
+        data = ImageDataModule(sets[0], sets[1], settings, spec.workers, team.batch_shard)
         try:
-            with saver.signals(), _explained(folder, team):
-                trainer.fit(module, module_data, ckpt_path=resume)
+            with stop.signals(), _machine_errors(folder, team):
+                trainer.fit(module, data, ckpt_path=None if spec.resume is None else spec.resume.path)
         except Stopped as reason:
             stopped = str(reason)
-    skipped = sorted({*sets[0].bad, *sets[1].bad, *module.bad})
-    team.leave()
-    if header.history and team.rank == 0:
-        with _explained(folder, team):
-            board.pictures(_draw(module, sets, folder, target), trainer.global_step)
-    best = header.best() if header.history else {}
+    team.finish()
+    history = module.history
+    if history.epochs and team.rank == 0:
+        with _machine_errors(folder, team):
+            board.add_pictures(draw_pictures(history, sets, folder, device), trainer.global_step)
     return Result(
         folder,
-        header.history,
-        best,
+        history.epochs,
+        history.best() if history.epochs else {},
         len(header.classes),
         parameters,
         time.monotonic() - began,
-        skipped,
+        sorted({*sets[0].bad, *sets[1].bad, *module.bad}),
         stopped,
     )
 
 
-def _check_size(settings: Settings) -> None:
+def _check_settings(spec: RunSpec, device: torch.device, team: Team) -> None:
+    """Raise InputError for settings that the device, the network or the processes can't run, or an existing folder."""
+    settings = spec.settings
+    if settings.precision == "16" and device.type != "cuda":
+        raise InputError("--precision 16 needs a CUDA device; --precision bf16 and 32 run everywhere")
     model = AlexNet(2, settings.network(), width=settings.width, device="meta")
     smallest = max(model.min_size)
     if settings.image_size < smallest:
         raise InputError(
             f"--image-size {settings.image_size} is too small for preset {settings.preset!r}: {smallest} at least"
         )
+    if team.parallel is not None:
+        team.parallel.check(team.size, settings)
+        own = {**settings.to_dict(), **asdict(team.parallel), "version": __version__}
+        team.check_same(**own, torch=torch.__version__.split("+")[0])
+    if spec.resume is None and spec.out is not None and team.rank == 0 and not team.restarted:
+        _refuse_existing(spec.out)
 
 
-def _check_split(settings: Settings, team: Team) -> None:
-    """InputError unless the network and a batch split over the processes, which all want the same."""
-    parallel = team.parallel
-    if parallel is None:
-        return
-    parallel.check(team.size, settings)
-    mine = {**settings.to_dict(), **asdict(parallel), "version": __version__}
-    team.check_same(**mine, torch=torch.__version__.split("+")[0])
-
-
-def _check_sets(
-    header: checkpoint.Header,
-    sets: Sequence[images.StoredImages],
-    bad_images: str,
-    resumed: checkpoint.Header | None,
-    team: Team,
-) -> None:
-    """InputError unless all processes read the same images, and go on from the same state."""
+def _check_sets(spec: RunSpec, header: Header, sets: Sequence[image_set.StoredImages], team: Team) -> None:
+    """Raise InputError unless all processes have the same images and the same state to resume."""
     if team.size == 1:
         return
-    if team.rows[1] > 1:
-        if len(sets[0]) < header.settings.batch_size:
+    if team.batch_shard[1] > 1:
+        batch_size = header.settings.batch_size
+        if len(sets[0]) < batch_size:
             raise InputError(
-                f"--batch-size {header.settings.batch_size}: there are {len(sets[0])} training images, fewer than a "
-                "batch, which don't split evenly over processes"
+                f"--batch-size {batch_size}: the {len(sets[0])} training images are fewer than a batch and don't split "
+                "evenly over processes"
             )
-        if bad_images == "skip" and any(isinstance(set_, images.ImageSet) and set_.pixels is None for set_ in sets):
+        if spec.bad_images == "skip" and any(isinstance(s, image_set.ImageSet) and s.pixels is None for s in sets):
             raise InputError(
-                "--bad-images skip, of images that are read as they are needed, would give processes unequal parts: "
-                "`alexnet-kernels prepare` leaves unreadable images out beforehand"
+                "--bad-images skip, of images that are not held in memory, would give the processes shards of "
+                "different sizes: `alexnet-kernels prepare` leaves unreadable images out beforehand"
             )
+    resume = spec.resume
     team.check_same(
         training_images=(len(sets[0]), header.fingerprint),
         validation_images=(len(sets[1]), _fingerprint(sets[1])),
-        state_to_resume=None if resumed is None else (len(resumed.history), repr(resumed.history[-1:])),
+        state_to_resume=None if resume is None else (len(resume.history.epochs), repr(resume.history.epochs[-1:])),
     )
 
 
-def _processes(team: Team, device: torch.device) -> dict[str, Any]:
-    """What Lightning's trainer is told of devices and processes."""
-    if team.parallel is None:
+def _devices(team: Team, device: torch.device) -> dict[str, Any]:
+    """The trainer's arguments for devices and processes."""
+    parallel = team.parallel
+    if parallel is None:
         return {
             "devices": [device.index or 0] if device.type == "cuda" else 1,
             "plugins": [AtomicCheckpointIO()],
         }
-    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-
-    from alexnet_kernels.training.strategy import AlexNetStrategy
-
-    parallel = team.parallel
-    traffic = {"bf16": torch.bfloat16, "16": torch.float16}.get(parallel.traffic or "")
+    traffic = _TRAFFIC[parallel.traffic]
     return {
         "devices": team.local_size,
         "num_nodes": team.size // team.local_size,
@@ -275,127 +216,124 @@ def _processes(team: Team, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _folder(spec: RunSpec, team: Team) -> Path:
+    """The folder of the run: created, with its recipe.yaml, or the one of the resumed run."""
+    if spec.resume is not None:
+        return spec.resume.path.parent
+
+    def create() -> Path:
+        folder = _new_folder(spec.out, spec.settings.preset, team.restarted and spec.out is not None)
+        save_recipe(spec.settings, folder / "recipe.yaml")
+        return folder
+
+    return team.from_first(create)
+
+
 def _refuse_existing(folder: Path) -> None:
     if folder.exists():
-        hint = ""
-        if (folder / "last.ckpt").exists():
-            hint = f", or go on with that run: --resume {folder}"
+        hint = f", or resume that run: --resume {folder}" if (folder / "last.ckpt").exists() else ""
         raise InputError(f"--out {folder} exists: name another folder{hint}")
 
 
-def _new_folder(out: str | Path | None, preset: str, begun: bool) -> Path:
-    """The run's folder; it may exist only where the run was begun before."""
+def _new_folder(out: Path | None, preset: str, may_exist: bool) -> Path:
+    """Create the folder `out`, or the next free runs/<preset>-<n>."""
     number = 0
     while True:
         number += 1
-        folder = Path(out) if out is not None else Path("runs") / f"{preset}-{number}"
+        folder = out if out is not None else Path("runs") / f"{preset}-{number}"
         try:
-            folder.mkdir(parents=True, exist_ok=begun)
+            folder.mkdir(parents=True, exist_ok=may_exist)
         except FileExistsError:
             if out is not None:
                 _refuse_existing(folder)
                 raise InputError(f"--out {folder}: a part of the path is no folder") from None
         except OSError as error:
             reason = error.strerror or errno.errorcode.get(error.errno or 0, "")
-            raise InputError(f"the run's folder {folder} can't be made: {reason}") from error
+            raise InputError(f"the run's folder {folder} can't be created: {reason}") from error
         else:
             return folder
 
 
-def _remove_temporaries(folder: Path) -> None:
-    """What a killed process was writing."""
-    for path in folder.glob(".*.tmp"):
-        with suppress(OSError):
-            path.unlink()
-
-
 @contextmanager
-def _explained(folder: Path, team: Team) -> Iterator[None]:
-    """Failures of the machine in one line, and what is left of the run."""
+def _machine_errors(folder: Path, team: Team) -> Iterator[None]:
+    """Turn failures of the machine into a RunError of one line, which says how to resume the run."""
     try:
         yield
     except SystemExit as exit_:
-        # What Lightning makes of a second Ctrl-C.
+        # Lightning's reaction to a second Ctrl-C.
         if isinstance(exit_.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, RunError):
             reason = str(error)
-        elif _out_of_memory(error):
-            reason = "there is no memory left: try --accumulate 2 or more, which takes a batch in parts"
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            reason = "out of memory: try --accumulate 2 or more, which processes a batch in parts"
         elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
             reason = f"{error.filename or folder}: {error.strerror or error}"
         elif "DataLoader worker" in str(error):
-            reason = f"a process that reads images ended: {images.reason(error)}; try fewer --workers"
+            reason = f"a process that reads images ended: {decoding.error_reason(error)}; try fewer --workers"
         else:
             raise
-        raise RunError(reason + team.kept()) from error
+        raise RunError(reason + team.resume_hint()) from error
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _read(
-    path: str | Path, crop: int, bad_images: str, in_memory: int, console: Console, team: Team
-) -> Sequence[images.StoredImages]:
+def _read_images(spec: RunSpec, console: Console, team: Team) -> Sequence[image_set.StoredImages]:
+    path, crop = spec.data or datasets.SHIPPED, spec.settings.image_size
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading images", total=None)
 
         def advance(count: int) -> None:
-            team.moved()
+            team.report_progress()
             progress.advance(task, count)
 
-        sets = images.open_data(
-            path,
-            stored_size(crop),
-            bad_images=bad_images,
-            in_memory=in_memory,
-            progress=advance,
+        sets = datasets.open_data(
+            path, stored_size(crop), bad_images=spec.bad_images, in_memory=spec.in_memory, progress=advance
         )
     if len(sets[0].classes) < 2:
-        raise InputError(f"--data {path}: two classes at least are needed, there is only {sets[0].classes[0]!r}")
-    images.check_room(sets[0], crop, path)
+        raise InputError(f"--data {path}: at least two classes are needed, there is only {sets[0].classes[0]!r}")
+    image_set.check_stored_size(sets[0], crop, path)
     return sets
 
 
-def _fingerprint(image_set: images.StoredImages) -> str:
-    """Of the images' names, in order."""
-    return hashlib.sha256("\n".join(image_set.files).encode()).hexdigest()
+def _fingerprint(images: image_set.StoredImages) -> str:
+    """Hash of the images' names, in order."""
+    return hashlib.sha256("\n".join(images.files).encode()).hexdigest()
 
 
-def _header(
-    settings: Settings, data: str | Path | None, train_set: images.StoredImages, resumed: checkpoint.Header | None
-) -> checkpoint.Header:
+def _header(spec: RunSpec, train_set: image_set.StoredImages) -> Header:
+    """The header of a new run, or the resumed run's. Raises InputError if that was begun on other images."""
     fingerprint = _fingerprint(train_set)
-    if resumed is None:
-        statistics = train_set.statistics
-        if statistics is None:
-            sample = train_set.sample(len(train_set) if train_set.pixels is not None else _STATISTICS_IMAGES)
-            if not len(sample):
-                raise InputError(f"--data {data}: none of the images looked at can be read")
-            statistics = Statistics.of(sample)
-        path = "" if data is None else str(Path(data).resolve())
-        return checkpoint.Header(
-            settings, train_set.classes, statistics, path, len(train_set), fingerprint, train_set.size
-        )
-    if resumed.classes != train_set.classes or resumed.train_images != len(train_set):
+    if spec.resume is not None:
+        _check_resumed_images(spec.resume, train_set, fingerprint)
+        return replace(spec.resume.header, settings=spec.settings)
+    statistics = train_set.statistics
+    if statistics is None:
+        sample = train_set.sample(len(train_set) if train_set.pixels is not None else _STATISTICS_IMAGES)
+        if not len(sample):
+            raise InputError(f"--data {spec.data}: none of the sampled images can be read")
+        statistics = Statistics.of(sample)
+    path = "" if spec.data is None else str(Path(spec.data).resolve())
+    return Header(spec.settings, train_set.classes, statistics, path, len(train_set), fingerprint, train_set.size)
+
+
+def _check_resumed_images(resume: ResumePoint, train_set: image_set.StoredImages, fingerprint: str) -> None:
+    header = resume.header
+    if header.classes != train_set.classes or header.train_images != len(train_set):
         raise InputError(
-            f"the run was begun on {resumed.train_images} images of {len(resumed.classes)} classes, the data "
-            f"has {len(train_set)} of {len(train_set.classes)}: a resumed run needs the same"
+            f"the run was begun on {header.train_images} images of {len(header.classes)} classes, the data "
+            f"has {len(train_set)} of {len(train_set.classes)}: a resumed run needs the same images"
         )
-    if resumed.fingerprint != fingerprint or resumed.stored_size != train_set.size:
+    if header.fingerprint != fingerprint or header.stored_size != train_set.size:
         raise InputError(
-            f"the run was begun on images of other names, or of {resumed.stored_size} pixels instead of "
-            f"{train_set.size}: a resumed run needs the same"
+            f"the run was begun on images of other names, or of {header.stored_size} pixels instead of "
+            f"{train_set.size}: a resumed run needs the same images"
         )
-    return resumed
 
 
 def _introduction(
     settings: Settings,
-    sets: Sequence[images.StoredImages],
+    sets: Sequence[image_set.StoredImages],
     parameters: int,
     device: torch.device,
     folder: Path,
@@ -416,8 +354,8 @@ def _introduction(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's notices, which speak to who writes a training script."""
+def _lightning_notices_off() -> Iterator[None]:
+    """Silence Lightning's notices, which address the author of a training script."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -430,47 +368,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _draw(module: Classifier, sets: Sequence[images.StoredImages], folder: Path, device: torch.device) -> list[Path]:
-    """Writes the run's pictures; returns their paths."""
-    val_set = sets[1]
-    settings = module.header.settings
-    pictures.curves(module.header.history, folder / "curves.png")
-    best = folder / "best.ckpt"
-    # A checkpoint resumed by itself has no best beside it until an epoch does better.
-    network = checkpoint.load_network(best if best.exists() else folder / "last.ckpt", device)
-    conv1 = next(layer for layer in network.model.features.children() if isinstance(layer, torch.nn.Conv2d))
-    towers = 2 if any(getattr(layer, "groups", 1) > 1 for layer in network.model.features.children()) else 1
-    pictures.filters(conv1.weight, folder / "filters.png", towers)
-    # Twelve images, evenly spaced through the classes.
-    places = torch.linspace(0, len(val_set) - 1, min(12, len(val_set))).long().tolist()
-    batch = val_set.__getitems__(places)
-    if len(batch["labels"]):
-        probabilities = inference.probabilities(network, batch["images"])
-        labels = batch["labels"].tolist()
-        pictures.predictions(
-            inference.seen(batch["images"], settings.image_size),
-            labels,
-            probabilities,
-            module.header.classes,
-            folder / "predictions.png",
-        )
-    _draw_neighbours(network, sets, folder / "neighbours.png")
-    names = ("filters.png", "curves.png", "predictions.png", "neighbours.png")
-    return [folder / name for name in names if (folder / name).exists()]
-
-
-def _draw_neighbours(network: checkpoint.Network, sets: Sequence[images.StoredImages], path: Path) -> None:
-    train_set, val_set = sets
-    places = torch.linspace(0, len(val_set) - 1, min(6, len(val_set))).long().tolist()
-    queries, training = val_set.__getitems__(places)["images"], train_set.sample(_NEIGHBOURS)
-    if len(queries) and len(training):
-        size = network.header.settings.image_size
-        pictures.neighbours(
-            inference.seen(queries, size),
-            inference.seen(training, size),
-            inference.features(network, queries),
-            inference.features(network, training),
-            path,
-        )

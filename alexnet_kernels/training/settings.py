@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
-from alexnet_kernels.training.errors import InputError
 
 __all__ = [
     "PRECISIONS",
@@ -32,55 +32,53 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def _setting(help: str, choices: Sequence[str] | None = None, default: Any = MISSING) -> Any:
-    """A field, with what a recipe that leaves it out means by that."""
+    """A field with its help and choices. `default` is for recipes that do not set it."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One field for each option of `alexnet-kernels train`. Raises InputError for a value out of range."""
+    """What a run's result depends on; each field is an option of `train`. InputError for a value out of range."""
 
     preset: str = _setting("the network", tuple(PRESETS))
-    activation: str = _setting(
-        "the neurons' nonlinearity; with tanh biases start at 0", ("relu", "tanh"), default="relu"
-    )
+    activation: str = _setting("the nonlinearity; with tanh, biases start at 0", ("relu", "tanh"), default="relu")
     pooling: str = _setting(
-        "windows of the max-pools: the preset's, 3 x 3 or 2 x 2, two apart",
+        "max-pooling windows: the preset's, 3 x 3 (overlapping) or 2 x 2 (plain), with stride 2",
         ("preset", "overlapping", "plain"),
         default="preset",
     )
-    norm: str = _setting(
-        "keep the preset's normalisation layers, or leave them out", ("preset", "none"), default="preset"
-    )
+    norm: str = _setting("the preset's normalisation layers, or none", ("preset", "none"), default="preset")
     width: float = _setting("factor on the number of filters and neurons", default=1.0)
-    dropout: float = _setting("probability of dropping, on fc6 and fc7", default=0.5)
+    dropout: float = _setting("dropout probability of fc6 and fc7", default=0.5)
     init: str = _setting(
         "initial weights: the preset's, or normal ones of variance 2 / fan-in", ("preset", "he"), default="preset"
     )
     image_size: int = _setting("side of the network's input, in pixels")
     mean: str = _setting(
-        "what is subtracted: the mean image, or each channel's mean", ("image", "channel"), default="image"
+        "what is subtracted from images: the mean image, or each channel's mean", ("image", "channel"), default="image"
     )
     color_shift: float = _setting(
-        "standard deviation of the colour components' random multiples; 0 for none", default=0.1
+        "standard deviation of the colour components' random multiples; 0 disables them", default=0.1
     )
-    epochs: int = _setting("times that every training image is seen")
-    batch_size: int = _setting("images a step")
-    accumulate: int = _setting("parts that a batch goes through the network in, for less memory", default=1)
-    lr: float = _setting("learning rate, at its largest")
-    schedule: str = _setting("of the learning rate, see docs/training.md", SCHEDULES)
-    warmup: float = _setting("part of the run in which the rate first rises from near 0", default=0.0)
+    epochs: int = _setting("passes over the training images")
+    batch_size: int = _setting("images per step")
+    accumulate: int = _setting("parts that a batch is processed in, to save memory", default=1)
+    lr: float = _setting("maximum learning rate")
+    schedule: str = _setting("schedule of the learning rate, see docs/training.md", SCHEDULES)
+    warmup: float = _setting("fraction of the run in which the rate rises from near 0", default=0.0)
     lr_factor: float = _setting("factor on the rate at each drop (plateau, step, dexp)", default=0.1)
     lr_drops: int = _setting("number of drops (plateau, dexp)", default=3)
     lr_epochs: tuple[int, ...] = _setting("epochs after which the rate drops (step), such as 30,60,80", default=())
     patience: int = _setting("epochs without a new best validation error before a drop (plateau)", default=5)
-    rule: str = _setting("of SGD: the paper's, lr inside the momentum, or torch's", ("paper", "torch"), default="paper")
-    momentum: float = _setting("of SGD", default=0.9)
-    weight_decay: float = _setting("of SGD", default=5e-4)
+    rule: str = _setting(
+        "update rule of SGD: the paper's, with lr inside the momentum, or torch's", ("paper", "torch"), default="paper"
+    )
+    momentum: float = _setting("momentum of SGD", default=0.9)
+    weight_decay: float = _setting("weight decay of SGD", default=5e-4)
     bias_lr: float = _setting("factor on the biases' learning rate", default=1.0)
     bias_decay: float = _setting("factor on the biases' weight decay", default=1.0)
-    precision: str = _setting("bits of the activations; weights are float32 always", PRECISIONS)
-    seed: int = _setting("of initial weights, order, crops and dropout", default=0)
+    precision: str = _setting("precision of the activations; weights are always float32", PRECISIONS)
+    seed: int = _setting("seed of initial weights, order, crops and dropout", default=0)
 
     def __post_init__(self) -> None:
         if isinstance(self.lr_epochs, list):
@@ -135,7 +133,7 @@ class Settings:
         return cls(**values)
 
     def network(self) -> Preset:
-        """The preset, with this run's activation, pooling, normalisation and initial values."""
+        """The preset with the activation, pooling, normalisation and initial values of these settings."""
         spec = PRESETS[self.preset]
         if self.norm == "none":
             kept = [" ".join(w for w in layer.split() if "norm" not in w) for layer in spec.layers]
@@ -154,14 +152,14 @@ class Settings:
         return spec
 
     def lr_at(self, step: int, steps_per_epoch: int, errors: Sequence[float]) -> float:
-        """The learning rate of a step, counted from 0; errors: on the validation images after each epoch so far."""
+        """The learning rate of a step, counted from 0. errors: validation error after each epoch so far."""
         steps = self.epochs * steps_per_epoch
         warm = round(self.warmup * steps)
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
         if self.schedule == "constant":
             return self.lr
-        # Without a warm-up the rate begins at its largest and ends a step above 0.
+        # Without warm-up the rate starts at its maximum and ends one step above 0.
         past = (step - warm) / max(1, steps - warm)
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * past))
@@ -177,7 +175,7 @@ class Settings:
 
 
 def stalls(errors: Sequence[float], patience: int) -> int:
-    """How often `patience` epochs in a row went by without a new lowest error."""
+    """How often `patience` consecutive epochs passed without a new lowest error."""
     count, since, best = 0, 0, math.inf
     for error in errors:
         since += 1
@@ -189,18 +187,19 @@ def stalls(errors: Sequence[float], patience: int) -> int:
 
 
 def _fast_precision() -> str:
-    """bf16 on CUDA and on CPUs with instructions for it; without them it is slower than 32 bits."""
+    """bf16 on CUDA and on CPUs with bf16 instructions; on other CPUs it is slower than 32 bits."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16" if native or torch.cuda.is_available() else "32"
 
 
 def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """The settings of a YAML file, or of the package's recipe of that name; InputError if it is none."""
+    """The settings in a YAML file or in the package's recipe of that name. Raises InputError if it is not valid."""
     import yaml
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
@@ -218,7 +217,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     if unknown:
         raise InputError(f"--recipe {name} sets {', '.join(unknown)}, which is none of {', '.join(names)}")
     for key, value in content.items():
-        # YAML reads 1e-4 as a word.
+        # YAML reads 1e-4 as a string.
         if isinstance(value, str) and str(Settings.__dataclass_fields__[key].type) == "float":
             try:
                 content[key] = float(value)
@@ -230,7 +229,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def settings_of(recipe: str, **values: Any) -> Settings:
-    """A recipe's settings, with these in place of its own."""
+    """A recipe's settings, overridden by `values`."""
     merged = {**load_recipe(recipe), **values}
     merged.setdefault("preset", "paper")
     if merged["preset"] not in PRESETS:
@@ -244,7 +243,7 @@ def settings_of(recipe: str, **values: Any) -> Settings:
 
 
 def save_recipe(settings: Settings, path: Path) -> None:
-    """All settings as a recipe of their own."""
+    """Write all settings as a recipe."""
     import yaml
 
     content = {**settings.to_dict(), "lr_epochs": list(settings.lr_epochs)}
@@ -252,7 +251,7 @@ def save_recipe(settings: Settings, path: Path) -> None:
 
 
 def default_recipe(shipped: bool, preset: str | None, parallel: bool = False) -> str:
-    """For the package's images, with towers where they are to be split, or for others: the preset's own."""
+    """The recipe for the package's images (one with towers if the run is parallel), or the preset's for others."""
     if shipped:
         return "cifar" if parallel else "quick"
     return preset or "paper"

@@ -1,10 +1,10 @@
-"""Prepared image sets: squares of uint8 in memory-mapped files, written by `prepare`.
+"""Prepared image sets: uint8 squares in memory-mapped files, written by `prepare`.
 
-index.json                          size, classes, images and shards of each split; written last
-statistics.npz                      exact sums over the first split, for the mean image and colours
-report.csv                          images that were left out or converted, with the reason
+index.json                          size, classes, and the number of images in each shard of each split; written last
+statistics.npz                      exact sums over the first split, for the mean image and the colour components
+report.csv                          images that were left out or converted, and why
 <split>/images-00000.npy ...        uint8 [n, size, size, 3]
-<split>/labels.npy, files.json      int64 [N]; the images' names below their split
+<split>/labels.npy, files.json      labels int64 [N]; names of the images below their split
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from alexnet_kernels._errors import InputError, first_line
 from alexnet_kernels.training.augmentation import PixelSums, Statistics
-from alexnet_kernels.training.errors import InputError
-from alexnet_kernels.training.images import Batch, StoredImages, reason
+from alexnet_kernels.training.image_set import Batch, StoredImages
 
 __all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]
 
@@ -31,16 +31,17 @@ INDEX, PLAN, STATISTICS, REPORT = "index.json", "plan.json", "statistics.npz", "
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether `prepare` has made this folder, or begun to."""
+    """Whether `prepare` has written this folder or begun to."""
     return (Path(path) / INDEX).is_file() or (Path(path) / PLAN).is_file()
 
 
 def shard_name(number: int) -> str:
+    """File name of a shard inside its split's folder."""
     return f"images-{number:05d}.npy"
 
 
 class ShardSet(StoredImages):
-    """One split of a prepared set; `statistics` are of the set's first split."""
+    """One split of a prepared set, memory-mapped. `statistics` are those of the set's first split."""
 
     def __init__(self, root: Path, split: str, index: dict[str, Any], statistics: Statistics) -> None:
         self.root, self.size, self.classes, self.statistics = root / split, index["size"], index["classes"], statistics
@@ -57,7 +58,7 @@ class ShardSet(StoredImages):
             raise InputError(f"{self.root} is damaged, prepare it again: it holds {held}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process maps the files by itself.
+        # A process that unpickles this maps the files itself.
         return {**self.__dict__, "_maps": [len(shard) for shard in self._maps]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,20 +82,20 @@ def _open(path: Path, count: int, size: int) -> np.ndarray:
         shard = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is missing or cut off, remove {path.parents[1]} and prepare it again: {reason(error)}"
+            f"{path} is missing or truncated, remove {path.parents[1]} and prepare it again: {first_line(error)}"
         ) from error
     if shard.dtype != np.uint8 or shard.shape != (count, size, size, 3):
         raise InputError(
-            f"{path} holds {shard.dtype} {list(shard.shape)} where uint8 {[count, size, size, 3]} was written"
+            f"{path} holds {shard.dtype} {list(shard.shape)} where uint8 {[count, size, size, 3]} is expected"
         )
     return shard
 
 
 def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> list[ShardSet]:
-    """Splits of a prepared folder; InputError if it isn't finished, lacks a split or is damaged."""
+    """The splits of a prepared folder. Raises InputError if it is unfinished or damaged, or lacks a split."""
     root = Path(path)
     if not (root / INDEX).is_file():
-        raise InputError(f"{root} is not finished: run `alexnet-kernels prepare` again, it goes on")
+        raise InputError(f"{root} is not finished: run `alexnet-kernels prepare` again to continue")
     try:
         index = json.loads((root / INDEX).read_text())
         if index["format"] != FORMAT:

@@ -1,4 +1,4 @@
-"""How many images a second each part of a training step takes by itself."""
+"""Throughput, in images/s, of each part of a training step by itself."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from alexnet_kernels._errors import InputError
+from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.models import count_parameters
 from alexnet_kernels.optim import SGD
-from alexnet_kernels.training import checkpoint, images
+from alexnet_kernels.training import datasets, image_set
 from alexnet_kernels.training.augmentation import Statistics, stored_size
-from alexnet_kernels.training.errors import InputError
-from alexnet_kernels.training.inference import autocast
-from alexnet_kernels.training.lightning import Batches
+from alexnet_kernels.training.devices import autocast
+from alexnet_kernels.training.header import Header
+from alexnet_kernels.training.loader import ImageLoader
 from alexnet_kernels.training.settings import Settings
 
 __all__ = ["throughput"]
@@ -30,41 +32,48 @@ def throughput(
     workers: int = 0,
     seconds: float = 5.0,
     bad_images: str = "refuse",
-    in_memory: int = images.IN_MEMORY,
+    in_memory: int = datasets.IN_MEMORY,
 ) -> dict[str, Any]:
-    """Measure reading, augmentation, both, and the network's training step, each for so many seconds.
+    """Measure reading, augmentation, both in sequence, and the network's training step.
 
-    Arguments as of `run.train`. Returns {"read", "augment", "input", "step": images a second, "data", "images",
-    "workers", "device", "batch_size", "image_size", "parameters"}. "input" is reading followed by augmentation;
-    in training, processes that read work while the network does.
+    Args:
+        settings, data, workers, bad_images, in_memory: as for `RunSpec`.
+        device: the network's device.
+        seconds: duration of each measurement.
+
+    Returns:
+        read, augment, input, step: images per second. "input" is reading followed by augmentation; in training, reading
+        in other processes overlaps the step. data, images, workers, device, batch_size, image_size, parameters: what
+        was measured.
 
     Raises:
         InputError: images that can't be used.
     """
-    path = data or images.SHIPPED
-    (train_set,) = images.open_data(
+    keep_freed_memory()
+    path = data or datasets.SHIPPED
+    (train_set,) = datasets.open_data(
         path, stored_size(settings.image_size), ("train",), bad_images=bad_images, in_memory=in_memory
     )
-    images.check_room(train_set, settings.image_size, path)
+    image_set.check_stored_size(train_set, settings.image_size, path)
     statistics = train_set.statistics or Statistics.of(train_set.sample(1000))
-    header = checkpoint.Header(settings, train_set.classes, statistics, str(path), len(train_set), "", train_set.size)
+    header = Header(settings, train_set.classes, statistics, str(path), len(train_set), "", train_set.size)
     crops = header.crops()
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def read() -> Iterator[images.Batch]:
+    def read() -> Iterator[image_set.Batch]:
         epoch = 0
-        loader = Batches(train_set, min(settings.batch_size, len(train_set)), workers, settings.seed)
+        loader = ImageLoader(train_set, min(settings.batch_size, len(train_set)), workers, settings.seed)
         while True:
             loader.batch_sampler.sampler.set_epoch(epoch)  # type: ignore[union-attr]
             yield from loader
             epoch += 1
 
-    def augment(batch: images.Batch) -> torch.Tensor:
+    def augment(batch: image_set.Batch) -> torch.Tensor:
         return crops.random(batch["images"].to(device, non_blocking=True), batch["indices"], 0)
 
     batch = next(read())
     if not len(batch["labels"]):
-        raise InputError(f"--data {path}: none of the first images can be read")
+        raise InputError(f"--data {path}: none of the images of the first batch can be read")
     model = header.model(device).to(memory_format=torch.channels_last)
     optimizer = SGD(model.parameters(), settings.lr * 1e-3)
     x, labels = augment(batch), batch["labels"].to(device)
@@ -98,7 +107,7 @@ def throughput(
 
 
 def _rate(work: Callable[[], int], seconds: float, sync: Callable[[], None]) -> float:
-    """Images a second, after two calls that start processes and fill caches."""
+    """Images per second, after two calls that start processes and fill caches."""
     for _ in range(2):
         work()
     sync()

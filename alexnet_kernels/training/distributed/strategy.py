@@ -16,30 +16,31 @@ from torch.distributed.tensor import DTensor
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.parallel import PLANS, parallelize
-from alexnet_kernels.parallel.checkpoint import part_like, whole
-from alexnet_kernels.parallel.plan import rows_of
+from alexnet_kernels.parallel.checkpoint import full_tensor, shard_like
+from alexnet_kernels.parallel.plan import batch_shard
 
 __all__ = ["AlexNetStrategy"]
 
 
 class AlexNetStrategy(DDPStrategy):
-    """Splits the AlexNet in a LightningModule over the trainer's devices, see `parallelize`.
+    """Splits the AlexNet in a LightningModule over the trainer's devices; see `parallelize`.
 
         Trainer(strategy=AlexNetStrategy("towers"), accelerator="gpu", devices=2)
 
-    Every process needs the same seed, `seed_everything(0)`, and equal parts of each batch: the loaders that Lightning
-    gives a sampler to have them. Checkpoints are those of a run on one device, whatever the plan, and can be resumed
-    on any number of devices.
+    Every process needs the same seed, as set by `seed_everything(0)`, and a batch shard of equal size, as the samplers
+    that Lightning adds provide. Checkpoints are those of a run on one device, for every plan, and can be resumed on any
+    number of devices.
 
     Args:
         plan: "towers", "hybrid" or "data".
-        towers: neighbouring ranks that share the network; the number of ranks is a multiple of it.
-        traffic: torch.bfloat16 or torch.float16 for activations between ranks; None: as they are.
-        fully_sharded: whether a rank holds only a part of what the data-parallel ranks have in common.
-        options: of Lightning's DDPStrategy, such as timeout and process_group_backend.
+        towers: number of neighbouring ranks that share the network. It divides the number of ranks.
+        traffic: torch.bfloat16 or torch.float16: dtype of the activations sent between ranks. None: as computed.
+        fully_sharded: whether the data-parallel ranks hold only a shard of the parameters that they share.
+        options: options of Lightning's DDPStrategy, such as timeout and process_group_backend.
 
-    Raises ValueError for another plan and, as training starts, for a module without one AlexNet, a number of ranks
-    that is no multiple of towers, and where `parallelize` does.
+    Raises:
+        ValueError: another plan or a number of towers below 1; when training starts, a module without exactly one
+            AlexNet, a number of ranks that is no multiple of towers, and whatever `parallelize` refuses.
     """
 
     def __init__(
@@ -60,12 +61,12 @@ class AlexNetStrategy(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which part of the images is this rank's."""
-        index, parts = rows_of(self.plan, self.global_rank, self.world_size, self.towers)
-        return {"num_replicas": parts, "rank": index}
+        """The shard of the images that is this rank's."""
+        index, count = batch_shard(self.plan, self.global_rank, self.world_size, self.towers)
+        return {"num_replicas": count, "rank": index}
 
     def setup_distributed(self) -> None:
-        # Lightning would seed the generators anew, as it doesn't on one device: dropout's masks would be others.
+        # Lightning would seed the generators again, which it does not on one device. Dropout's masks would differ.
         seed = os.environ.pop("PL_GLOBAL_SEED", None) if self._start_method == "popen" else None
         try:
             super().setup_distributed()
@@ -91,16 +92,16 @@ class AlexNetStrategy(DDPStrategy):
             yield
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole module's, on the CPU."""
-        return {name: _whole(value) for name, value in super().lightning_module_state_dict().items()}
+        """The state_dict of the unsplit module, on the CPU."""
+        return {name: _full(value) for name, value in super().lightning_module_state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The whole optimizer's, on the CPU."""
+        """The optimizer state of the unsplit parameters, on the CPU."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         content = optimizer.state_dict()
         state = {
-            key: {name: _whole(value) for name, value in values.items()} for key, values in content["state"].items()
+            key: {name: _full(value) for name, value in values.items()} for key, values in content["state"].items()
         }
         return {**content, "state": state}
 
@@ -112,11 +113,11 @@ class AlexNetStrategy(DDPStrategy):
             for key, param in zip(order, params, strict=True):
                 if key in content["state"]:
                     values = content["state"][key].items()
-                    state[key] = {name: _part(value, param) for name, value in values}
+                    state[key] = {name: _shard(value, param) for name, value in values}
             optimizer.load_state_dict({**content, "state": state})
 
     def teardown(self) -> None:
-        # Parts of a network stay on their ranks' devices: those of the mesh.
+        # DDPStrategy would move the module to the CPU. The shards belong on the mesh's device.
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -125,12 +126,12 @@ class AlexNetStrategy(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-def _whole(value: Any) -> Any:
-    return whole(value) if isinstance(value, Tensor) else value
+def _full(value: Any) -> Any:
+    return full_tensor(value) if isinstance(value, Tensor) else value
 
 
-def _part(value: Any, param: Tensor) -> Any:
-    """This rank's part of what has a parameter's shape."""
+def _shard(value: Any, param: Tensor) -> Any:
+    """This rank's shard of a value with the parameter's shape; other values unchanged."""
     if isinstance(value, Tensor) and isinstance(param, DTensor) and value.shape == param.shape:
-        return part_like(value, param)
+        return shard_like(value, param)
     return value

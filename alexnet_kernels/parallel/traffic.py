@@ -1,4 +1,4 @@
-"""What a training step sends, from the sizes of the layers alone."""
+"""The bytes that a training step sends, computed from the sizes of the layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.nn import LocalResponseNorm
-from alexnet_kernels.parallel.collectives import part_of
+from alexnet_kernels.parallel.collectives import shard_slice
 from alexnet_kernels.parallel.plan import PLANS
 
 __all__ = ["step_traffic"]
@@ -26,19 +26,19 @@ def step_traffic(
     activation_bytes: int = 4,
     gather_logits: bool = True,
 ) -> dict[str, int]:
-    """Bytes that one rank sends in a training step (forward and backward), by what they are for.
+    """Bytes that one rank sends in a training step (forward and backward), by layer or purpose.
 
     Args:
-        model: of one device; the device may be "meta".
+        model: a model that is not split; its device may be "meta".
         plan: in `PLANS`.
-        batch_size: images of a step, over all ranks; data * towers divides it.
+        batch_size: images per step, over all ranks; a multiple of data * towers.
         data, towers: sizes of the mesh.
-        image_size: height and width of the images; None for the preset's.
-        activation_bytes: of an activation on its way: 4, 8 (float64), or 2 (bfloat16 activations or traffic).
+        image_size: height and width of the images; None for the preset's input size.
+        activation_bytes: bytes per activation that is sent: 4, 8 (float64), or 2 (bfloat16 activations or traffic).
         gather_logits: as for `parallelize`.
 
-    The tensors of a layer travel once forward and, as gradients, once back. An all-reduce is counted as a ring's.
-    Gradients of parameters are of the parameters' dtype.
+    Activations are sent once in the forward pass, and their gradients once in the backward pass. An all-reduce
+    counts as a ring's. Gradients of parameters have the parameters' dtype.
     """
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}")
@@ -51,9 +51,9 @@ def step_traffic(
             sent[name] = 2 * rows * elements * activation_bytes
     if plan != "data" and towers > 1:
         for number, layer in enumerate(linears, 6):
-            # In the hybrid plan fc6 is given a part of the images with every input, else all with a part.
+            # In the hybrid plan fc6 receives all inputs of some images, otherwise some inputs of all images.
             sent[f"fc{number}"] = 2 * (towers - 1) * rows * layer.in_features // towers * activation_bytes
-        each = part_of(linears[-1].out_features, 0, towers).stop
+        each = shard_slice(linears[-1].out_features, 0, towers).stop
         if gather_logits and plan == "towers":
             sent["logits"] = (towers - 1) * rows * each * activation_bytes
         elif gather_logits:
@@ -67,7 +67,7 @@ def step_traffic(
 
 
 def _between_towers(model: AlexNet, size: int, towers: int) -> dict[str, int]:
-    """Elements of one image that a tower sends forward."""
+    """Elements that a tower sends in the forward pass of one image."""
     elements: dict[str, int] = {}
     features = copy.deepcopy(model.features).to("meta").eval()
     weight = next(features.parameters())
@@ -85,14 +85,14 @@ def _between_towers(model: AlexNet, size: int, towers: int) -> dict[str, int]:
 
 
 def _gradients(model: AlexNet, plan: str, data: int, towers: int) -> list[int]:
-    """Bytes of each parameter's all-reduce."""
+    """Bytes that rank 0 sends in each parameter's all-reduce."""
     result = []
     for part, container in (("features", model.features), ("classifier", model.classifier)):
         for layer in container.modules():
             for param in layer.parameters(recurse=False):
                 elements, ranks = param.numel(), data * towers
                 if plan == "towers" or (plan == "hybrid" and part == "classifier"):
-                    # Rank 0's part, the largest.
-                    elements, ranks = part_of(len(param), 0, towers).stop * param[0].numel(), data
+                    # Rank 0's shard is the largest.
+                    elements, ranks = shard_slice(len(param), 0, towers).stop * param[0].numel(), data
                 result.append(2 * (ranks - 1) * elements * param.element_size() // ranks)
     return result

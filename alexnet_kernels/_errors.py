@@ -1,4 +1,4 @@
-"""Errors that are the caller's to mend."""
+"""Errors that the user can correct. The command prints their message in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ __all__ = ["InputError", "MissingPackage", "RunError", "first_line", "require"]
 
 
 class InputError(ValueError):
-    """A setting, a file or a set of images that can't be used, in one line that says why."""
+    """An invalid setting, file or set of images. The message is one line with the reason."""
 
 
 class RunError(RuntimeError):
-    """A run that can't go on, in one line that says why."""
+    """A run that cannot continue. The message is one line with the reason."""
 
 
 class MissingPackage(ImportError):
-    """A package of the `train` extra that isn't installed."""
+    """A package of the `train` extra that is not installed."""
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, or its type where it has none."""
+    """The first line of the error's message, or its type's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -28,12 +28,12 @@ _DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}
 
 
 def require(what: str, *modules: str) -> None:
-    """Import the modules, or raise `MissingPackage` saying that `what` needs one and how to get it."""
+    """Import the modules, or raise `MissingPackage`: `what` needs the package, and how to install it."""
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            # A package that is there and fails by itself is another story.
+            # An installed package that fails to import something else is a different error.
             if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
                 raise
             name = _DISTRIBUTIONS.get(module, module)

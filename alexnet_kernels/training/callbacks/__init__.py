@@ -1,0 +1,1 @@
+"""Callbacks of a training run: checkpoints and stopping, CSV files, TensorBoard, console output."""

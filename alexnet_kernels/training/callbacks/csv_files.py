@@ -1,0 +1,43 @@
+"""The figures of a run as CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from alexnet_kernels._files import write_atomically
+from alexnet_kernels.training.module import Classifier
+
+__all__ = ["CSVCallback"]
+
+
+class CSVCallback(Checkpoint):
+    """Writes metrics.csv and layers.csv after each epoch. Of several processes, rank 0 writes.
+
+    Place it before `CheckpointCallback`: a run that is killed between the two repeats the epoch and its rows. The other
+    way round, the files of a run killed after its last checkpoint would stay incomplete.
+    """
+
+    # Lightning calls Checkpoint callbacks after the module's own hook, which adds the epoch's rows.
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        if trainer.is_global_zero:
+            _write(pl_module.history.epochs, self.folder / "metrics.csv")
+            _write(pl_module.history.layers, self.folder / "layers.csv")
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

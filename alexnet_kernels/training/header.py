@@ -1,0 +1,121 @@
+"""What a checkpoint says about a run: a header that is fixed for the run, and a history that grows with each epoch."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from alexnet_kernels._errors import InputError
+from alexnet_kernels._version import __version__
+from alexnet_kernels.models import AlexNet
+from alexnet_kernels.training.augmentation import Crops, Statistics
+from alexnet_kernels.training.settings import Settings
+
+__all__ = ["FORMAT", "KEY", "Header", "History", "from_dict", "from_json", "to_dict", "to_json"]
+
+KEY = "alexnet_kernels"
+"""The key of header and history in a checkpoint and in the metadata of a safetensors file."""
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Header:
+    """The part that is fixed for a run."""
+
+    settings: Settings
+    classes: list[str]
+    statistics: Statistics
+    data: str
+    """Path of the training images; empty for the package's images."""
+    train_images: int
+    fingerprint: str
+    """Hash of the training images' names, in order."""
+    stored_size: int
+    """Side of the stored squares, in pixels."""
+
+    def model(self, device: torch.device | str | None = None) -> AlexNet:
+        """The network with new initial values."""
+        settings = self.settings
+        return AlexNet(len(self.classes), settings.network(), settings.dropout, settings.width, device=device)
+
+    def crops(self) -> Crops:
+        """The conversion of stored images to the network's input.
+
+        The paper's initial values assume pixels of 0..255, torch's and He's a variance of 1.
+        """
+        settings, statistics = self.settings, self.statistics
+        initialization = settings.network().initialization
+        scale = None
+        if initialization is None or initialization.weight_std is None:
+            scale = 1 / torch.tensor(statistics.std).clamp(min=1.0)
+        return Crops(settings.image_size, statistics, settings.mean, scale, settings.color_shift, settings.seed)
+
+
+@dataclass
+class History:
+    """The figures of the finished epochs."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    """A row per epoch: losses, accuracies, learning rate and speed."""
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    """A row per epoch and parameter: the mean magnitudes of its elements and of its last step."""
+
+    def best(self) -> dict[str, float]:
+        """The first epoch with the highest top-1."""
+        return max(self.epochs, key=lambda row: row["val_top1"])
+
+
+def to_dict(header: Header, history: History) -> dict[str, Any]:
+    """Both parts as one dict of plain types and one tensor, the mean image."""
+    return {
+        **asdict(header),
+        "history": list(history.epochs),
+        "layers": list(history.layers),
+        "format": FORMAT,
+        "version": __version__,
+        "num_classes": len(header.classes),
+    }
+
+
+def from_dict(values: dict[str, Any]) -> tuple[Header, History]:
+    """Inverse of `to_dict`. Raises InputError, KeyError, TypeError or ValueError for other values."""
+    if values["format"] != FORMAT:
+        raise InputError(
+            f"it is of format {values['format']}, written by version {values['version']}; "
+            f"this version reads format {FORMAT}"
+        )
+    header = Header(
+        Settings.from_dict(values["settings"]),
+        [str(name) for name in values["classes"]],
+        Statistics(**values["statistics"]),
+        values["data"],
+        values["train_images"],
+        values["fingerprint"],
+        values["stored_size"],
+    )
+    return header, History(list(values["history"]), list(values["layers"]))
+
+
+def to_json(header: Header, history: History) -> str:
+    """`to_dict` as JSON. The mean image is base64 of its float32 values, little-endian."""
+    values = to_dict(header, history)
+    image = values["statistics"]["mean_image"].numpy().astype("<f4")
+    values["statistics"]["mean_image"] = base64.b64encode(image.tobytes()).decode()
+    return json.dumps(values)
+
+
+def from_json(text: str) -> tuple[Header, History]:
+    """Inverse of `to_json`. Raises as `from_dict`."""
+    values = json.loads(text)
+    statistics, size = values["statistics"], values["stored_size"]
+    image = np.frombuffer(base64.b64decode(statistics["mean_image"], validate=True), "<f4")
+    statistics["mean_image"] = torch.from_numpy(image.reshape(3, size, size).astype(np.float32))
+    for name in ("mean", "std"):
+        statistics[name] = tuple(statistics[name])
+    statistics["components"] = tuple(tuple(row) for row in statistics["components"])
+    return from_dict(values)
