@@ -109,7 +109,7 @@ def test_late_imports_are_of_optional_packages(graph: dict[str, set[str]]) -> No
     The command and the GPU check start faster without what only some of their parts need.
     """
     known = modules()
-    optional = {name for name, path in known.items() if third_party(path) & OPTIONAL}
+    optional = {name for name, path in known.items() if third_party(path) & OPTIONAL or layer_of(name) == "triton"}
     while more := {name for name, targets in graph.items() if targets & optional} - optional:
         optional |= more
     late = set()
