@@ -1,14 +1,14 @@
-"""The emulation of CUDA's threads (tests/emulation): what it computes, what it refuses, and the kernels in it under the
-compiler's sanitizers.
-"""
+"""The emulation of CUDA's threads (tests/emulation): its results, its errors, and the kernels under the sanitizers."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +16,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 np = pytest.importorskip("numpy")
 emulation = pytest.importorskip("emulation")
+calls = pytest.importorskip("emulation.calls")
 
 COMPILER = os.environ.get("CXX", "g++")
 ALL = 0xFFFFFFFF
@@ -36,7 +38,7 @@ def cuda() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def launch(cuda: ModuleType) -> Callable[..., np.ndarray]:
-    """Runs a trial; its output of `size` elements, at first -7."""
+    """Runs a trial and returns its output of `size` elements, initialised to -7."""
 
     def run(
         trial: str,
@@ -58,7 +60,7 @@ def launch(cuda: ModuleType) -> Callable[..., np.ndarray]:
 
 
 def numbers(count: int) -> np.ndarray:
-    """Whole numbers, none twice, whose sums are exact."""
+    """Distinct whole numbers, whose sums are exact."""
     return np.random.default_rng(count).permutation(count).astype(np.float32) - count // 2
 
 
@@ -194,7 +196,7 @@ class TestFaults:
         cuda.set_order(order)
         with pytest.raises(RuntimeError, match=message):
             launch(trial, (), threads, block=(threads,))
-        # The next launch knows nothing of it.
+        # The next launch is not affected.
         values = numbers(64)
         assert (launch("votes", values, 6 * 64, options=(ALL,))[4 * 64 : 5 * 64] == (values > 0).sum()).all()
         assert (launch("block_sum", values, shared=4 * 64) == values.sum()).all()
@@ -223,14 +225,158 @@ class TestFaults:
             launch("nothing", [1])
 
 
+# Channels that divide into vectors, in more than one block; channels that do not; images of one pixel.
+IMAGES = [(2, 24, 11, 9), (3, 5, 7, 9), (3, 1, 1, 1), (1, 8, 13, 6)]
+# Kernel size, stride, padding, ceil_mode.
+WINDOWS = [
+    ([3, 3], [2, 2], [0, 0], True),
+    ([3, 3], [2, 2], [1, 1], False),
+    ([2, 5], [3, 1], [1, 2], True),
+    ([1, 1], [2, 3], [0, 0], False),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+SEED, OFFSET = torch.tensor([-(2**62) + 12345]), 2**40
+
+
+def random(shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = FORMATS[0]) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype).contiguous(memory_format=memory_format if len(shape) == 4 else FORMATS[0])
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is one element off the alignment of vectors."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+def fitting(shape: Sequence[int], few: bool) -> list[tuple]:
+    windows = [w for w in WINDOWS if all(shape[2 + i] + 2 * w[2][i] >= w[0][i] for i in range(2))]
+    return windows[:1] if few else windows
+
+
+def norms(channels: int) -> list[tuple]:
+    """Size, alpha, beta, k, groups."""
+    groups = 3 if channels % 3 == 0 else channels
+    settings = [(5, 0.75, 1), (5, 0.75, groups), (4, 0.6, groups), (3, 0.75, 1)]
+    return [(size, 0.5, beta, 2.0, g) for size, beta, g in settings]
+
+
+def image_calls(dtype: torch.dtype, memory_format: torch.memory_format, few: bool) -> Iterator[tuple[str, tuple]]:
+    """Calls of the ops on images. The CPU kernels compute the forward results that backward takes."""
+    cpu = torch.ops.alexnet_kernels
+    for shape in IMAGES[:2] if few else IMAGES:
+        x, grad = random(shape, dtype, memory_format), random(shape, dtype, memory_format)
+        channels, pixels = shape[1], shape[2] * shape[3]
+        for *window, ceil_mode in fitting(shape, few):
+            for relu in (False, True):
+                out, argmax = cpu.max_pool2d(x, *window, ceil_mode, relu)
+                pooled = random(out.shape, dtype, memory_format)
+                yield "max_pool2d", (x, *window, ceil_mode, relu)
+                yield "max_pool2d_backward", (pooled, out if relu else None, argmax, shape, *window, relu)
+            for norm in norms(channels):
+                relu = norm[-1] == 1
+                out, argmax = cpu.lrn_max_pool2d(x, *norm, *window, ceil_mode, relu)
+                pooled = random(out.shape, dtype, memory_format)
+                yield "lrn_max_pool2d", (x, *norm, *window, ceil_mode, relu)
+                yield "lrn_max_pool2d_backward", (pooled, x, argmax, *norm, *window, relu)
+        for norm in norms(channels):
+            yield "local_response_norm", (x, *norm)
+            yield "local_response_norm_backward", (grad, x, *norm)
+            yield "within_map_response_norm", (x, *norm[:-1])
+            yield "within_map_response_norm_backward", (grad, x, *norm[:-1])
+        for training, affine in itertools.product((True, False), repeat=2):
+            running = (None, None) if training else (torch.randn(channels), unaligned(torch.rand(channels).to(dtype)))
+            values = (unaligned(random([channels], dtype)), torch.randn(channels)) if affine else (None, None)
+            _, mean, var = cpu.batch_norm_relu(x, *running, *values, training, 1e-5)
+            yield "batch_norm_relu", (x, *running, *values, training, 1e-5)
+            yield "batch_norm_relu_backward", (grad, x, mean, var, *values, training, 1e-5)
+        for p in (0.5, 1.0, 0.0):
+            settings = (p, 2.0, SEED, OFFSET)
+            yield "dropout", (x, *settings, x.numel(), x.numel(), 0)
+            yield "dropout", (x, *settings, channels * pixels, (channels + 3) * pixels, 1)  # a shard of the channels
+            yield "dropout", (random([2049], dtype), *settings, 2049, 2049, 0)
+            yield "dropout", (random([2049], dtype), *settings, 683, 700, 3)
+        yield "relu_dropout_backward", (grad, x, 2.0)
+        yield "relu_dropout_backward", (grad, unaligned(x), 2.0)
+
+
+def layer_calls(dtype: torch.dtype, memory_format: torch.memory_format, few: bool) -> Iterator[tuple[str, tuple]]:
+    """Calls of linear_relu_dropout, conv2d_relu and space_to_depth, with their gradients."""
+    for out, relu in itertools.product((5, 16, 701), (False, True)):
+        x, weight, grad = random([3, 7], dtype), random([out, 7], dtype), random([3, out], dtype)
+        bias = random([out], dtype) if relu else None
+        yield "linear_relu_dropout", (x, weight, bias, relu, 0.5, 2.0, SEED, OFFSET, out, out + 3 * relu, int(relu))
+        yield "relu_dropout_backward", (grad, random([3, out], dtype), 2.0)
+    for shape, filters, *settings in (
+        ([3, 5, 9, 7], [6, 5, 3, 3], [1, 1], [1, 1], 1),
+        ([2, 4, 11, 13], [24, 2, 3, 2], [2, 1], [0, 1], 2),
+        ([3, 3, 1, 1], [7, 3, 1, 1], [1, 1], [0, 0], 1),
+    ):
+        x, weight = random(shape, dtype, memory_format), random(filters, dtype, memory_format)
+        bias = random(filters[:1], dtype)
+        for values, relu in itertools.product((bias, unaligned(bias), None), (False, True)):
+            yield "conv2d_relu", (x, weight, values, *settings, relu)
+    shapes = [(3, 3, 13, 10), (1, 2, 1, 1), (2, 1, 20, 23)]
+    for shape, block, pad, to in itertools.product(shapes[:1] if few else shapes, (2, 4), (0, 1), DTYPES):
+        # More rows of blocks than the image fills, fewer columns.
+        padding, size = [pad, 2 * pad], [shape[2] // block + 2, max(1, shape[3] // block)]
+        yield "space_to_depth", (random(shape, dtype, memory_format), block, padding, size, to)
+        depth = random([shape[0], block * block * shape[1], *size], dtype, memory_format)
+        yield "depth_to_space", (depth, block, padding, list(shape[2:]), to)
+
+
+def step_calls(dtype: torch.dtype, memory_format: torch.memory_format, few: bool) -> Iterator[tuple[str, tuple]]:
+    """Steps over more tensors than one launch takes, of every combination of dtypes."""
+    sizes = [(1,), (7,), (4099,), (6, 5, 3, 3), (0,)]
+    kinds = [(size, dtype, grad, buffer) for size in sizes for grad in DTYPES for buffer in (dtype, torch.float32)]
+    kinds += [((9,), torch.float32, dtype, torch.float32)] * 70
+    for off, with_masters in itertools.product(("",) if few else ("", "params", "grads"), (False, True)):
+        params = [random(size, param, memory_format) for size, param, _, _ in kinds]
+        grads = [random(size, grad, memory_format) for size, _, grad, _ in kinds]
+        buffers = [random(size, buffer, memory_format) for size, _, _, buffer in kinds]
+        masters = [random(size, torch.float32, memory_format) for size, *_ in kinds] if with_masters else []
+        params = [unaligned(param) for param in params] if off == "params" else params
+        grads = [unaligned(grad) for grad in grads] if off == "grads" else grads
+        tensors = (params, grads, buffers, masters)
+        # lr, momentum, weight_decay, dampening, nesterov, paper_rule, first_step, lr_tensor.
+        yield "sgd_step", (*tensors, 0.01, 0.9, 5e-4, 0.0, False, True, False)
+        yield "sgd_step", (*tensors, 0.01, 0.9, 5e-4, 0.0, True, False, True)
+        yield "sgd_step", (*tensors, 0.01, 0.0, 5e-4, 0.5, False, False, False)
+        yield "sgd_step", (*tensors, 0.0, 0.9, 5e-4, 0.0, False, True, False, torch.tensor(0.01))
+
+
+def augment_calls(dtype: torch.dtype, memory_format: torch.memory_format) -> Iterator[tuple[str, tuple]]:
+    height, width = 11, 14
+    images = torch.randint(0, 256, (3, height, width, 3), dtype=torch.uint8)
+    for h, w in ((7, 9), (height, width), (1, 1), (8, 8)):
+        last = torch.tensor([height - h, width - w])
+        crops = torch.stack([torch.zeros_like(last), last // 2, last])
+        channels_last = memory_format == torch.channels_last
+        yield "augment", (images, crops, [h, w], None, None, None, None, dtype, channels_last)
+        shift, scale, flips = torch.randn(3, 3), torch.randn(3), torch.tensor([True, False, True])
+        for mean in ((3,), (3, h, w), (3, height, width)):
+            values = (flips, shift, torch.randn(mean), scale)
+            yield "augment", (images, crops, [h, w], *values, dtype, channels_last)
+
+
+def operator_calls(few: bool) -> Iterator[tuple[str, tuple]]:
+    """(operator, arguments) of calls that together run every operator of the native library."""
+    torch.manual_seed(0)
+    for dtype, memory_format in itertools.product(DTYPES, FORMATS):
+        yield from image_calls(dtype, memory_format, few)
+        yield from layer_calls(dtype, memory_format, few)
+        yield from step_calls(dtype, memory_format, few)
+        yield from augment_calls(dtype, memory_format)
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the executable of a sanitizer."""
+    """Runs the executable of a sanitizer with the given arguments."""
 
     @functools.cache
     def executable(name: str) -> Path:
         if sys.platform != "linux" or platform.machine() != "x86_64":
-            pytest.skip("the sanitizers are tried on x86-64 Linux only")
+            pytest.skip("the sanitizers are tested on x86-64 Linux only")
         source = tmp_path_factory.mktemp("sanitizer") / "empty.cpp"
         source.write_text("int main() {}")
         flags = " ".join(emulation.SANITIZERS[name]).split()
@@ -239,7 +385,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
             pytest.skip(f"{COMPILER} lacks {' '.join(flags)}")
         return emulation.build(name)
 
-    # The sanitizers' own memory may lie where a randomised address space has put something else.
+    # A randomised address space may collide with the sanitizers' shadow memory.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
         fixed = []
@@ -263,15 +409,34 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
 
 @pytest.mark.slow
 class TestSanitizers:
-    @pytest.mark.parametrize(("name", "arguments"), [("address", []), ("thread", ["--few"])], ids=["address", "thread"])
-    def test_every_operator_is_clean(self, sanitized, name: str, arguments: list[str]) -> None:
-        done = sanitized(name, *arguments)
+    @pytest.mark.parametrize(
+        ("name", "few", "skip"),
+        [("address", False, 0), ("address", False, 1), ("thread", True, 0)],
+        ids=["address", "address-unaligned", "thread"],
+    )
+    def test_every_operator_is_clean(self, sanitized, tmp_path: Path, name: str, few: bool, skip: int) -> None:
+        calls.write(operator_calls(few), tmp_path / "calls", skip=skip)
+        done = sanitized(name, str(tmp_path / "calls"))
         assert done.returncode == 0, done.stderr[:4000]
         assert "Sanitizer" not in done.stderr
         ran = dict(line.split(": ") for line in done.stdout.splitlines())
         schemas = (emulation.ROOT / "csrc" / "library.cpp").read_text()
         assert set(ran) == set(re.findall(r'"(\w+)\(Tensor', schemas))
         assert [op for op, counts in ran.items() if counts.endswith(", 0 launches")] == []
+
+    def test_one_element_beyond_a_tensor_is_reported_with_its_call(self, sanitized, tmp_path: Path) -> None:
+        good, grad, output = torch.randn(64), torch.randn(64), torch.randn(64)
+        path = tmp_path / "calls"
+        calls.write([("relu_dropout_backward", (g, output, 2.0)) for g in (good, grad)], path)
+        values = grad.numpy().tobytes()
+        whole, short = struct.pack("<qq", 0, 256) + values, struct.pack("<qq", 0, 252) + values[:-4]
+        assert path.read_bytes().count(whole) == 1
+        path.write_bytes(path.read_bytes().replace(whole, short))
+        done = sanitized("address", str(path))
+        assert done.returncode != 0
+        assert "heap-buffer-overflow" in done.stderr
+        assert "0 bytes after 252-byte region" in done.stderr or "to the right of 252-byte region" in done.stderr
+        assert "replaying call 1 of the file, relu_dropout_backward" in done.stderr
 
     @pytest.mark.parametrize(
         ("name", "trial", "report"),
