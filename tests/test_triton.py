@@ -384,14 +384,14 @@ except ValueError as error:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("op", ["max_pool2d", "local_response_norm", "lrn_max_pool2d", "within_map_response_norm"])
 def test_the_size_of_programs_changes_no_bit(op, memory_format, monkeypatch) -> None:
-    from alexnet_kernels.triton import _channels
+    from alexnet_kernels.triton import _config
 
     function = getattr(ops, op)
     x = torch.randn(2, 24, 5, 7).contiguous(memory_format=memory_format)
 
     def run(block: int) -> tuple[torch.Tensor, torch.Tensor]:
         for name in ("VECTORS", "SCALARS"):
-            monkeypatch.setattr(_channels, name, _channels.Launch(block=block, num_warps=4))
+            monkeypatch.setattr(_config, name, _config.Launch(block=block))
         leaf = x.clone().requires_grad_()
         out = function(leaf, backend="triton")
         out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape))
