@@ -82,7 +82,7 @@ class TestFaults:
         assert cuda_resources.parse_name(mangled, plain) == ("augment.cu", "augment_images", ["fp16", "8"])
         digits = mangled.replace("38cd27c8", "38042708")
         assert cuda_resources.parse_name(digits, plain) == ("augment.cu", "augment_images", ["fp16", "8"])
-        plain = "void alexnet_kernels::cuda::lrn_bases<(bool)1, float>(alexnet_kernels::cuda::ImageLayout, float const*)"
+        plain = "void alexnet_kernels::cuda::lrn_bases<(bool)1, float>(alexnet_kernels::cuda::ImageLayout, float*)"
         assert cuda_resources.parse_name("_Z1x", plain) == ("headers", "lrn_bases", ["1", "fp32"])
 
 

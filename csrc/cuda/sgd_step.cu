@@ -120,7 +120,8 @@ void step_all(const OnDevice& device, const SgdRule& rule, const std::vector<Sgd
       t = all[i];
       t.first_block = int(blocks);
       blocks += divide_up(t.count, kThreads * kSgdElements);
-      STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "sgd_step: the tensors are too large for one launch of 2^31 - 1 blocks");
+      STD_TORCH_CHECK(blocks < (int64_t(1) << 31),
+                      "sgd_step: the tensors are too large for one launch of 2^31 - 1 blocks");
     }
     device.launch(sgd<P, G, M>, blocks, kThreads, tensors, rule);
   }
