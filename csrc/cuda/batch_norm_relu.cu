@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(kThreads)
 // Combines parts of `count` pixels; the last part has `last`. A block takes kCombineChannels channels.
 __global__ void __launch_bounds__(kThreads) combine_moments(int channels, int64_t parts, double count, double last,
                                                             const float* partial, float* mean, float* var) {
-  const int lane = int(threadIdx.x) / kCombineChannels,
-            c = int(blockIdx.x) * kCombineChannels + int(threadIdx.x) % kCombineChannels;
-  // Sums around the first part's mean, in double, don't cancel.
+  const int lane = int(threadIdx.x) / kCombineChannels;
+  const int c = int(blockIdx.x) * kCombineChannels + int(threadIdx.x) % kCombineChannels;
+  // Sums in double around the first part's mean avoid cancellation.
   double centre = 0, sum = 0, squares = 0;
   if (c < channels) {
     centre = partial[2 * c];
@@ -161,10 +161,11 @@ __global__ void __launch_bounds__(kThreads) combine_moments(int channels, int64_
   var[c] = square < 0 ? 0.f : float(square);
 }
 
+// Combines the parts' sums. A block takes kCombineChannels channels.
 __global__ void __launch_bounds__(kThreads) combine_sums(int channels, int64_t parts, float eps, const float* partial,
                                                          const float* var, float* grad_weight, float* grad_bias) {
-  const int lane = int(threadIdx.x) / kCombineChannels,
-            c = int(blockIdx.x) * kCombineChannels + int(threadIdx.x) % kCombineChannels;
+  const int lane = int(threadIdx.x) / kCombineChannels;
+  const int c = int(blockIdx.x) * kCombineChannels + int(threadIdx.x) % kCombineChannels;
   double sum = 0, product = 0;
   if (c < channels) {
 #pragma unroll 8
