@@ -160,7 +160,7 @@ def markdown(kernels: list[Kernel], compiler: str) -> str:
     lines = [
         "# Resources of the CUDA kernels",
         "",
-        f"Written by `python benchmarks/cuda_resources.py`; {compiler}. {faulty or 'None'} of {len(kernels)} kernels",
+        f"Written by `python benchmarks/cuda_resources.py`; {compiler}. {faulty} of {len(kernels)} kernels",
         "use local memory or lack 128-bit accesses. Registers are those of a thread on each architecture. Loads and",
         f"stores are instructions on global memory on {archs[-1]}, as count x bits of a thread.",
         "",
