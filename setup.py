@@ -30,7 +30,7 @@ ARCHS = "8.0;9.0;10.0+PTX"
 LIBRARY = "alexnet_kernels._C"
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
-# Extra flags of each instruction set the CPU kernels are compiled for; csrc/common/isa.h tells how one is chosen.
+# Extra flags of each instruction set the CPU kernels are compiled for; csrc/cpu/isa.h tells how one is chosen.
 # Linking them in this order makes the linker keep the plainest copy of any inline function they share.
 ISAS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):

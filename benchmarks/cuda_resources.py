@@ -1,10 +1,10 @@
-"""Reports what the compiler made of every CUDA kernel of the built library: no GPU is needed.
+"""Reports the registers, shared memory and memory instructions of every CUDA kernel of the built library.
 
     python benchmarks/cuda_resources.py [--library PATH] [--out benchmarks/results/cuda_resources]
 
-Registers, stack and shared memory are ptxas's account, instructions are counted in the machine code, both read by
-cuobjdump (the CUDA toolkit's or the triton package's). Writes OUT.json and OUT.md. Fails if a kernel uses local memory
-(spills, or arrays that are not in registers), or if one that moves vectors lacks 128-bit loads or stores.
+Needs no GPU. cuobjdump, of the CUDA toolkit or the triton package, reads registers, stack and shared memory as ptxas
+recorded them, and the machine code, whose instructions are counted. Writes OUT.json and OUT.md. Fails if a kernel uses
+local memory (spills, or arrays outside registers), or if a kernel for vectors lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from alexnet_kernels import _library
 
-# Kernels that never hold more than one element, and those that read their input element by element.
+# Kernels that move single elements, and kernels that load single elements but store vectors.
 ELEMENTS = {"lrn_bases", "lrn_backward_any", "lrn_forward_any", "forward_any", "pooled_gradient", "to_space"}
 ELEMENTS |= {"combine_moments", "combine_sums"}
 GATHERS = {"augment_images", "to_depth"}
@@ -32,7 +32,7 @@ DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32", "double
 
 @dataclass
 class Kernel:
-    """One kernel, compiled for one architecture; sizes in bytes, of a thread or (shared) of a block."""
+    """One kernel for one architecture. Sizes are in bytes, of a thread or (shared) of a block."""
 
     source: str
     name: str
@@ -42,7 +42,7 @@ class Kernel:
     stack: int
     local: int
     shared: int
-    # Instructions on global memory by the bits a thread moves, as text: JSON's keys are.
+    # Counts of global memory instructions by the bits that a thread moves; the keys are text, as in JSON.
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
     local_accesses: int = 0
@@ -54,9 +54,9 @@ class Kernel:
 
     @property
     def moves_vectors(self) -> bool:
-        """Whether the kernel is one for vectors of 16 bytes."""
-        lanes = [argument for argument in self.arguments[1:] if argument.isdigit()]
-        return self.name not in ELEMENTS and (not lanes or int(lanes[0]) > 1)
+        """Whether the kernel is compiled for vectors of 16 bytes."""
+        sizes = [argument for argument in self.arguments[1:] if argument.isdigit()]
+        return self.name not in ELEMENTS and (not sizes or int(sizes[0]) > 1)
 
 
 def find_cuobjdump() -> str | None:
@@ -69,7 +69,7 @@ def find_cuobjdump() -> str | None:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """C++ names; c++filt comes with the compiler that built the library."""
+    """The C++ names of mangled names, by c++filt."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
@@ -87,11 +87,11 @@ def split_arguments(text: str) -> list[str]:
 
 def parse_name(mangled: str, demangled: str) -> tuple[str, str, list[str]]:
     """(source file, kernel, template arguments)."""
-    # <hash>_<length>_<file>_cu_<hash>; a hash may be of digits alone, a file's name begins with a letter.
+    # <hash>_<length>_<file>_cu_<hash>: a hash may consist of digits, a file's name begins with a letter.
     source = re.search(r"_\d+_([a-z]\w*?)_cu_", mangled)
     plain = demangled.replace("(anonymous namespace)::", "")
     plain = re.sub(r"_GLOBAL__N__\w+?::|_NV_ANON_NAMESPACE::|_INTERNAL_\w+?::", "", plain)
-    match = re.match(r"(?:void )?alexnet_kernels::(\w+)(<.*>)?\(", plain)
+    match = re.match(r"(?:void )?alexnet_kernels::cuda::(\w+)(<.*>)?\(", plain)
     assert match is not None, plain
     arguments = split_arguments((match[2] or "<>")[1:-1])
     arguments = [DTYPES.get(a, re.sub(r"^\((?:int|bool)\)", "", a)) for a in arguments]
@@ -103,7 +103,7 @@ def run(*command: str) -> str:
 
 
 def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
-    """Every kernel for every architecture that the library holds machine code for."""
+    """All kernels of the library, for each architecture that it has machine code for."""
     found: dict[tuple[str, str], Kernel] = {}
     arch = ""
     usage = run(cuobjdump, "-res-usage", str(library)).splitlines()
@@ -138,7 +138,7 @@ def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """What should not be."""
+    """One message for each use of local memory and for each missing 128-bit access."""
     texts = []
     for kernel in kernels:
         where = f"{kernel.title} of {kernel.source} on {kernel.arch}"
@@ -158,11 +158,11 @@ def markdown(kernels: list[Kernel], compiler: str) -> str:
     archs = sorted({k.arch for k in kernels}, key=lambda a: int(a.removeprefix("sm_")))
     faulty = sum(bool(faults([kernel])) for kernel in kernels)
     lines = [
-        "# What the compiler made of the CUDA kernels",
+        "# Resources of the CUDA kernels",
         "",
-        f"Written by `python benchmarks/cuda_resources.py`; {compiler}. {faulty or 'None'} of {len(kernels)} kernels",
-        "use local memory or lack 128-bit accesses. Registers of a thread on each architecture; accesses to global",
-        f"memory on {archs[-1]}, as count x bits.",
+        f"Written by `python benchmarks/cuda_resources.py`; {compiler}. {faulty} of {len(kernels)} kernels",
+        "use local memory or lack 128-bit accesses. Registers are those of a thread on each architecture. Loads and",
+        f"stores are instructions on global memory on {archs[-1]}, as count x bits of a thread.",
         "",
         f"| source | kernel | registers ({' / '.join(archs)}) | loads | stores | shared memory | instructions |",
         "|---|---|---|---|---|---|---|",

@@ -1,12 +1,14 @@
-// Every operator's schema, and what the library tells of itself.
+// The schema of every operator, and the operators that describe the library itself.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <string>
 
-#include "common/isa.h"
+#include "cpu/isa.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
+
+namespace {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -16,19 +18,17 @@ const char* isa_name(Isa isa) {
   }
 }
 
-namespace {
-
 Isa detect_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // ALEXNET_KERNELS_ISA lowers the choice, so that each set of kernels can be tested on one machine.
-  const char* wish = std::getenv("ALEXNET_KERNELS_ISA");
-  const std::string most = wish ? wish : "avx512";
-  if (avx512 && most == "avx512") return Isa::avx512;
-  if (avx2 && most != "generic") return Isa::avx2;
+  // ALEXNET_KERNELS_ISA lowers the choice, so that one machine can test every set of kernels.
+  const char* variable = std::getenv("ALEXNET_KERNELS_ISA");
+  const std::string limit = variable ? variable : "avx512";
+  if (avx512 && limit == "avx512") return Isa::avx512;
+  if (avx2 && limit != "generic") return Isa::avx2;
 #endif
   return Isa::generic;
 }
@@ -37,7 +37,7 @@ std::string isa() {
   return isa_name(current_isa());
 }
 
-// "sources=<digest of csrc> archs=<CUDA architectures, as in ALEXNET_KERNELS_ARCHS; empty without CUDA kernels>"
+// "sources=<digest of csrc> archs=<ALEXNET_KERNELS_ARCHS, or nothing without CUDA kernels>"
 std::string build_info() {
 #ifdef ALEXNET_BUILD
   return ALEXNET_BUILD;
@@ -53,9 +53,9 @@ Isa current_isa() {
   return isa;
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
-// The emulation of the CUDA kernels, for tests, has the same operators in a namespace of its own.
+// The tests' emulation of CUDA registers the same operators in another namespace of torch.
 #ifndef ALEXNET_NAMESPACE
 #define ALEXNET_NAMESPACE alexnet_kernels
 #endif
@@ -122,6 +122,6 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
 }
 
 ALEXNET_LIBRARY_IMPL(ALEXNET_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&alexnet_kernels::isa));
-  m.impl("build_info", TORCH_BOX(&alexnet_kernels::build_info));
+  m.impl("isa", TORCH_BOX(&alexnet_kernels::cpu::isa));
+  m.impl("build_info", TORCH_BOX(&alexnet_kernels::cpu::build_info));
 }

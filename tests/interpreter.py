@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-from alexnet_kernels.triton import _channels, conv2d_relu
+from alexnet_kernels.triton import _config
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:
@@ -34,6 +34,8 @@ def float32_values(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+# The launch constants that `mend` replaces.
+SHIPPED: dict[str, object] = {}
 # The memory of the current launch's tensors: first address, and the one after the last.
 allowed: list[tuple[int, int]] = []
 # Triton's own modules whose functions the current launch has called, and thereby patched.
@@ -145,9 +147,10 @@ def mend() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
     # A program takes as long whatever its size: few large ones, two or more in the larger tests.
-    _channels.VECTORS = replace(_channels.VECTORS, block=1024)
-    _channels.SCALARS = replace(_channels.SCALARS, block=4096)
-    conv2d_relu.FLOAT = replace(conv2d_relu.HALF, terms=128)
+    SHIPPED.update({name: getattr(_config, name) for name in ("VECTORS", "SCALARS", "CONV_FLOAT")})
+    _config.VECTORS = replace(_config.VECTORS, block=1024)
+    _config.SCALARS = replace(_config.SCALARS, block=4096)
+    _config.CONV_FLOAT = replace(_config.CONV_HALF, terms=128)
     builder.cast_impl, builder.create_dot = mended_cast, mended_dot
     interpreter.InterpretedFunction.__call__ = call
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels as a backend, emulated on the CPU: what the tests of single ops don't ask."""
+"""The CUDA kernels as a backend, emulated on the CPU: launches, orders of threads, networks, unaligned memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def module() -> Iterator[object]:
 
 @pytest.fixture
 def launches(module) -> Callable[[], int]:
-    """How many kernels were launched since the last call."""
+    """Returns how many kernels were launched since its last call."""
     before = module.last_launch()["launches"]
 
     def count() -> int:

@@ -1,4 +1,4 @@
-"""What benchmarks/cuda_resources.py says of the built library's CUDA kernels, and of the committed report."""
+"""benchmarks/cuda_resources.py: the resources of the built library's CUDA kernels, and the committed report."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class TestFaults:
         assert text in fault
 
     def test_names(self) -> None:
-        mangled = "_ZN15alexnet_kernels49_GLOBAL__N__38cd27c8_10_augment_cu_5b1c5681_20996x"
-        plain = "void alexnet_kernels::(anonymous namespace)::augment_images<c10::Half, 8>(X, int, c10::Half*)"
+        mangled = "_ZN15alexnet_kernels4cuda49_GLOBAL__N__38cd27c8_10_augment_cu_5b1c5681_20996x"
+        plain = "void alexnet_kernels::cuda::(anonymous namespace)::augment_images<c10::Half, 8>(X, int, c10::Half*)"
         assert cuda_resources.parse_name(mangled, plain) == ("augment.cu", "augment_images", ["fp16", "8"])
         digits = mangled.replace("38cd27c8", "38042708")
         assert cuda_resources.parse_name(digits, plain) == ("augment.cu", "augment_images", ["fp16", "8"])
-        plain = "void alexnet_kernels::lrn_bases<(bool)1, float>(alexnet_kernels::Images, float const*)"
+        plain = "void alexnet_kernels::cuda::lrn_bases<(bool)1, float>(alexnet_kernels::cuda::ImageLayout, float*)"
         assert cuda_resources.parse_name("_Z1x", plain) == ("headers", "lrn_bases", ["1", "fp32"])
 
 

@@ -1,14 +1,14 @@
-"""The emulation of CUDA's threads (tests/emulation): what it computes, what it refuses, and the kernels in it under the
-compiler's sanitizers.
-"""
+"""The emulation of CUDA's threads (tests/emulation): its results, its errors, and the kernels under the sanitizers."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +16,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from alexnet_kernels import op_info
+from alexnet_kernels.op_info import OP_INFOS, Maker, OperatorCall
+from alexnet_kernels.op_info.sgd_step import state
 
 np = pytest.importorskip("numpy")
 emulation = pytest.importorskip("emulation")
+calls = pytest.importorskip("emulation.calls")
 
 COMPILER = os.environ.get("CXX", "g++")
 ALL = 0xFFFFFFFF
@@ -36,7 +42,7 @@ def cuda() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def launch(cuda: ModuleType) -> Callable[..., np.ndarray]:
-    """Runs a trial; its output of `size` elements, at first -7."""
+    """Runs a trial and returns its output of `size` elements, initialised to -7."""
 
     def run(
         trial: str,
@@ -58,7 +64,7 @@ def launch(cuda: ModuleType) -> Callable[..., np.ndarray]:
 
 
 def numbers(count: int) -> np.ndarray:
-    """Whole numbers, none twice, whose sums are exact."""
+    """Distinct whole numbers, whose sums are exact."""
     return np.random.default_rng(count).permutation(count).astype(np.float32) - count // 2
 
 
@@ -194,7 +200,7 @@ class TestFaults:
         cuda.set_order(order)
         with pytest.raises(RuntimeError, match=message):
             launch(trial, (), threads, block=(threads,))
-        # The next launch knows nothing of it.
+        # The next launch is not affected.
         values = numbers(64)
         assert (launch("votes", values, 6 * 64, options=(ALL,))[4 * 64 : 5 * 64] == (values > 0).sum()).all()
         assert (launch("block_sum", values, shared=4 * 64) == values.sum()).all()
@@ -223,14 +229,47 @@ class TestFaults:
             launch("nothing", [1])
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def record_calls(few: bool) -> Iterator[OperatorCall]:
+    """The operator calls of every op's samples; with `few`, of the typical ones."""
+    for info, dtype, memory_format in itertools.product(OP_INFOS.values(), DTYPES, FORMATS):
+        if info.images or memory_format == torch.contiguous_format:
+            make = Maker(dtype, memory_format)
+            for sample in info.typical if few else (*info.typical, *info.samples, *info.ones):
+                if info.takes(sample, dtype):
+                    yield from op_info.operator_calls(info, info.inputs(sample, make), "cuda")
+
+
+def step_calls(few: bool) -> Iterator[OperatorCall]:
+    """Steps over more tensors than one launch takes, of which only some are aligned to vectors."""
+    shapes = ((1,), (7,), (4099,), (6, 5, 3, 3), (0,), *[(9,)] * 70)
+    for mixture, unaligned in itertools.product(("plain", "master"), ("",) if few else ("", "params", "grads")):
+        given = state(Maker(torch.bfloat16), mixture, shapes)
+        if unaligned:
+            given[unaligned] = [t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t) for t in given[unaligned]]
+        lr = torch.tensor(0.01)
+        yield from op_info.operator_calls(OP_INFOS["sgd_step"], {**given, "lr": lr}, "cuda")
+
+
+def operator_calls(few: bool) -> Iterator[OperatorCall]:
+    """Calls that together run every operator of the native library."""
+    torch.manual_seed(0)
+    with emulation.emulated():
+        yield from record_calls(few)
+        yield from step_calls(few)
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the executable of a sanitizer."""
+    """Runs the executable of a sanitizer with the given arguments."""
 
     @functools.cache
     def executable(name: str) -> Path:
         if sys.platform != "linux" or platform.machine() != "x86_64":
-            pytest.skip("the sanitizers are tried on x86-64 Linux only")
+            pytest.skip("the sanitizers are tested on x86-64 Linux only")
         source = tmp_path_factory.mktemp("sanitizer") / "empty.cpp"
         source.write_text("int main() {}")
         flags = " ".join(emulation.SANITIZERS[name]).split()
@@ -239,7 +278,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
             pytest.skip(f"{COMPILER} lacks {' '.join(flags)}")
         return emulation.build(name)
 
-    # The sanitizers' own memory may lie where a randomised address space has put something else.
+    # A randomised address space may collide with the sanitizers' shadow memory.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
         fixed = []
@@ -263,15 +302,34 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
 
 @pytest.mark.slow
 class TestSanitizers:
-    @pytest.mark.parametrize(("name", "arguments"), [("address", []), ("thread", ["--few"])], ids=["address", "thread"])
-    def test_every_operator_is_clean(self, sanitized, name: str, arguments: list[str]) -> None:
-        done = sanitized(name, *arguments)
+    @pytest.mark.parametrize(
+        ("name", "few", "skip"),
+        [("address", False, 0), ("address", False, 1), ("thread", True, 0)],
+        ids=["address", "address-unaligned", "thread"],
+    )
+    def test_every_operator_is_clean(self, sanitized, tmp_path: Path, name: str, few: bool, skip: int) -> None:
+        calls.write(operator_calls(few), tmp_path / "calls", skip=skip)
+        done = sanitized(name, str(tmp_path / "calls"))
         assert done.returncode == 0, done.stderr[:4000]
         assert "Sanitizer" not in done.stderr
         ran = dict(line.split(": ") for line in done.stdout.splitlines())
         schemas = (emulation.ROOT / "csrc" / "library.cpp").read_text()
         assert set(ran) == set(re.findall(r'"(\w+)\(Tensor', schemas))
         assert [op for op, counts in ran.items() if counts.endswith(", 0 launches")] == []
+
+    def test_one_element_beyond_a_tensor_is_reported_with_its_call(self, sanitized, tmp_path: Path) -> None:
+        good, grad, output = torch.randn(64), torch.randn(64), torch.randn(64)
+        path = tmp_path / "calls"
+        calls.write([("relu_dropout_backward", (g, output, 2.0)) for g in (good, grad)], path)
+        values = grad.numpy().tobytes()
+        whole, short = struct.pack("<qq", 0, 256) + values, struct.pack("<qq", 0, 252) + values[:-4]
+        assert path.read_bytes().count(whole) == 1
+        path.write_bytes(path.read_bytes().replace(whole, short))
+        done = sanitized("address", str(path))
+        assert done.returncode != 0
+        assert "heap-buffer-overflow" in done.stderr
+        assert "0 bytes after 252-byte region" in done.stderr or "to the right of 252-byte region" in done.stderr
+        assert "replaying call 1 of the file, relu_dropout_backward" in done.stderr
 
     @pytest.mark.parametrize(
         ("name", "trial", "report"),

@@ -9,15 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
+from contract import Case, check, expected
 from helpers import check_network
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import alexnet_kernels
 from alexnet_kernels import _library, backends, ops
 from alexnet_kernels._dispatch.contracts import CONTRACTS
-from alexnet_kernels.op_info import OP_INFOS
+from alexnet_kernels.op_info import OP_INFOS, Setting
 
 PACKAGE = Path(alexnet_kernels.__file__).parent
 
@@ -262,14 +264,14 @@ except ValueError as error:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("op", [info.name for info in OP_INFOS.values() if info.wrt == ("input",)])
 def test_the_size_of_programs_changes_no_bit(op, memory_format, monkeypatch) -> None:
-    from alexnet_kernels.triton import _channels
+    from alexnet_kernels.triton import _config
 
     info = OP_INFOS[op]
     x = torch.randn(2, 24, 5, 7).contiguous(memory_format=memory_format)
 
     def run(block: int) -> tuple[torch.Tensor, torch.Tensor]:
         for name in ("VECTORS", "SCALARS"):
-            monkeypatch.setattr(_channels, name, _channels.Launch(block=block, num_warps=4))
+            monkeypatch.setattr(_config, name, _config.Launch(block=block))
         leaf = x.clone().requires_grad_()
         out = info.op(**info.on_images(leaf), backend="triton")
         out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape))
@@ -277,6 +279,22 @@ def test_the_size_of_programs_changes_no_bit(op, memory_format, monkeypatch) -> 
 
     for small, large in zip(run(16), run(1024), strict=True):
         assert torch.equal(small, large)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("op", OP_INFOS)
+def test_the_launch_constants_that_ship(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests run larger programs, of which the interpreter needs fewer."""
+    from alexnet_kernels.triton import _config
+
+    info = OP_INFOS[op]
+    for name, value in interpreter.SHIPPED.items():
+        monkeypatch.setattr(_config, name, value)
+    for sample in info.typical:
+        if info.takes(sample, dtype):
+            case = Case(info, sample, Setting("triton", "cpu", dtype, torch.channels_last))
+            check(case, expected(info, case.inputs()))
 
 
 @interpreted

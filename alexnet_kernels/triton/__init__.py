@@ -1,8 +1,8 @@
-"""The Triton kernels: one file an op, operators of the namespace `alexnet_kernels_triton`.
+"""The Triton kernels: operators of the namespace `alexnet_kernels_triton`, one file an op.
 
 Each operator has the name, arguments, fake, autograd and autocast policy of the native one (`alexnet_kernels/ops`). The
-kernels take float32, bfloat16 and float16, compute in float32, and repeat their results bit for bit. Launch heuristics
-are frozen dataclasses at the top of each file; nothing is tuned at run time.
+kernels take float32, bfloat16 and float16 and compute in float32. Repeated calls are bitwise identical. `_config.py`
+holds the launch constants.
 """
 
 import importlib

@@ -1,38 +1,28 @@
-"""Tiles of channel vectors: what the kernels that look at an element's neighbours among the channels share.
+"""Vectors of channels: the tiles of the kernels that work on images pixel by pixel.
 
-A thread holds VEC consecutive channels of one pixel as a tuple of VEC values, read in one access, and reads the few
-channels before and after them (the halo) one by one: a sum over neighbours then moves nothing between threads. Images
-without gaps are one array of such vectors; VEC is 1 where channels aren't consecutive in memory.
+Images without gaps are an array of vectors of VEC consecutive channels of one pixel; VEC is 1 where channels are not
+consecutive in memory. A thread loads its vector in one access, as a tuple of VEC values. Kernels whose windows reach
+other channels load the halo, the few channels before and after the vector, one by one: sums over windows then need no
+exchange between threads.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Launch:
-    """How vectors are spread over threads."""
-
-    block: int  # vectors a program takes
-    num_warps: int
-
-
-VECTORS = Launch(block=128, num_warps=4)  # one vector a thread: the tuples of its halo fill some hundred registers
-SCALARS = Launch(block=512, num_warps=4)  # single values leave room for four a thread
+from alexnet_kernels.triton import _config
+from alexnet_kernels.triton._config import Launch
 
 
 def vector_of(tensor: Tensor, channels_last: bool, group: int, most: int = 16) -> int:
-    """Channels in a vector: 16 bytes of them, or one where the `group` channels of a tower don't divide evenly."""
+    """Channels of a vector: 16 bytes, at most `most`; or 1, if the `group` channels of a tower are no multiple."""
     vector = min(16 // tensor.element_size(), most)
     return vector if channels_last and group % vector == 0 else 1
 
 
 def launch_of(vector: int) -> Launch:
-    return SCALARS if vector == 1 else VECTORS
+    return _config.SCALARS if vector == 1 else _config.VECTORS
 
 
 def is_channels_last(memory_format: torch.memory_format) -> bool:
@@ -63,7 +53,7 @@ def locate(BLOCK: tl.constexpr, count, C: tl.constexpr, HEIGHT, WIDTH, CHANNELS_
 
 @triton.jit
 def offset_of(n, c, y, x, C: tl.constexpr, HEIGHT, WIDTH, CHANNELS_LAST: tl.constexpr):
-    """Where in memory an element is: int64, like n."""
+    """The offset of an element in memory: int64, like n."""
     if CHANNELS_LAST:
         within = (y * WIDTH + x) * C + c
     else:
@@ -73,7 +63,7 @@ def offset_of(n, c, y, x, C: tl.constexpr, HEIGHT, WIDTH, CHANNELS_LAST: tl.cons
 
 @triton.jit
 def unzip(x, VEC: tl.constexpr):
-    """[B, VEC] -> VEC values [B], all in the thread that holds the vector."""
+    """[B, VEC] -> VEC tensors [B], whose elements stay in the thread that holds the vector."""
     if VEC == 1:
         return (tl.reshape(x, [x.shape[0]]),)
     else:
@@ -88,7 +78,7 @@ def unzip(x, VEC: tl.constexpr):
 
 @triton.jit
 def zip_vector(values, VEC: tl.constexpr):
-    """The reverse of unzip."""
+    """The inverse of unzip."""
     if VEC == 1:
         return tl.expand_dims(values[0], 1)
     else:
@@ -103,7 +93,7 @@ def zip_vector(values, VEC: tl.constexpr):
 
 @triton.jit
 def load_channels(pointer, mask, c, low, high, stride, BEFORE: tl.constexpr, VEC: tl.constexpr, AFTER: tl.constexpr):
-    """The BEFORE + VEC + AFTER channels around the vectors at `pointer` [B], in float32; 0 outside [low, high)."""
+    """The vectors at `pointer` [B] with a halo of BEFORE and AFTER channels, in float32; 0 outside [low, high)."""
     lane = tl.arange(0, VEC)
     vector = tl.load(pointer[:, None] + lane[None, :], mask=mask[:, None], other=0)
     values = ()

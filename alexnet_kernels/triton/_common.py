@@ -1,4 +1,4 @@
-"""What the Triton kernels' functions share: registration, and layouts of images."""
+"""Registration of the Triton operators, and the memory layouts of their tensors."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from alexnet_kernels._dispatch.layout import memory_format_of
 
 
 def on_its_device(function: Callable) -> Callable:
-    """The function, with the device of its first tensor the current one: Triton launches on the current device."""
+    """The function, run with its first tensor's device as the current one, where Triton launches."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -20,7 +20,7 @@ def on_its_device(function: Callable) -> Callable:
         if (
             first is not None
             and first.is_cuda
-            and torch.cuda.is_initialized()  # not so where a graph of fake tensors is traced without a GPU
+            and torch.cuda.is_initialized()  # False while fake tensors are traced without a GPU
             and first.device.index != torch.cuda.current_device()
         ):
             with torch.cuda.device(first.device):
@@ -31,10 +31,10 @@ def on_its_device(function: Callable) -> Callable:
 
 
 def triton_op(function: Callable) -> Callable:
-    """Registers a function that launches kernels as the operator of its name, which torch.compile sees through.
+    """Registers a function that launches kernels as the operator of its name, into which torch.compile traces.
 
-    Fake, autograd and autocast are those of the native operator of that name. Interpreted kernels can't be traced: the
-    operator is opaque to torch.compile then.
+    `implement` adds the fake, autograd and autocast of the native operator of that name. Under Triton's interpreter,
+    whose kernels cannot be traced, the operator is opaque to torch.compile.
     """
     name = f"{_library.TRITON_NAMESPACE}::{function.__name__}"
     function = on_its_device(function)
@@ -44,12 +44,12 @@ def triton_op(function: Callable) -> Callable:
 
 
 def wrap_triton(kernel):
-    """torch.library.wrap_triton, which in torch 2.11 refuses interpreted kernels."""
+    """torch.library.wrap_triton; interpreted kernels, which torch 2.11 refuses there, are returned unchanged."""
     return kernel if _library.INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 class Layout(NamedTuple):
-    """Strides, in elements, of images [N, C, H, W] without gaps."""
+    """The strides, in elements, of images [N, C, H, W] without gaps."""
 
     n: int
     c: int
@@ -62,7 +62,7 @@ def layout_of(tensor: Tensor) -> Layout:
 
 
 def contiguous_as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor in a memory format, and with its canonical strides, which dimensions of size 1 leave open."""
+    """The tensor in a memory format with canonical strides, also for dimensions of size 1."""
     tensor = tensor.contiguous(memory_format=memory_format)
     if tensor.dim() != 4:
         return tensor
@@ -72,12 +72,12 @@ def contiguous_as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
-# A tile past the last pixel still has to fit 32 bits.
+# Indices of a tile that begins before the last pixel fit 32 bits.
 LARGEST = 2**31 - 2**16
 
 
 def check_size(*images: Tensor) -> None:
-    """Programs that take the batch as rows of pixels count those, and an image's elements, in 32 bits."""
+    """Raises where the pixels of a batch, or the elements of an image, do not fit the kernels' 32-bit indices."""
     for tensor in images:
         n, c, h, w = tensor.shape
         if n * h * w >= LARGEST or c * h * w >= LARGEST:
@@ -85,7 +85,7 @@ def check_size(*images: Tensor) -> None:
 
 
 def in_own_format(tensor: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """The tensor in the memory format that results take, and that format."""
+    """The tensor without gaps in the memory format of its results, and that format."""
     if tensor.dim() == 4 and tensor.shape[1] * tensor.shape[2] * tensor.shape[3] >= 2**31:
         raise ValueError(f"Triton kernels take images of fewer than 2^31 elements, not of shape {list(tensor.shape)}")
     memory_format = memory_format_of(tensor)

@@ -1,4 +1,4 @@
-"""Crop, mirror, colour shift, mean subtraction, scaling, cast and layout of a batch of images in one pass.
+"""Crops, mirrors, shifts colours, subtracts the mean, scales, casts and lays out a batch of images in one pass.
 
 See: alexnet_kernels/ops/augment.py.
 """
@@ -10,15 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_kernels.triton._channels import Launch
+from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._common import triton_op, wrap_triton
 
-ELEMENTS = Launch(block=1024, num_warps=4)  # eight a thread
 
-
-# A program: BLOCK elements of one image's crop, in the order of the output's memory. images uint8 [N, H, W, 3]; crops
-# int64 [N, 2]; flips uint8 [N]; shift [N, 3]; mean [3], [3, h, w] or [3, H, W] (MEAN_DIMS 1; 3, of MEAN_H x MEAN_W);
-# scale [3]; out [N, 3, h, w]. What lies outside the image, where the crop is invalid, is never read.
+# A program computes BLOCK elements of one image's crop, in the memory order of the output. images uint8 [N, H, W, 3];
+# crops int64 [N, 2]; flips uint8 [N]; shift [N, 3]; mean [3], [3, h, w] or [3, H, W] (MEAN_DIMS 1; 3, of MEAN_H x
+# MEAN_W); scale [3]; out [N, 3, h, w]. Pixels outside the image, of an invalid crop, are not read.
 @triton.jit
 def augment_kernel(
     images_ptr, crops_ptr, flips_ptr, shift_ptr, mean_ptr, scale_ptr, out_ptr, H, W, h, w, blocks,
@@ -44,15 +42,15 @@ def augment_kernel(
     inside = mask & (row >= 0) & (row < H) & (column >= 0) & (column < W)
     image = n.to(tl.int64) * H * W * 3
     value = tl.load(images_ptr + image + (row * W + column) * 3 + c, mask=inside, other=0).to(tl.float32)
-    minus = tl.zeros([BLOCK], tl.float32)
+    offset = tl.zeros([BLOCK], tl.float32)
     if MEAN_DIMS == 1:
-        minus += tl.load(mean_ptr + c, mask=mask, other=0)
+        offset += tl.load(mean_ptr + c, mask=mask, other=0)
     if MEAN_DIMS == 3:
-        place = (c * H + row) * W + column if WHOLE_MEAN else (c * h + y) * w + x
-        minus += tl.load(mean_ptr + place, mask=inside, other=0)
+        index = (c * H + row) * W + column if WHOLE_MEAN else (c * h + y) * w + x
+        offset += tl.load(mean_ptr + index, mask=inside, other=0)
     if SHIFT:
-        minus -= tl.load(shift_ptr + n * 3 + c, mask=mask, other=0)
-    value -= minus
+        offset -= tl.load(shift_ptr + n * 3 + c, mask=mask, other=0)
+    value -= offset
     if SCALE:
         value *= tl.load(scale_ptr + c, mask=mask, other=0)
     tl.store(out_ptr + n.to(tl.int64) * (3 * h * w) + at, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -79,7 +77,7 @@ def augment(
     def values(tensor: Tensor | None) -> Tensor:
         return images if tensor is None else tensor.to(torch.float32).contiguous()
 
-    blocks = triton.cdiv(3 * size[0] * size[1], ELEMENTS.block)
+    blocks = triton.cdiv(3 * size[0] * size[1], _config.ELEMENTS.block)
     wrap_triton(augment_kernel)[(count * blocks,)](
         images.contiguous(),
         crops.contiguous(),
@@ -93,6 +91,6 @@ def augment(
         MEAN_DIMS=0 if mean is None else mean.dim(),
         WHOLE_MEAN=mean is not None and list(mean.shape[1:]) == [height, width],
         SCALE=scale is not None,
-        CHANNELS_LAST=channels_last, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+        CHANNELS_LAST=channels_last, BLOCK=_config.ELEMENTS.block, num_warps=_config.ELEMENTS.num_warps,
     )  # fmt: skip
     return out

@@ -3,43 +3,25 @@
 See: alexnet_kernels/ops/batch_norm_relu.py.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._channels import is_channels_last
 from alexnet_kernels.triton._common import check_size, contiguous_as, in_own_format, triton_op, wrap_triton
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tiles of the images as a matrix of pixels (over the batch) by channels."""
-
-    block_rows: int
-    block_columns: int
-    num_warps: int = 4
-
-
-# The dimension that is consecutive in memory takes whole cache lines: 64 channels, or 256 pixels of few channels.
-PIXELS_BY_CHANNELS = Launch(block_rows=32, block_columns=64)
-PIXELS_OF_CHANNELS = Launch(block_rows=512, block_columns=2)
-# Rows of a part, whose moments are taken at once: small enough for its second reading to come from the cache (64
-# channels of 1024 pixels are 128 kB of bfloat16), large enough for the parts to be few.
-PART_ROWS = 1024
-
-
 @triton.jit
 def row_offset(row, PIXELS, SAMPLE, PIXEL):
-    """Where pixel `row` of the batch begins in memory: int64."""
+    """The offset of pixel `row` of the batch in memory: int64."""
     return (row // PIXELS).to(tl.int64) * SAMPLE + row % PIXELS * PIXEL
 
 
-# A program: one part of the pixels, BLOCK_C channels. x [rows, C] by strides; partial [2, parts, C]: mean and sum of
-# squared deviations.
+# A program takes one part of the pixels, BLOCK_C channels. x [rows, C] by strides; partial [2, parts, C]: mean and sum
+# of squared deviations.
 @triton.jit
 def bn_moments_kernel(
     x_ptr, partial_ptr, rows, parts, C, PIXELS, SAMPLE, PIXEL, CHANNEL,
@@ -56,7 +38,7 @@ def bn_moments_kernel(
         at = row_offset(first + r, PIXELS, SAMPLE, PIXEL)[:, None] + (c * CHANNEL)[None, :]
         total += tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     mean = tl.sum(total, 0) / count
-    # The second reading takes deviations, whose own mean corrects what rounding did to the first.
+    # The second pass sums deviations from the rounded mean; their own mean corrects it.
     rest = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for i in range(0, PART, BLOCK_R):
@@ -73,7 +55,7 @@ def bn_moments_kernel(
     tl.store(to + parts * C, tl.sum(squares, 0) - rest_mean * rest_mean * count, mask=c < C)
 
 
-# A program: BLOCK_C channels, whose parts it takes BLOCK_P at a time. mean = sum n m / rows over parts of n pixels and
+# A program computes BLOCK_C channels, from BLOCK_P parts at a time. mean = sum n m / rows over parts of n pixels and
 # mean m, corrected by the mean deviation from it; var = (sum of squares inside the parts + sum n (m - mean)^2) / rows.
 @triton.jit
 def bn_combine_moments_kernel(
@@ -99,7 +81,7 @@ def bn_combine_moments_kernel(
 
 @triton.jit
 def load_part(partial_ptr, start, rows, parts, c, C, PART: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(mean, pixels, sum of squared deviations) of BLOCK_P parts; no pixels beyond the last."""
+    """(mean, pixels, sum of squared deviations) of BLOCK_P parts; parts beyond the last have 0 pixels."""
     part = start + tl.arange(0, BLOCK_P)
     mask = (part < parts)[:, None] & (c < C)[None, :]
     at = partial_ptr + part[:, None] * C + c[None, :]
@@ -121,7 +103,7 @@ def channel_values(mean_ptr, var_ptr, w_ptr, b_ptr, c, C, eps, HAS_WEIGHT: tl.co
     return mean, scale, weight, bias
 
 
-# A program: BLOCK_R pixels by BLOCK_C channels. out = max(0, (x - mean) scale weight + bias).
+# A program computes BLOCK_R pixels by BLOCK_C channels. out = max(0, (x - mean) scale weight + bias).
 @triton.jit
 def bn_forward_kernel(
     x_ptr, out_ptr, mean_ptr, var_ptr, w_ptr, b_ptr, rows, C, PIXELS, SAMPLE, PIXEL, CHANNEL, eps,
@@ -141,15 +123,15 @@ def bn_forward_kernel(
 
 @triton.jit
 def masked_gradient(g_ptr, x_ptr, at, mask, mean, scale, weight, bias):
-    """(the gradient through ReLU, recomputed; the normalised input)."""
+    """(gradient masked by ReLU, which is recomputed; normalised input)."""
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     g = tl.load(g_ptr + at, mask=mask, other=0).to(tl.float32)
     y = (x - mean[None, :]) * (scale * weight)[None, :] + bias[None, :]
     return tl.where(mask & ~(y <= 0), g, 0.0), (x - mean[None, :]) * scale[None, :]
 
 
-# A program: one part of the pixels, BLOCK_C channels. partial [2, parts, C]: sums of g and of g times the normalised
-# input.
+# A program takes one part of the pixels, BLOCK_C channels. partial [2, parts, C]: sums of g and of g times the
+# normalised input.
 @triton.jit
 def bn_backward_sums_kernel(
     g_ptr, x_ptr, mean_ptr, var_ptr, w_ptr, b_ptr, partial_ptr, rows, parts, C, PIXELS, SAMPLE, PIXEL, CHANNEL, eps,
@@ -174,7 +156,7 @@ def bn_backward_sums_kernel(
     tl.store(to + parts * C, tl.sum(products, 0), mask=c < C)
 
 
-# A program: BLOCK_C channels, whose parts it adds BLOCK_P at a time.
+# A program computes BLOCK_C channels, from BLOCK_P parts at a time.
 @triton.jit
 def bn_combine_sums_kernel(
     partial_ptr, grad_weight_ptr, grad_bias_ptr, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
@@ -192,8 +174,8 @@ def bn_combine_sums_kernel(
     tl.store(grad_weight_ptr + c, tl.sum(products, 0), mask=c < C)
 
 
-# A program: BLOCK_R pixels by BLOCK_C channels. dx = (g - mean(g) - n mean(g n)) scale weight, n the normalised input;
-# without the means in inference.
+# A program computes BLOCK_R pixels by BLOCK_C channels. dx = (g - mean(g) - n mean(g n)) scale weight, n the normalised
+# input; without the means in inference.
 @triton.jit
 def bn_backward_kernel(
     g_ptr, x_ptr, dx_ptr, mean_ptr, var_ptr, w_ptr, b_ptr, grad_weight_ptr, grad_bias_ptr,
@@ -215,43 +197,31 @@ def bn_backward_kernel(
     tl.store(dx_ptr + at, (g * (scale * weight)[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-class _Matrix:
-    """The images as a matrix of pixels by channels: how it lies in memory, and its tiles."""
+class _PixelMatrix:
+    """The images as a matrix of pixels by channels: its memory layout and its tiles."""
 
     def __init__(self, x: Tensor, memory_format: torch.memory_format) -> None:
         check_size(x)
         n, c, h, w = x.shape
         channels_last = is_channels_last(memory_format)
-        self.launch = PIXELS_BY_CHANNELS if channels_last else PIXELS_OF_CHANNELS
+        tile = _config.BATCH_NORM_CHANNELS_LAST if channels_last else _config.BATCH_NORM_CONTIGUOUS
         self.rows, self.channels = n * h * w, c
-        self.parts = triton.cdiv(self.rows, PART_ROWS)
+        self.parts = triton.cdiv(self.rows, _config.BATCH_NORM_PART)
         pixel, channel = (c, 1) if channels_last else (1, h * w)
         self.layout = (c, h * w, c * h * w, pixel, channel)  # the kernels' C, PIXELS, SAMPLE, PIXEL, CHANNEL
-        self.columns = triton.cdiv(c, self.launch.block_columns)
-        self.tiles = (triton.cdiv(self.rows, self.launch.block_rows), self.columns)
-        self.block = {
-            "BLOCK_R": self.launch.block_rows,
-            "BLOCK_C": self.launch.block_columns,
-            "num_warps": self.launch.num_warps,
-        }
+        self.columns = triton.cdiv(c, tile.columns)
+        self.tiles = (triton.cdiv(self.rows, tile.rows), self.columns)
+        self.block = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "num_warps": tile.num_warps}
 
     def empty(self, x: Tensor, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-@dataclass(frozen=True)
-class Combine:
-    """How parts are combined: few channels a program, for many programs, and many parts at once, to wait together."""
-
-    block_parts: int = 64
-    block_channels: int = 16
-    num_warps: int = 4
-
-    def arguments(self) -> dict[str, int]:
-        return {"BLOCK_P": self.block_parts, "BLOCK_C": self.block_channels, "num_warps": self.num_warps}
-
-
-COMBINE = Combine()
+def _combination(channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the constants of the kernels that combine parts."""
+    tile = _config.BATCH_NORM_COMBINE
+    constants = {"BLOCK_P": tile.rows, "BLOCK_C": tile.columns, "num_warps": tile.num_warps}
+    return (triton.cdiv(channels, tile.columns),), constants
 
 
 @triton_op
@@ -265,7 +235,7 @@ def batch_norm_relu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, memory_format = in_own_format(input)
-    matrix = _Matrix(x, memory_format)
+    matrix = _PixelMatrix(x, memory_format)
     out = empty_like(x)
     if x.numel() == 0:
         values = (0.0, 0.0) if training else (running_mean, running_var)
@@ -275,12 +245,12 @@ def batch_norm_relu(
         mean, var = matrix.empty(x, matrix.channels), matrix.empty(x, matrix.channels)
         partial = matrix.empty(x, 2, matrix.parts, matrix.channels)
         wrap_triton(bn_moments_kernel)[(matrix.parts, matrix.columns)](
-            x, partial, matrix.rows, matrix.parts, *matrix.layout, PART=PART_ROWS, **matrix.block
+            x, partial, matrix.rows, matrix.parts, *matrix.layout, PART=_config.BATCH_NORM_PART, **matrix.block
         )
-        wrap_triton(bn_combine_moments_kernel)[(triton.cdiv(matrix.channels, COMBINE.block_channels),)](
-            partial, mean, var, matrix.rows, matrix.parts, matrix.channels,
-            PART=PART_ROWS, **COMBINE.arguments(),
-        )  # fmt: skip
+        grid, constants = _combination(matrix.channels)
+        wrap_triton(bn_combine_moments_kernel)[grid](
+            partial, mean, var, matrix.rows, matrix.parts, matrix.channels, PART=_config.BATCH_NORM_PART, **constants
+        )
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -306,7 +276,7 @@ def batch_norm_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, memory_format = in_own_format(input)
     g = contiguous_as(grad, memory_format)
-    matrix = _Matrix(x, memory_format)
+    matrix = _PixelMatrix(x, memory_format)
     dx = empty_like(x)
     grad_weight, grad_bias = matrix.empty(x, matrix.channels), matrix.empty(x, matrix.channels)
     if x.numel() == 0:
@@ -316,10 +286,11 @@ def batch_norm_relu_backward(
     flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     wrap_triton(bn_backward_sums_kernel)[(matrix.parts, matrix.columns)](
         g, x, mean, var, w, b, partial, matrix.rows, matrix.parts, *matrix.layout, eps,
-        **flags, PART=PART_ROWS, **matrix.block,
+        **flags, PART=_config.BATCH_NORM_PART, **matrix.block,
     )  # fmt: skip
-    wrap_triton(bn_combine_sums_kernel)[(triton.cdiv(matrix.channels, COMBINE.block_channels),)](
-        partial, grad_weight, grad_bias, matrix.parts, matrix.channels, **COMBINE.arguments()
+    grid, constants = _combination(matrix.channels)
+    wrap_triton(bn_combine_sums_kernel)[grid](
+        partial, grad_weight, grad_bias, matrix.parts, matrix.channels, **constants
     )
     wrap_triton(bn_backward_kernel)[matrix.tiles](
         g, x, dx, mean, var, w, b, grad_weight, grad_bias, matrix.rows, *matrix.layout, eps,

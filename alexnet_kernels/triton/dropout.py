@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed and each element's place.
+"""Dropout whose mask is a function of a seed and each element's index in row-major order.
 
 See: alexnet_kernels/ops/dropout.py.
 """
@@ -8,27 +8,24 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_kernels._dispatch.layout import empty_like
-from alexnet_kernels.triton._channels import Launch, is_channels_last
+from alexnet_kernels.triton import _config
+from alexnet_kernels.triton._channels import is_channels_last
 from alexnet_kernels.triton._common import in_own_format, triton_op, wrap_triton
 
-PAIRS = Launch(block=128, num_warps=4)  # of quads: eight elements a thread, 16 bytes of half precision
-ELEMENTS = Launch(block=512, num_warps=4)
-SHORT_ROW = 256  # elements: a quarter of a program; shorter rows would leave most threads idle
 
-
-def halves(value: int) -> tuple[int, int]:
-    """A number of 64 bits as two of 32, which `whole` joins: torch 2.11 compiles no launch with a larger one."""
+def split_int64(value: int) -> tuple[int, int]:
+    """The high and low half of an int64, for join_int64: torch 2.11 compiles no launch with 64-bit arguments."""
     return value // 2**32, value % 2**32 - 2**31
 
 
 @triton.jit
-def whole(high, low):
+def join_int64(high, low):
     return (tl.cast(high, tl.int64) << 32) + (tl.cast(low, tl.int64) + 2147483648)
 
 
 @triton.jit
-def words_of(seed, offset, quad):
-    """The four random words of each quad (int64), as in csrc/common/philox.h."""
+def philox_words(seed, offset, quad):
+    """The four Philox words of each quad (int64), as in csrc/common/philox.h."""
     stream = tl.zeros_like(quad) + offset
     low = (quad & 0xFFFFFFFF).to(tl.uint32)
     high = ((quad >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -38,9 +35,9 @@ def words_of(seed, offset, quad):
 
 
 @triton.jit
-def draw_pairs(seed, offset, quads):
-    """The random words [P, 8], as int64, of pairs of quads [P, 2]."""
-    a, b, c, d = words_of(seed, offset, quads)
+def philox_pairs(seed, offset, quads):
+    """The Philox words [P, 8], as int64, of pairs of quads [P, 2]."""
+    a, b, c, d = philox_words(seed, offset, quads)
     words = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(words, [words.shape[0], 8]).to(tl.int64)
 
@@ -50,9 +47,9 @@ def drop(x, word, threshold, scale):
     return tl.where(word < threshold, 0.0, x * scale)
 
 
-# A program: BLOCK pairs of quads of one row of `row` elements, whose first has index base + r * row_stride. A quad,
-# four elements that share a draw, is one of the index: where a row does not begin with one, the first is partly
-# another's. x, out: rows without gaps.
+# A program computes BLOCK pairs of quads of one row, of `row` elements with indices from base + r * row_stride on. A
+# quad is four elements that share a Philox call, with indices from a multiple of 4 on: the first and last quad of a row
+# may extend beyond it. x, out: rows without gaps.
 @triton.jit
 def dropout_rows_kernel(
     x_ptr, out_ptr, seed_ptr, offset_high, offset_low, threshold_high, threshold_low, scale, row, row_stride, base,
@@ -64,22 +61,22 @@ def dropout_rows_kernel(
     start = base + r * row_stride
     pair = (program - r * blocks) * BLOCK + tl.arange(0, BLOCK)
     quads = (start >> 2) + (2 * pair)[:, None] + tl.arange(0, 2)[None, :]
-    place = ((start >> 2 << 2) - start) + (8 * pair)[:, None] + tl.arange(0, 8)[None, :]
-    mask = (place >= 0) & (place < row)
-    at = r * row + place
+    column = ((start >> 2 << 2) - start) + (8 * pair)[:, None] + tl.arange(0, 8)[None, :]
+    mask = (column >= 0) & (column < row)
+    at = r * row + column
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     if RELU:
         x = tl.where(x < 0, 0.0, x)
     if DROP:
-        words = draw_pairs(tl.load(seed_ptr), whole(offset_high, offset_low), quads)
-        out = drop(x, words, whole(threshold_high, threshold_low), scale)
+        words = philox_pairs(tl.load(seed_ptr), join_int64(offset_high, offset_low), quads)
+        out = drop(x, words, join_int64(threshold_high, threshold_low), scale)
     else:
         out = x * scale
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# A program: BLOCK elements, each with a draw of its own: short rows, and images in channels_last, [N, PIXELS, C] in
-# memory, whose index counts row-major order.
+# A program computes BLOCK elements with a Philox call for each: short rows, and images in channels_last, [N, PIXELS, C]
+# in memory, whose indices are those of row-major order.
 @triton.jit
 def dropout_elements_kernel(
     x_ptr, out_ptr, seed_ptr, offset_high, offset_low, threshold_high, threshold_low, scale, row, row_stride, base,
@@ -95,22 +92,22 @@ def dropout_elements_kernel(
         logical = (n * C + (at - pixel * C)) * PIXELS + (pixel - n * PIXELS)
     r = logical // row
     index = base + r * row_stride + (logical - r * row)
-    a, b, c, d = words_of(tl.load(seed_ptr), whole(offset_high, offset_low), index >> 2)
-    which = index & 3
-    word = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d)).to(tl.int64)
+    a, b, c, d = philox_words(tl.load(seed_ptr), join_int64(offset_high, offset_low), index >> 2)
+    word_index = index & 3
+    word = tl.where(word_index < 2, tl.where(word_index == 0, a, b), tl.where(word_index == 2, c, d)).to(tl.int64)
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     if RELU:
         x = tl.where(x < 0, 0.0, x)
-    out = drop(x, word, whole(threshold_high, threshold_low), scale)
+    out = drop(x, word, join_int64(threshold_high, threshold_low), scale)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def threshold_of(p: float) -> int:
-    """Words below it drop their element."""
+    """The threshold below which a word drops its element."""
     return min(round(p * 2**32), 2**32)
 
 
-def run(
+def launch_dropout(
     x: Tensor,
     out: Tensor,
     p: float,
@@ -123,24 +120,25 @@ def run(
     channels_last: bool = False,
     relu: bool = False,
 ) -> None:
-    """out = dropout(x), or of max(0, x); both without gaps, of one layout."""
-    numbers = (*halves(offset), *halves(threshold_of(p)))
-    if channels_last or (row < SHORT_ROW and row_stride != row):
+    """Launches out = dropout(x), or dropout(relu(x)); both have the same layout without gaps."""
+    numbers = (*split_int64(offset), *split_int64(threshold_of(p)))
+    pairs, elements = _config.DROPOUT_PAIRS, _config.DROPOUT_ELEMENTS
+    if channels_last or (row < _config.DROPOUT_SHORT_ROW and row_stride != row):
         channels, pixels = (x.shape[1], x.shape[2] * x.shape[3]) if channels_last else (1, 1)
-        wrap_triton(dropout_elements_kernel)[(triton.cdiv(x.numel(), ELEMENTS.block),)](
+        wrap_triton(dropout_elements_kernel)[(triton.cdiv(x.numel(), elements.block),)](
             x, out, seed, *numbers, scale, row, row_stride, base, x.numel(), channels, pixels,
-            CHANNELS_LAST=channels_last, RELU=relu, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+            CHANNELS_LAST=channels_last, RELU=relu, BLOCK=elements.block, num_warps=elements.num_warps,
         )  # fmt: skip
         return
     rows = x.numel() // row
-    if row == row_stride:  # rows that follow one another are one
+    if row == row_stride:  # rows with consecutive indices are one row
         row = row_stride = x.numel()
         rows = 1
-    # A row that begins inside a quad may take a part of one quad more.
-    blocks = triton.cdiv(triton.cdiv(row + 3, 8), PAIRS.block)
+    # A row that begins inside a quad extends over up to three more elements of quads.
+    blocks = triton.cdiv(triton.cdiv(row + 3, 8), pairs.block)
     wrap_triton(dropout_rows_kernel)[(rows * blocks,)](
         x, out, seed, *numbers, scale, row, row_stride, base, blocks,
-        DROP=p > 0, RELU=relu, BLOCK=PAIRS.block, num_warps=PAIRS.num_warps,
+        DROP=p > 0, RELU=relu, BLOCK=pairs.block, num_warps=pairs.num_warps,
     )  # fmt: skip
 
 
@@ -152,5 +150,5 @@ def dropout(
     out = empty_like(x)
     if x.numel() == 0:
         return out
-    run(x, out, p, scale, seed, offset, row, row_stride, base, channels_last=is_channels_last(memory_format))
+    launch_dropout(x, out, p, scale, seed, offset, row, row_stride, base, channels_last=is_channels_last(memory_format))
     return out

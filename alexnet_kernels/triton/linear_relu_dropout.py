@@ -1,4 +1,4 @@
-"""A fully-connected layer with its ReLU and dropout: the library's GEMM and one pass over its output.
+"""A linear layer with ReLU and dropout: torch's GEMM and one pass over its output.
 
 See: alexnet_kernels/ops/linear_relu_dropout.py.
 """
@@ -9,14 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_kernels._dispatch.layout import empty_like
-from alexnet_kernels.triton._channels import Launch
+from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
-from alexnet_kernels.triton.dropout import run
-
-ELEMENTS = Launch(block=1024, num_warps=4)  # eight a thread: 16 bytes of half precision
+from alexnet_kernels.triton.dropout import launch_dropout
 
 
-# A program: BLOCK elements. dx = g * scale where the layer's output is positive.
+# A program computes BLOCK elements. dx = g * scale where the layer's output is positive.
 @triton.jit
 def relu_dropout_backward_kernel(g_ptr, out_ptr, dx_ptr, count, scale, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +40,7 @@ def linear_relu_dropout(
 ) -> Tensor:
     out = F.linear(input, weight, bias).contiguous()
     if out.numel() > 0 and (relu or p > 0 or scale != 1):
-        run(out, out, p, scale, seed, offset, row, row_stride, base, relu=relu)
+        launch_dropout(out, out, p, scale, seed, offset, row, row_stride, base, relu=relu)
     return out
 
 
@@ -52,7 +50,7 @@ def relu_dropout_backward(grad: Tensor, output: Tensor, scale: float) -> Tensor:
     g = contiguous_as(grad, memory_format)
     dx = empty_like(out)
     if out.numel() > 0:
-        wrap_triton(relu_dropout_backward_kernel)[(triton.cdiv(out.numel(), ELEMENTS.block),)](
-            g, out, dx, out.numel(), scale, BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps
+        wrap_triton(relu_dropout_backward_kernel)[(triton.cdiv(out.numel(), _config.ELEMENTS.block),)](
+            g, out, dx, out.numel(), scale, BLOCK=_config.ELEMENTS.block, num_warps=_config.ELEMENTS.num_warps
         )
     return dx

@@ -31,7 +31,7 @@ def power(s, beta, BETA_IS_3_4: tl.constexpr):
 
 @triton.jit
 def bases(xs, alpha_n, k, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """`k + alpha / n * sum a^2` for COUNT consecutive channels, from COUNT + SIZE - 1 activations."""
+    """s = k + alpha / n sum a^2 of COUNT consecutive channels, from COUNT + SIZE - 1 activations."""
     out = ()
     for i in tl.static_range(COUNT):
         total = xs[i] * xs[i]
@@ -45,7 +45,7 @@ def bases(xs, alpha_n, k, COUNT: tl.constexpr, SIZE: tl.constexpr):
 def normalise(
     xs, alpha_n, beta, k, BETA_IS_3_4: tl.constexpr, VEC: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
 ):
-    """The VEC normalised activations of BEFORE + VEC + AFTER activations."""
+    """VEC normalised activations, from VEC activations with a halo of BEFORE and AFTER."""
     out = ()
     s = bases(xs, alpha_n, k, VEC, BEFORE + AFTER + 1)
     for i in tl.static_range(VEC):
@@ -57,30 +57,30 @@ def normalise(
 def normalise_backward(
     xs, gs, alpha_n, beta, k, BETA_IS_3_4: tl.constexpr, VEC: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
 ):
-    """The VEC input gradients.
+    """VEC gradients of the input.
 
-    dx[i] = g[i] s[i]^-beta - 2 beta alpha / n x[i] sum_j g[j] x[j] s[j]^(-beta - 1), over the j whose window holds i:
-    from i - AFTER to i + BEFORE. gs holds those of the vector, xs their windows.
+    dx[i] = g[i] s[i]^-beta - 2 beta alpha / n x[i] sum_j g[j] x[j] s[j]^(-beta - 1), over the j whose windows contain
+    i: from i - AFTER to i + BEFORE. gs has a halo of those j, xs a halo of their windows.
     """
-    REACH: tl.constexpr = BEFORE + AFTER
-    s = bases(xs, alpha_n, k, VEC + REACH, REACH + 1)
+    HALO: tl.constexpr = BEFORE + AFTER
+    s = bases(xs, alpha_n, k, VEC + HALO, HALO + 1)
     scales = ()
     terms = ()
-    for j in tl.static_range(VEC + REACH):
+    for j in tl.static_range(VEC + HALO):
         scale = power(s[j], beta, BETA_IS_3_4)
         scales = scales + (scale,)
         terms = terms + (gs[j] * xs[BEFORE + j] * scale / s[j],)
     out = ()
     for i in tl.static_range(VEC):
         total = terms[i]
-        for j in tl.static_range(1, REACH + 1):
+        for j in tl.static_range(1, HALO + 1):
             total += terms[i + j]
         direct = gs[AFTER + i] * scales[AFTER + i]
-        out = out + (direct - 2 * beta * alpha_n * xs[REACH + i] * total,)
+        out = out + (direct - 2 * beta * alpha_n * xs[HALO + i] * total,)
     return out
 
 
-# A program: BLOCK vectors of VEC channels; see _channels.py. x, y, g, dx [N, C, H, W] in one memory format.
+# A program computes BLOCK vectors of VEC channels; see _channels.py. x, y, g, dx [N, C, H, W] in one memory format.
 @triton.jit
 def lrn_forward_kernel(
     x_ptr, y_ptr, count, H, W, alpha_n, beta, k,
@@ -105,8 +105,8 @@ def lrn_backward_kernel(
     low = c // GROUP * GROUP
     stride = 1 if CHANNELS_LAST else H * W
     at = first + tl.arange(0, BLOCK) * VEC
-    REACH: tl.constexpr = BEFORE + AFTER
-    xs = load_channels(x_ptr + at, mask, c, low, low + GROUP, stride, REACH, VEC, REACH)
+    HALO: tl.constexpr = BEFORE + AFTER
+    xs = load_channels(x_ptr + at, mask, c, low, low + GROUP, stride, HALO, VEC, HALO)
     gs = load_channels(g_ptr + at, mask, c, low, low + GROUP, stride, AFTER, VEC, BEFORE)
     dx = normalise_backward(xs, gs, alpha_n, beta, k, BETA_IS_3_4, VEC, BEFORE, AFTER)
     store_channels(dx_ptr + at, dx, mask, VEC)

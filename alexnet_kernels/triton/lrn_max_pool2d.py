@@ -1,4 +1,4 @@
-"""Local response normalisation and the max-pooling after it, fused; optionally with the ReLU before them.
+"""Local response normalisation and max-pooling in one pass, optionally with the ReLU before them.
 
 See: alexnet_kernels/ops/lrn_max_pool2d.py.
 """
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._channels import (
     is_channels_last,
     launch_of,
@@ -21,20 +22,20 @@ from alexnet_kernels.triton._channels import (
 )
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 from alexnet_kernels.triton.local_response_norm import normalise, normalise_backward, window_constants
-from alexnet_kernels.triton.max_pool2d import covering, pool_constants, pooled, take, window_start
+from alexnet_kernels.triton.max_pool2d import pool_constants, pooled, update_maximum, window_over, window_start
 
 
 @triton.jit
 def rectify(xs, COUNT: tl.constexpr):
-    """ReLU; NaN stays."""
+    """ReLU; NaN is kept."""
     out = ()
     for i in tl.static_range(COUNT):
         out = out + (tl.where(xs[i] < 0, 0.0, xs[i]),)
     return out
 
 
-# A program: BLOCK vectors of VEC channels of the output; see _channels.py. Each normalises the pixels of its windows
-# anew, in registers. x [N, C, H, W]; out, arg [N, C, OH, OW].
+# A program computes BLOCK vectors of VEC channels of the output; see _channels.py. The pixels of a window are
+# normalised in registers, once for each window that contains them. x [N, C, H, W]; out, arg [N, C, OH, OW].
 @triton.jit
 def lrn_max_pool2d_forward_kernel(
     x_ptr, out_ptr, arg_ptr, count, H, W, OH, OW, alpha_n, beta, k,
@@ -66,7 +67,7 @@ def lrn_max_pool2d_forward_kernel(
             new_bests = ()
             new_args = ()
             for i in tl.static_range(VEC):
-                best, arg = take(bests[i], args[i], values[i], r * S + s, inside)
+                best, arg = update_maximum(bests[i], args[i], values[i], r * S + s, inside)
                 new_bests = new_bests + (best,)
                 new_args = new_args + (arg,)
             bests = new_bests
@@ -76,9 +77,9 @@ def lrn_max_pool2d_forward_kernel(
     store_channels(arg_ptr + at, args, mask, VEC)
 
 
-# A program: BLOCK vectors of the input's gradient. It gathers the pooled gradient of its channels and their neighbours
-# from the windows over its pixel, and takes it through the normalisation and ReLU. dx, x [N, C, H, W]; g, arg
-# [N, C, OH, OW].
+# A program computes BLOCK vectors of the input's gradient: it gathers the pooled gradient of the vector and its halo
+# from the windows that contain the pixel, then applies the gradients of the normalisation and ReLU. dx, x [N, C, H, W];
+# g, arg [N, C, OH, OW].
 @triton.jit
 def lrn_max_pool2d_backward_kernel(
     g_ptr, x_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW, alpha_n, beta, k,
@@ -90,37 +91,37 @@ def lrn_max_pool2d_backward_kernel(
     first, mask, n, c, y, x = locate(BLOCK, count, C, H, W, CHANNELS_LAST, VEC)
     low = c // GROUP * GROUP
     high = low + GROUP
-    REACH: tl.constexpr = BEFORE + AFTER
+    HALO: tl.constexpr = BEFORE + AFTER
     step = C if CHANNELS_LAST else 1
     stride = 1 if CHANNELS_LAST else OH * OW
     base = offset_of(n, c, 0, 0, C, OH, OW, CHANNELS_LAST)
     gs = ()
-    for _ in tl.static_range(VEC + REACH):
+    for _ in tl.static_range(VEC + HALO):
         gs = gs + (tl.zeros([BLOCK], tl.float32),)
     for i in tl.static_range((R + STRIDE_H - 1) // STRIDE_H):
         for j in tl.static_range((S + STRIDE_W - 1) // STRIDE_W):
-            p, r, covers_row = covering(y, i, R, STRIDE_H, PAD_H, OH)
-            q, s, covers_column = covering(x, j, S, STRIDE_W, PAD_W, OW)
-            inside = mask & covers_row & covers_column
+            p, r, has_row = window_over(y, i, R, STRIDE_H, PAD_H, OH)
+            q, s, has_column = window_over(x, j, S, STRIDE_W, PAD_W, OW)
+            inside = mask & has_row & has_column
             at = base + (p * OW + q) * step
             grads = load_channels(g_ptr + at, inside, c, low, high, stride, AFTER, VEC, BEFORE)
             winners = load_channels(arg_ptr + at, inside, c, low, high, stride, AFTER, VEC, BEFORE)
             position = (r * S + s).to(tl.float32)
             sums = ()
-            for m in tl.static_range(VEC + REACH):
+            for m in tl.static_range(VEC + HALO):
                 sums = sums + (gs[m] + tl.where(inside & (winners[m] == position), grads[m], 0.0),)
             gs = sums
     at = first + tl.arange(0, BLOCK) * VEC
     stride = 1 if CHANNELS_LAST else H * W
-    inputs = load_channels(x_ptr + at, mask, c, low, high, stride, REACH, VEC, REACH)
+    inputs = load_channels(x_ptr + at, mask, c, low, high, stride, HALO, VEC, HALO)
     xs = inputs
     if RELU:
-        xs = rectify(inputs, VEC + 2 * REACH)
+        xs = rectify(inputs, VEC + 2 * HALO)
     dx = normalise_backward(xs, gs, alpha_n, beta, k, BETA_IS_3_4, VEC, BEFORE, AFTER)
     if RELU:
         masked = ()
         for i in tl.static_range(VEC):
-            masked = masked + (tl.where(inputs[REACH + i] <= 0, 0.0, dx[i]),)
+            masked = masked + (tl.where(inputs[HALO + i] <= 0, 0.0, dx[i]),)
         dx = masked
     store_channels(dx_ptr + at, dx, mask, VEC)
 
@@ -135,8 +136,8 @@ def fused_constants(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> dict:
-    # Every tap is unrolled for every channel of a vector: large windows take one channel at a time.
-    most = 16 if kernel_size[0] * kernel_size[1] <= 25 else 1
+    # All taps are unrolled for all channels of a vector: large windows take one channel at a time.
+    most = 16 if kernel_size[0] * kernel_size[1] <= _config.UNROLLED_TAPS else 1
     return {
         **window_constants(x, channels_last, size, beta, groups, most),
         **pool_constants(kernel_size, stride, padding),

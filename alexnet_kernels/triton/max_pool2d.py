@@ -12,28 +12,29 @@ from torch import Tensor
 
 from alexnet_kernels import reference
 from alexnet_kernels._dispatch.layout import empty_like
+from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._channels import is_channels_last, launch_of, locate, offset_of, vector_of
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 
 
 @triton.jit
 def window_start(at, STRIDE: tl.constexpr, PAD: tl.constexpr):
-    """The first place of window `at` along one axis, and how many of its places lie before the image."""
+    """The first position of window `at` along one axis, and how many of its positions lie before the image."""
     start = at * STRIDE - PAD
     return start, tl.maximum(0, -start)
 
 
 @triton.jit
-def covering(at, i, SIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, windows):
-    """The i-th of the windows along one axis that may cover place `at`: (window, place in it, whether it does)."""
+def window_over(at, i, SIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, windows):
+    """The i-th window along one axis that may contain `at`: (window, position in it, whether it contains `at`)."""
     window = (at + PAD) // STRIDE - i
-    place = at + PAD - window * STRIDE
-    return window, place, (window >= 0) & (window < windows) & (place < SIZE)
+    position = at + PAD - window * STRIDE
+    return window, position, (window >= 0) & (window < windows) & (position < SIZE)
 
 
 @triton.jit
-def take(best, arg, value, position, inside):
-    """Torch's rule: a larger value wins, and any NaN."""
+def update_maximum(best, arg, value, position, inside):
+    """The maximum and its position, as in torch: a larger value wins, and any NaN."""
     wins = inside & ((value > best) | (value != value))
     return tl.where(wins, value, best), tl.where(wins, position, arg)
 
@@ -49,10 +50,11 @@ def pool_forward_tap(
     value = tl.load(x_ptr + at[:, None] + lane[None, :], mask=inside[:, None], other=0).to(tl.float32)
     if RELU:
         value = tl.where(value < 0, 0.0, value)
-    return take(best, arg, value, r * S + s, inside[:, None])
+    return update_maximum(best, arg, value, r * S + s, inside[:, None])
 
 
-# A program: BLOCK vectors of VEC channels of the output; see _channels.py. x [N, C, H, W], out and arg [N, C, OH, OW].
+# A program computes BLOCK vectors of VEC channels of the output; see _channels.py. x [N, C, H, W], out and arg [N, C,
+# OH, OW].
 @triton.jit
 def max_pool2d_forward_kernel(
     x_ptr, out_ptr, arg_ptr, count, H, W, OH, OW,
@@ -66,7 +68,7 @@ def max_pool2d_forward_kernel(
     x, before = window_start(q, STRIDE_W, PAD_W)
     base = offset_of(n, c, 0, 0, C, H, W, CHANNELS_LAST)
     best = tl.full([BLOCK, VEC], -float("inf"), tl.float32)
-    # Of nothing but -inf, the first place inside the image wins.
+    # If all values are -inf, the first position inside the image wins.
     arg = (above * S + before)[:, None] + tl.zeros([BLOCK, VEC], tl.int32)
     if UNROLL:
         for r in tl.static_range(R):
@@ -90,9 +92,9 @@ def pool_backward_tap(
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    p, r, covers_row = covering(y, i, R, STRIDE_H, PAD_H, OH)
-    q, s, covers_column = covering(x, j, S, STRIDE_W, PAD_W, OW)
-    inside = (mask & covers_row & covers_column)[:, None]
+    p, r, has_row = window_over(y, i, R, STRIDE_H, PAD_H, OH)
+    q, s, has_column = window_over(x, j, S, STRIDE_W, PAD_W, OW)
+    inside = (mask & has_row & has_column)[:, None]
     step = C if CHANNELS_LAST else 1
     at = (base + (p * OW + q) * step)[:, None] + lane[None, :]
     won = tl.load(arg_ptr + at, mask=inside, other=0).to(tl.int32) == (r * S + s)[:, None]
@@ -101,8 +103,8 @@ def pool_backward_tap(
     return total + tl.where(inside & won, tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32), 0.0)
 
 
-# A program: BLOCK vectors of the input's gradient, each gathering the windows over its pixel. dx [N, C, H, W], g, out
-# and arg [N, C, OH, OW]; ROWS x COLUMNS windows at most cover a pixel.
+# A program computes BLOCK vectors of the input's gradient, gathered from the windows that contain its pixel. dx [N, C,
+# H, W], g, out and arg [N, C, OH, OW]; at most ROWS x COLUMNS windows contain a pixel.
 @triton.jit
 def max_pool2d_backward_kernel(
     g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
@@ -145,11 +147,8 @@ def pool_constants(kernel_size: Sequence[int], stride: Sequence[int], padding: S
     }
 
 
-UNROLLED_TAPS = 25  # beyond them a loop: unrolling shortens the address arithmetic, and lengthens compilation
-
-
 def pooled(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool):
-    """Rows and columns of windows."""
+    """The rows and columns of windows."""
     axes = zip(x.shape[2:], kernel_size, stride, padding, strict=True)
     return [reference.pool_output_size(*axis, ceil_mode) for axis in axes]
 
@@ -174,7 +173,7 @@ def max_pool2d(
     wrap_triton(max_pool2d_forward_kernel)[(triton.cdiv(count, launch.block),)](
         x, out, arg, count, *x.shape[2:], *out.shape[2:],
         C=x.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
-        UNROLL=kernel_size[0] * kernel_size[1] <= UNROLLED_TAPS,
+        UNROLL=kernel_size[0] * kernel_size[1] <= _config.UNROLLED_TAPS,
         VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
     return out, arg
@@ -204,6 +203,6 @@ def max_pool2d_backward(
     wrap_triton(max_pool2d_backward_kernel)[(triton.cdiv(count, launch.block),)](
         g, out, arg, dx, count, *dx.shape[2:], *g.shape[2:],
         C=g.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
-        UNROLL=windows <= UNROLLED_TAPS, VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
+        UNROLL=windows <= _config.UNROLLED_TAPS, VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
     return dx

@@ -11,12 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_kernels import _library
-from alexnet_kernels.triton._channels import Launch
+from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._common import on_its_device
-
-ELEMENTS = Launch(block=1024, num_warps=4)  # eight a thread: 16 bytes of half precision
-# Of a launch: the kernel holds a copy of the step for each, and takes up to four pointers for each. AlexNet has 16.
-TENSORS = 32
 
 
 @triton.jit
@@ -51,8 +47,8 @@ def step(
     tl.store(param_ptr + at, w.to(param_ptr.dtype.element_ty), mask=mask)
 
 
-# A program: BLOCK elements of one tensor; the programs of a tensor follow those of the one before. Tuples of as many
-# tensors, all of counts[i] elements without gaps. lr_ptr, if not None, points to the value that takes lr's place.
+# A program updates BLOCK elements of one tensor; the programs of each tensor follow those of the tensor before it. The
+# tuples have one length; tensors i have counts[i] elements without gaps. *lr_ptr replaces lr unless lr_ptr is None.
 @triton.jit
 def sgd_step_kernel(
     param_ptrs, grad_ptrs, buffer_ptrs, master_ptrs, counts, lr_ptr, lr, momentum, keep, weight_decay, decay_lr,
@@ -75,7 +71,7 @@ def sgd_step_kernel(
         first += programs
 
 
-# Not a triton_op: torch.compile can't see into a launch that takes tuples of tensors.
+# Not a triton_op: torch.compile cannot trace a launch with tuples of tensors.
 @torch.library.custom_op(
     f"{_library.TRITON_NAMESPACE}::sgd_step", mutates_args=("params", "momentum_buffers", "masters")
 )
@@ -95,13 +91,13 @@ def sgd_step(
     lr_tensor: Tensor | None = None,
 ) -> None:
     wanted = [i for i, param in enumerate(params) if param.numel() > 0]
-    for start in range(0, len(wanted), TENSORS):
-        chosen = wanted[start : start + TENSORS]
+    for start in range(0, len(wanted), _config.SGD_TENSORS):
+        chosen = wanted[start : start + _config.SGD_TENSORS]
         lists = [tuple(tensors[i] for i in chosen) for tensors in (params, grads, momentum_buffers, masters or params)]
         counts = tuple(params[i].numel() for i in chosen)
-        programs = sum(triton.cdiv(count, ELEMENTS.block) for count in counts)
+        programs = sum(triton.cdiv(count, _config.ELEMENTS.block) for count in counts)
         sgd_step_kernel[(programs,)](
             *lists, counts, lr_tensor, lr, momentum, 1 - dampening, weight_decay, weight_decay * lr,
             MASTER=bool(masters), PAPER=paper_rule, MOMENTUM=momentum != 0, NESTEROV=nesterov, FIRST=first_step,
-            BLOCK=ELEMENTS.block, num_warps=ELEMENTS.num_warps,
+            BLOCK=_config.ELEMENTS.block, num_warps=_config.ELEMENTS.num_warps,
         )  # fmt: skip

@@ -20,7 +20,7 @@ def window_sum(
     C: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SQUARES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The sum, or that of squares, over the window that reaches BEFORE places up and left, AFTER down and right."""
+    """The sum, or sum of squares, over windows from BEFORE pixels up and left to AFTER down and right."""
     step = C if CHANNELS_LAST else 1
     total = tl.zeros([BLOCK, VEC], tl.float32)
     for dy in range(-BEFORE, AFTER + 1):
@@ -32,8 +32,8 @@ def window_sum(
     return total
 
 
-# A program: BLOCK vectors of VEC channels; see _channels.py. All tensors [N, C, H, W] in one memory format. It stores
-# `out = x s^-beta`, or in backward `direct = g s^-beta` and `term = g x s^(-beta - 1)`, in float32.
+# A program computes BLOCK vectors of VEC channels; see _channels.py. All tensors [N, C, H, W] in one memory format.
+# Stores out = x s^-beta, or with BACKWARD out = g s^-beta and term = g x s^(-beta - 1), in float32.
 @triton.jit
 def wmrn_forward_kernel(
     x_ptr, g_ptr, out_ptr, term_ptr, count, H, W, alpha_n, beta, k,
@@ -58,7 +58,7 @@ def wmrn_forward_kernel(
         tl.store(out_ptr + at, (a * scale).to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
-# As above; `dx = direct - 2 beta alpha / n^2 x sum term`, the sum over the places whose windows hold this one.
+# The same tiles. dx = direct - 2 beta alpha / n^2 x sum term, summed over the pixels whose windows contain this one.
 @triton.jit
 def wmrn_backward_kernel(
     x_ptr, direct_ptr, term_ptr, dx_ptr, count, H, W, alpha_n, beta,

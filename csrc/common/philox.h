@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the generator of dropout.
-// constexpr, so that CUDA kernels may call it. Key: the seed's 64 bits. Counter: (index / 4, offset), 64 bits each;
-// element `index` takes output word index % 4.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the random numbers of dropout.
+// The key is the seed. The counter is (index / 4, offset), 64 bits each; element `index` takes output word index % 4.
+// constexpr: CUDA kernels call it too.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The geometry of a 2-d pooling, as torch defines it.
+// The geometry of 2-d pooling, as torch defines it.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@ struct Pool {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 };
 
-// How many windows fit: with ceil_mode the last may hang over the end, but it starts inside the input or its left
-// padding.
+// The number of windows along one axis. With ceil_mode the last window may reach past the end, but it starts inside the
+// input or its leading padding.
 inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, bool ceil_mode) {
   const int64_t span = size + 2 * pad - kernel;
   int64_t windows = span / stride + 1;
@@ -19,7 +19,7 @@ inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return windows;
 }
 
-// The windows [first, last) of one axis that cover position `at`.
+// The windows [first, last) along one axis that contain position `at`.
 struct Windows {
   int64_t first, last;
 };

@@ -1,4 +1,4 @@
-// What the operators need of torch's stable ABI: memory formats, allocation, dtypes, parallel loops.
+// Tensors through torch's stable ABI: dtypes, memory formats, allocation, calls of torch's operators.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
+#include "dtype.h"
 
 namespace alexnet_kernels {
 
@@ -41,7 +41,7 @@ inline bool has_channels_last_strides(const Tensor& t) {
   return true;
 }
 
-// The memory format results take: alexnet_kernels/ops/_common.py holds the same rule for fake tensors.
+// The memory format of results. alexnet_kernels/ops/_common.py has the same rule for fake tensors.
 inline MemoryFormat memory_format_of(const Tensor& t) {
   if (t.dim() != 4 || t.is_contiguous()) return MemoryFormat::Contiguous;
   if (has_channels_last_strides(t)) return MemoryFormat::ChannelsLast;
@@ -49,7 +49,7 @@ inline MemoryFormat memory_format_of(const Tensor& t) {
   return slice_of_channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// t in the given format, its storage read as N, C, H, W (Contiguous) or N, H, W, C (ChannelsLast).
+// t with dense strides of the given format: its memory is [N, C, H, W] (Contiguous) or [N, H, W, C] (ChannelsLast).
 inline Tensor in_format(const Tensor& t, MemoryFormat format) {
   if (format == MemoryFormat::Contiguous) return t.is_contiguous() ? t : torch::stable::contiguous(t);
   return has_channels_last_strides(t) ? t : torch::stable::contiguous(t, format);
@@ -65,21 +65,12 @@ inline IntList sizes_of(const Tensor& t) {
   return IntList(s.begin(), s.end());
 }
 
-// Runs a kernel over its tasks on torch's threads; `bytes` of memory traffic decide how many are worth waking.
-template <class Args>
-inline void run(Kernel<Args> kernel, const Args& args, int64_t tasks, int64_t bytes) {
-  constexpr int64_t kBytesPerThread = 1 << 15;
-  if (tasks == 0) return;
-  const int64_t grain = std::max<int64_t>(1, tasks * kBytesPerThread / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
-// torch 2.11 has the macro under another name.
+// The macro's name in torch 2.11.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
-// Calls one of torch's operators, of the default overload; its result takes the place of the first argument.
+// Calls the default overload of one of torch's operators. The dispatcher replaces the first argument by the result.
 template <size_t kCount>
 inline Tensor call_torch(const char* op, std::array<StableIValue, kCount> stack) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));

@@ -1,15 +1,16 @@
-// Crop, mirror, colour shift, mean subtraction, scaling, cast and layout of a batch of images in one pass.
+// Crops, mirrors, shifts colours, subtracts the mean, scales, casts and lays out a batch of images in one pass.
 //   out[n, c, y, x] = (image[n, top + y, left + x', c] + shift[n, c] - mean) * scale[c],  x' = mirrored ? w - 1 - x : x
 //   images uint8 [N, H, W, C]; crops int64 [N, 2]; flips bool [N]; shift, scale, mean float [N, C], [C], see Mean
 //   out [N, C, h, w] in either memory format
 // A task is one output row of one image.
 #include <vector>
 
-#include "common/vec.h"
+#include "vec.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
-// [C]; [C, h, w], subtracted from the crop after mirroring; or [C, H, W], subtracted where the pixel came from.
+// The mean has shape [C] (colour), [C, h, w] (crop: subtracted after mirroring) or [C, H, W] (image: cropped and
+// mirrored with the image).
 enum class Mean : uint8_t { none, colour, crop, image };
 
 struct AugmentArgs {
@@ -31,7 +32,7 @@ template <class T>
 void augment(const AugmentArgs& a, int64_t begin, int64_t end) {
   const int64_t count = a.w * a.C;
   std::vector<uint8_t> row(count);
-  std::vector<float> minus(count), scale(count, 1.f), values(count);
+  std::vector<float> offset(count), scale(count, 1.f), values(count);
   for (int64_t i = 0; i < count && a.scale; ++i) scale[i] = a.scale[i % a.C];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / a.h, y = task % a.h;
@@ -42,7 +43,7 @@ void augment(const AugmentArgs& a, int64_t begin, int64_t end) {
       const int64_t source = flip ? a.w - 1 - x : x;
       for (int64_t c = 0; c < a.C; ++c) row[x * a.C + c] = from[source * a.C + c];
     }
-    // What is subtracted: the same for every row of an image, but for the mean images.
+    // The subtracted values are the same for all rows of an image, unless the mean has pixels.
     if (y == 0 || task == begin || a.mean_kind >= Mean::crop) {
       for (int64_t x = 0; x < a.w; ++x) {
         const int64_t source = flip ? a.w - 1 - x : x;
@@ -51,12 +52,12 @@ void augment(const AugmentArgs& a, int64_t begin, int64_t end) {
           if (a.mean_kind == Mean::colour) m = a.mean[c];
           if (a.mean_kind == Mean::crop) m = a.mean[(c * a.h + y) * a.w + x];
           if (a.mean_kind == Mean::image) m = a.mean[(c * a.H + top + y) * a.W + left + source];
-          minus[x * a.C + c] = m - (a.shift ? a.shift[n * a.C + c] : 0.f);
+          offset[x * a.C + c] = m - (a.shift ? a.shift[n * a.C + c] : 0.f);
         }
       }
     }
     for_lanes<float>(count, [&](int64_t i, auto lanes) {
-      const Vec<float> v = (load_n(&row[i], lanes) - load_n(&minus[i], lanes)) * load_n(&scale[i], lanes);
+      const Vec<float> v = (load_n(&row[i], lanes) - load_n(&offset[i], lanes)) * load_n(&scale[i], lanes);
       store_n(&values[i], v, lanes);
     });
     T* output = static_cast<T*>(a.output);
@@ -83,12 +84,12 @@ void augment_images(const AugmentArgs& a, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(augment_images, AugmentArgs)
 
 namespace {
@@ -110,9 +111,9 @@ Tensor augment(const Tensor& images, const Tensor& crops, IntList size, std::opt
   for (int64_t i = 0; i < 2 * N; ++i) {
     const int64_t last = i % 2 ? a.W - a.w : a.H - a.h;
     STD_TORCH_CHECK(a.crops[i] >= 0 && a.crops[i] <= last, "augment: crops[", i / 2, "][", i % 2, "] is ", a.crops[i],
-                    ", but the crop lies inside the image from 0 to ", last, " only");
+                    "; a crop inside the image begins at 0 to ", last);
   }
-  std::vector<Tensor> kept;  // alive until the kernel has run
+  std::vector<Tensor> kept;  // keeps the memory alive until the kernel has run
   auto data = [&](const std::optional<Tensor>& t, ScalarType type) -> const void* {
     if (!t) return nullptr;
     kept.push_back(as(*t, type));
@@ -140,5 +141,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("augment", TORCH_BOX(&augment));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

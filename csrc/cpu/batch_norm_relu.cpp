@@ -1,28 +1,29 @@
 // Batch normalisation (Ioffe, Szegedy 2015) and ReLU in one pass, forward and backward.
 //   y = relu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over N, H, W (training) or running (inference)
 //   input, output [N, C, H, W] in either memory format; mean, var, weight, bias [C] in float, or double for double
-// Moments: each part of the input is summed twice while it is in the cache, around its own mean, and parts are combined
-// in a fixed order, so that the result doesn't depend on the number of threads. Backward recomputes ReLU's mask.
-// Channels last: a part is a run of pixels, all channels. NCHW: a part is one plane.
+// The moments of each part of the batch come from two passes, the second from the cache. Parts are combined in a fixed
+// order, so that the result does not depend on the number of threads. Backward recomputes ReLU's mask.
+// A task is one part: kBatchNormPartBytes of pixels with all channels (channels_last), or one plane (NCHW).
 #include <vector>
 
-#include "common/vec.h"
+#include "channel_moments.h"
+#include "tasks.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct BatchNormArgs {
   DType dtype;
   bool channels_last, training;
   int64_t N, C, pixels;  // pixels = H * W
-  int64_t part;          // pixels in a part (channels last)
+  int64_t part;          // pixels of a part (channels_last)
   double eps;
   const void *input, *grad;
   const void *mean, *var, *weight, *bias;  // weight and bias may be null
   void* output;                            // the gradient of the input in backward
-  // Two numbers for each part and channel, part by part: forward its mean and sum of squares around it, backward the
-  // sums of the gradient and of the gradient times x - mean.
+  // [parts, C, 2]. Forward: mean and sum of squares around it. Backward: sums of the gradient and of the gradient times
+  // x - mean.
   double* partial;
-  const double* sums;  // backward: the two totals of each channel
+  const double* sums;  // [C, 2], backward: the partial sums added up
 };
 
 namespace ALEXNET_ISA {
@@ -33,7 +34,7 @@ A at_or(const void* values, int64_t c, A otherwise) {
   return values ? static_cast<const A*>(values)[c] : otherwise;
 }
 
-// What maps x to the normalised value: (x - mean) * factor + bias.
+// The map from x to the normalised value: (x - mean) * factor + bias.
 template <class A>
 struct Affine {
   A mean, inverse_std, factor, bias;
@@ -44,7 +45,7 @@ struct Affine {
         bias(at_or(a.bias, c, A(0))) {}
 };
 
-// The affine maps of all channels, as rows that vectors load from.
+// The affine maps of all channels, as arrays that vectors are loaded from.
 template <class A>
 struct AffineRows {
   std::vector<A> mean, inverse_std, factor, bias;
@@ -56,78 +57,19 @@ struct AffineRows {
   }
 };
 
-// Calls body(first channel, vectors, lanes) over the channels: kVectors registers at a time, then one, then the rest.
-template <class A, int kVectors, class Body>
-inline void for_channels(int64_t channels, const Body& body) {
-  constexpr int64_t step = kVectors * kLanes<A>;
-  int64_t c = 0;
-  for (; c + step <= channels; c += step) {
-    body(c, std::integral_constant<int, kVectors>{}, std::integral_constant<int, kLanes<A>>{});
-  }
-  for_lanes<A>(channels - c, [&](int64_t i, auto lanes) { body(c + i, std::integral_constant<int, 1>{}, lanes); });
-}
-
 template <class T>
 void moments(const BatchNormArgs& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
   for (int64_t task = begin; task < end; ++task) {
-    if (!a.channels_last) {
-      const T* x = input + task * a.pixels;
-      Vec<A> sum{}, squares{};
-      for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) { sum += load_n(x + i, lanes); });
-      double total = 0;
-      for (int i = 0; i < kLanes<A>; ++i) total += double(sum[i]);
-      const A centre = A(total / double(a.pixels));
-      double tail = 0;
-      for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
-        const Vec<A> d = load_n(x + i, lanes) - centre;
-        if constexpr (std::is_same_v<decltype(lanes), int>) {
-          for (int j = 0; j < lanes; ++j) tail += double(d[j]) * double(d[j]);
-        } else {
-          squares += d * d;
-        }
-      });
-      for (int i = 0; i < kLanes<A>; ++i) tail += double(squares[i]);
-      // The sum of squares is around `centre`, the rounded mean, which the combination is told.
-      a.partial[2 * task] = double(centre) + (total - double(a.pixels) * double(centre)) / double(a.pixels);
-      const double shift = a.partial[2 * task] - double(centre);
-      a.partial[2 * task + 1] = tail - double(a.pixels) * shift * shift;
-      continue;
+    if (a.channels_last) {
+      const int64_t first = task * a.part, count = std::min(a.part, a.N * a.pixels - first);
+      row_moments(input + first * a.C, count, a.C, a.partial + 2 * task * a.C);
+    } else {
+      plane_moments(input + task * a.pixels, a.pixels, a.partial + 2 * task);
     }
-    const int64_t first = task * a.part, count = std::min(a.part, a.N * a.pixels - first);
-    const T* x = input + first * a.C;
-    for_channels<A, 4>(a.C, [&](int64_t c, auto vectors, auto lanes) {
-      constexpr int n = vectors;
-      const auto at = [&](int64_t p, int v) { return load_n(x + p * a.C + c + v * kLanes<A>, lanes); };
-      Vec<A> mean[n] = {}, square[n] = {}, rest[n] = {};
-      for (int64_t p = 0; p < count; ++p) {
-#pragma GCC unroll 4
-        for (int v = 0; v < n; ++v) mean[v] += at(p, v);
-      }
-      for (int v = 0; v < n; ++v) mean[v] /= A(count);
-      for (int64_t p = 0; p < count; ++p) {
-#pragma GCC unroll 4
-        for (int v = 0; v < n; ++v) {
-          const Vec<A> d = at(p, v) - mean[v];
-          square[v] += d * d;
-          rest[v] += d;
-        }
-      }
-      for (int v = 0; v < n; ++v) {
-        double* partial = a.partial + 2 * (task * a.C + c + v * kLanes<A>);
-        for (int l = 0; l < lanes; ++l) {
-          // mean is the mean as far as its rounding goes; what is left shows around it.
-          const double shift = double(rest[v][l]) / double(count);
-          partial[2 * l] = double(mean[v][l]) + shift;
-          partial[2 * l + 1] = double(square[v][l]) - double(count) * shift * shift;
-        }
-      }
-    });
   }
 }
 
-// NCHW: one plane a task. Channels last: one part a task.
 template <class T>
 void normalise(const BatchNormArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
@@ -204,7 +146,7 @@ void backward_sums(const BatchNormArgs& a, int64_t begin, int64_t end) {
     Vec<A> sum{}, product{};
     for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
       const Vec<A> d = load_n(input + task * a.pixels + i, lanes) - m.mean;
-      // Lanes past the end carry a zero gradient.
+      // Lanes past the end have a zero gradient.
       const Vec<A> g = masked<A>(load_n(grad + task * a.pixels + i, lanes), d, splat(m.factor), splat(m.bias));
       sum += g;
       product += g * d;
@@ -276,12 +218,12 @@ void batch_norm_relu_backward_input(const BatchNormArgs& a, int64_t begin, int64
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(batch_norm_moments, BatchNormArgs)
 ALEXNET_DECLARE_KERNEL(batch_norm_relu_forward, BatchNormArgs)
 ALEXNET_DECLARE_KERNEL(batch_norm_backward_sums, BatchNormArgs)
@@ -289,12 +231,10 @@ ALEXNET_DECLARE_KERNEL(batch_norm_relu_backward_input, BatchNormArgs)
 
 namespace {
 
-constexpr int64_t kPartBytes = 1 << 17;  // of a part: it is read twice from the cache
-
 ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-// The values of channels, float or double.
+// The values of all channels, float or double.
 struct Channels {
   float* floats = nullptr;
   double* doubles = nullptr;
@@ -323,7 +263,7 @@ BatchNormArgs arguments(const Tensor& x, MemoryFormat format, bool training, dou
   a.channels_last = format == MemoryFormat::ChannelsLast;
   a.training = training;
   a.N = x.size(0), a.C = x.size(1), a.pixels = x.size(2) * x.size(3);
-  a.part = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, a.C * x.element_size()));
+  a.part = std::max<int64_t>(1, kBatchNormPartBytes / std::max<int64_t>(1, a.C * x.element_size()));
   a.eps = eps;
   a.input = x.const_data_ptr();
   return a;
@@ -331,7 +271,7 @@ BatchNormArgs arguments(const Tensor& x, MemoryFormat format, bool training, dou
 int64_t parts_of(const BatchNormArgs& a) {
   return a.channels_last ? (a.N * a.pixels + a.part - 1) / a.part : a.N * a.C;
 }
-// Parts of one channel, and their places in `partial`.
+// Calls body(partial, pixels) for the parts of one channel.
 template <class Body>
 void for_parts(const BatchNormArgs& a, int64_t c, const Body& body) {
   const int64_t parts = a.channels_last ? parts_of(a) : a.N;
@@ -411,5 +351,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

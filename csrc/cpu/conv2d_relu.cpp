@@ -1,9 +1,9 @@
-// relu(conv2d(input, weight) + bias): torch's convolution (oneDNN), its output then passed once in place.
+// relu(conv2d(input, weight) + bias): torch's convolution (oneDNN) with bias, then ReLU in place.
 //   input [N, C, H, W], weight [K, C / groups, R, S], bias [K], output [N, K, OH, OW] in the input's memory format
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 namespace {
 
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
@@ -21,5 +21,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("conv2d_relu", TORCH_BOX(&conv2d_relu));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

@@ -1,26 +1,25 @@
 // Dropout whose mask is a function of (seed, offset) and each element's index in the whole tensor, in row-major order
-// whatever the memory format: nothing is stored, backward is the same operator on the gradient, and a shard drops what
-// the whole would.
+// for every memory format. No mask is stored: backward is the same operator on the gradient. A shard has the mask of
+// its part of the whole tensor.
 //   input, output: any shape; element i of row r (of `row` elements) has index base + r * row_stride + i
-// A task is a run of at most kRun elements of one row; channels last: the channels and pixels of one image.
+// A task is at most kDropoutTaskElements of one row; channels_last: one image.
 #include <vector>
 
 #include "dropout_mask.h"
+#include "tasks.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct DropoutArgs {
   DType dtype;
   Dropout dropout;
   bool channels_last;
   int64_t row, row_stride, base;
-  int64_t runs;              // runs in a row
-  int64_t channels, pixels;  // of an image (channels last)
+  int64_t tasks_per_row;
+  int64_t channels, pixels;  // of an image (channels_last)
   const void* input;
   void* output;
 };
-
-constexpr int64_t kRun = 1 << 14;  // elements
 
 namespace ALEXNET_ISA {
 namespace {
@@ -30,7 +29,8 @@ void rows(const DropoutArgs& a, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(a.input);
   T* y = static_cast<T*>(a.output);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t r = task / a.runs, first = task % a.runs * kRun, count = std::min(kRun, a.row - first);
+    const int64_t r = task / a.tasks_per_row, first = task % a.tasks_per_row * kDropoutTaskElements;
+    const int64_t count = std::min(kDropoutTaskElements, a.row - first);
     dropout_run<false>(a.dropout, a.base + r * a.row_stride + first, count, x + r * a.row + first,
                        y + r * a.row + first);
   }
@@ -44,7 +44,8 @@ void images(const DropoutArgs& a, int64_t begin, int64_t end) {
   const int64_t image = a.channels * a.pixels;
   std::vector<A> ones(image, A(1)), factor(image);
   for (int64_t n = begin; n < end; ++n) {
-    // Element (c, p) of the image has logical number n * image + c * pixels + p, and rows may end inside an image.
+    // In row-major order, element (c, p) of the image is number n * image + c * pixels + p. Rows may end inside an
+    // image.
     for (int64_t done = 0; done < image;) {
       const int64_t logical = n * image + done, r = logical / a.row, i = logical % a.row;
       const int64_t count = std::min(a.row - i, image - done);
@@ -69,12 +70,12 @@ void dropout_forward(const DropoutArgs& a, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(dropout_forward, DropoutArgs)
 
 namespace {
@@ -92,12 +93,12 @@ Tensor dropout(const Tensor& input, double p, double scale, const Tensor& seed, 
                    row,
                    row_stride,
                    base,
-                   (row + kRun - 1) / kRun,
+                   (row + kDropoutTaskElements - 1) / kDropoutTaskElements,
                    0,
                    0,
                    x.const_data_ptr(),
                    output.mutable_data_ptr()};
-  int64_t tasks = x.numel() / row * args.runs;
+  int64_t tasks = x.numel() / row * args.tasks_per_row;
   if (args.channels_last) {
     args.channels = x.size(1), args.pixels = x.size(2) * x.size(3);
     tasks = x.size(0);
@@ -112,5 +113,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("dropout", TORCH_BOX(&dropout));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

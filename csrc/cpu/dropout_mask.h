@@ -1,11 +1,11 @@
-// Dropout over runs of consecutive elements, shared by dropout.cpp and linear_relu_dropout.cpp.
+// Dropout of consecutive elements, shared by dropout.cpp and linear_relu_dropout.cpp.
 // An element is dropped when its Philox word is below threshold = round(p * 2^32), else multiplied by scale.
 #pragma once
 
 #include "common/philox.h"
-#include "common/vec.h"
+#include "vec.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct Dropout {
   uint64_t threshold;  // up to 2^32
@@ -19,11 +19,11 @@ inline Dropout make_dropout(double p, double scale, int64_t seed, int64_t offset
 
 namespace ALEXNET_ISA {
 
-constexpr int kQuads = kVecBytes / 8;  // counters worked on together, each word in the low half of a 64-bit lane
+constexpr int kQuads = kVecBytes / 8;  // counters of one vector, each word in the low half of a 64-bit lane
 using U32 = Vec<uint32_t>;
 using U64 = Vec<uint64_t>;
 
-// The products of the lanes' low halves with m.
+// The 64-bit products of the lanes' low halves and m (vpmuludq).
 inline U64 multiply_low(U64 a, uint32_t m) {
 #if defined(__AVX512F__)
   return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
@@ -34,11 +34,11 @@ inline U64 multiply_low(U64 a, uint32_t m) {
 #endif
 }
 
-// The words of 4 * kQuads elements from element 4 * quad on, in the elements' order.
+// The words of elements 4 * quad ... 4 * (quad + kQuads) - 1, in order.
 inline void philox_words(const Dropout& d, uint64_t quad, uint32_t* words) {
   U64 c0;
   for (int i = 0; i < kQuads; ++i) c0[i] = quad + i;
-  // The halves above a word hold rubbish throughout: nothing reads them.
+  // The high half of each lane is garbage: only low halves are read.
   U64 c1 = c0 >> 32, c2 = U64{} + d.offset, c3 = c2 >> 32;
   uint32_t k0 = uint32_t(d.seed), k1 = uint32_t(d.seed >> 32);
   for (int round = 0; round < Philox::kRounds; ++round) {
@@ -79,7 +79,7 @@ inline U32 load_words(const uint32_t* p, Count count) {
   return v;
 }
 
-// Calls body(first, count, words) over [begin, end) of the elements' indices; body reads words[0 .. count).
+// Calls body(first, count, words) over the elements [begin, end); `first` counts from `begin`.
 template <class Body>
 inline void for_words(const Dropout& d, uint64_t begin, uint64_t end, const Body& body) {
   constexpr uint64_t kSpan = 4 * kQuads;
@@ -92,7 +92,7 @@ inline void for_words(const Dropout& d, uint64_t begin, uint64_t end, const Body
   }
 }
 
-// y[i] = dropout(relu(x[i]) or x[i]), i = 0 ... count - 1; element i has index begin + i. y may be x.
+// y[i] = dropout(x[i]), or dropout(relu(x[i])) with kRelu; element i < count has index begin + i. y may be x.
 template <bool kRelu, class T>
 inline void dropout_run(const Dropout& d, uint64_t begin, int64_t count, const T* x, T* y) {
   using A = acc_t<T>;
@@ -126,4 +126,4 @@ inline void dropout_run(const Dropout& d, uint64_t begin, int64_t count, const T
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu

@@ -1,10 +1,11 @@
-// dropout(relu(input @ weight.T + bias)): torch's GEMM (oneDNN, MKL), then one pass over its output in place; for small
-// batches, where that GEMM falls short of the memory's speed, a product that streams the weights once. The mask is the
-// one dropout.cpp would draw. Backward of ReLU and dropout together: the gradient times scale where output > 0.
+// dropout(relu(input @ weight.T + bias)): torch's GEMM (oneDNN, MKL), then one pass over its output in place. Small
+// batches, for which that GEMM does not reach the memory bandwidth, take a kernel that streams the weights once. The
+// mask is that of dropout.cpp. Backward of ReLU and dropout is one kernel: the gradient times scale where output > 0.
 //   input [N, in], weight [out, in], bias [out], output [N, out]
 #include "dropout_mask.h"
+#include "tasks.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct ReluDropoutArgs {
   DType dtype;
@@ -15,7 +16,7 @@ struct ReluDropoutArgs {
 };
 
 struct StreamArgs {
-  ReluDropoutArgs after;
+  ReluDropoutArgs epilogue;
   int64_t batch, in, out;
   const void *input, *weight, *bias;  // bias may be null
 };
@@ -28,12 +29,9 @@ struct ReluBackwardArgs {
   void* grad_input;
 };
 
-constexpr int64_t kSpan = 1 << 13;  // elements of one task of relu_backward
-constexpr int64_t kNeurons = 12;    // of one task of linear_stream
-
 namespace ALEXNET_ISA {
 
-// Over elements first ... first + count - 1 of the output.
+// ReLU and dropout of the output's elements [first, first + count).
 template <class T>
 inline void relu_dropout_span(const ReluDropoutArgs& a, int64_t first, int64_t count) {
   while (count > 0) {
@@ -50,11 +48,11 @@ void relu_dropout_in_place(const ReluDropoutArgs& a, int64_t begin, int64_t end)
   for_dtype(a.dtype, [&](auto t) { relu_dropout_span<decltype(t)>(a, begin * a.row, (end - begin) * a.row); });
 }
 
-// kRows * kImages sums, and a vector for each image, stay in registers: 32 of 64 bytes, or 16.
+// The register tile: kRows * kImages sums and a vector for each image, of 32 registers with AVX-512, else of 16.
 constexpr int kRows = 6, kImages = kVecBytes == 64 ? 4 : 2;
 
-// input[n ... n + images) @ weight[o ... o + rows).T + bias. An output is the sum of one vector over in, whatever rows
-// and images are: it depends on nothing but its own operands.
+// input[n ... n + images) @ weight[o ... o + rows).T + bias. Every output is summed in the same order, whatever the
+// tile.
 template <int rows, int images, class T>
 inline void products(const StreamArgs& a, int64_t o, int64_t n) {
   using A = acc_t<T>;
@@ -69,14 +67,14 @@ inline void products(const StreamArgs& a, int64_t o, int64_t n) {
     for (int j = 0; j < images; ++j) v[j] = load_n(x + j * in + k, lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      fetch_ahead<512>(w + i * in + k);
+      prefetch<512>(w + i * in + k);
       const Vec<A> u = load_n(w + i * in + k, lanes);
 #pragma GCC unroll 8
       for (int j = 0; j < images; ++j) sums[i][j] += u * v[j];
     }
   };
   for_lanes<A>(in, add);
-  T* y = static_cast<T*>(a.after.output) + n * a.out + o;
+  T* y = static_cast<T*>(a.epilogue.output) + n * a.out + o;
   const T* bias = static_cast<const T*>(a.bias);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -99,10 +97,10 @@ inline void products_of_images(const StreamArgs& a, int64_t o, int64_t end, int6
 }
 
 void linear_stream(const StreamArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.after.dtype, [&](auto t) {
+  for_dtype(a.epilogue.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kNeurons, last = std::min(first + kNeurons, a.out);
+      const int64_t first = task * kLinearTaskOutputs, last = std::min(first + kLinearTaskOutputs, a.out);
       int64_t n = 0;
       for (; n + kImages <= a.batch; n += kImages) products_of_images<kImages, T>(a, first, last, n);
       if constexpr (kImages == 4) {
@@ -110,7 +108,7 @@ void linear_stream(const StreamArgs& a, int64_t begin, int64_t end) {
         if (a.batch - n == 2) products_of_images<2, T>(a, first, last, n);
       }
       if (a.batch - n == 1) products_of_images<1, T>(a, first, last, n);
-      for (n = 0; n < a.batch; ++n) relu_dropout_span<T>(a.after, n * a.out + first, last - first);
+      for (n = 0; n < a.batch; ++n) relu_dropout_span<T>(a.epilogue, n * a.out + first, last - first);
     }
   });
 }
@@ -119,7 +117,8 @@ void relu_backward(const ReluBackwardArgs& a, int64_t begin, int64_t end) {
   for_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    const int64_t first = begin * kSpan, count = std::min(end * kSpan, a.count) - first;
+    const int64_t first = begin * kReluBackwardTaskElements,
+                  count = std::min(end * kReluBackwardTaskElements, a.count) - first;
     const T* g = static_cast<const T*>(a.grad) + first;
     const T* y = static_cast<const T*>(a.output) + first;
     T* dx = static_cast<T*>(a.grad_input) + first;
@@ -131,27 +130,27 @@ void relu_backward(const ReluBackwardArgs& a, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(relu_dropout_in_place, ReluDropoutArgs)
 ALEXNET_DECLARE_KERNEL(linear_stream, StreamArgs)
 ALEXNET_DECLARE_KERNEL(relu_backward, ReluBackwardArgs)
 
 namespace {
 
-// The largest batch that linear_stream takes. fc6 by it and by aten::linear, ms of CPU time (Zen 4, AVX-512):
-constexpr int64_t kStreamFloat = 16;    // at 1: 5.7, 6.0; at 16: 16, 38; SSE2 is as fast as aten::linear at 16
-constexpr int64_t kStreamDouble = 16;   // at 1: 11, 12; at 16: 30, 45
-constexpr int64_t kStreamBFloat16 = 4;  // at 1: 3.0, 6.1; at 4: 3.9, 5.8; at 8: 6.8, 7.2 (fc7: 3.3, 3.0)
-constexpr int64_t kStreamHalf = 64;     // at 1: 3.1, 6.3; at 16: 13, 52; fc7 at 64: 23, 89
+// The largest batch that linear_stream takes. CPU time in ms of fc6 by linear_stream and aten::linear (Zen 4, AVX-512):
+constexpr int64_t kStreamFloat = 16;    // batch 1: 5.7, 6.0; 16: 16, 38; SSE2 at 16: equal
+constexpr int64_t kStreamDouble = 16;   // batch 1: 11, 12; 16: 30, 45
+constexpr int64_t kStreamBFloat16 = 4;  // batch 1: 3.0, 6.1; 4: 3.9, 5.8; 8: 6.8, 7.2 (fc7: 3.3, 3.0)
+constexpr int64_t kStreamHalf = 64;     // batch 1: 3.1, 6.3; 16: 13, 52; fc7 at 64: 23, 89
 
 int64_t stream_limit(DType dtype) {
-  // Without vector instructions that widen, half precision is slower than aten::linear: fc7 in bfloat16 at 1, 11
-  // and 2.4.
+  // Without vector instructions that widen 16 bits to 32, linear_stream is slower: fc7 in bfloat16 at batch 1, 11 and
+  // 2.4 ms.
   const bool widens = current_isa() != Isa::generic;
   switch (dtype) {
     case DType::f32: return kStreamFloat;
@@ -162,7 +161,7 @@ int64_t stream_limit(DType dtype) {
   return 0;
 }
 
-// Other strides, and what aten::linear refuses, are left to it.
+// Whether linear_stream takes the operands. aten::linear takes or refuses all others.
 bool streams(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const auto fits = [&](const Tensor& t) { return t.scalar_type() == input.scalar_type(); };
   return input.dim() == 2 && input.size(0) <= stream_limit(dtype_of(input)) && weight.dim() == 2 &&
@@ -194,7 +193,7 @@ Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optio
                     x.const_data_ptr(),
                     weight.const_data_ptr(),
                     bias ? b.const_data_ptr() : nullptr};
-  run(pick_linear_stream(), stream, (stream.out + kNeurons - 1) / kNeurons, weight.numel() * 4);
+  run(pick_linear_stream(), stream, (stream.out + kLinearTaskOutputs - 1) / kLinearTaskOutputs, weight.numel() * 4);
   return output;
 }
 
@@ -204,7 +203,8 @@ Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double sc
   Tensor grad_input = empty(sizes_of(y), y.scalar_type(), y, format);
   ReluBackwardArgs args{
       dtype_of(y), scale, y.numel(), g.const_data_ptr(), y.const_data_ptr(), grad_input.mutable_data_ptr()};
-  run(pick_relu_backward(), args, (y.numel() + kSpan - 1) / kSpan, y.numel() * 12);
+  run(pick_relu_backward(), args, (y.numel() + kReluBackwardTaskElements - 1) / kReluBackwardTaskElements,
+      y.numel() * 12);
   return grad_input;
 }
 
@@ -215,5 +215,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("relu_dropout_backward", TORCH_BOX(&relu_dropout_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

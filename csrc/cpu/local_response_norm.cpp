@@ -1,10 +1,11 @@
-// Local response normalisation across channels, forward and backward. The formula: lrn_row.h.
-//   input, output [N, C, H, W] in either memory format; groups cut the channels into towers that do not see each other,
-//   which makes [N, H, W, C] a longer list of shorter rows and [N, C, H, W] a longer list of smaller images.
-// Channels last: a task is one row of C / groups channels. NCHW: a task is a strip of pixels of one image.
+// Local response normalisation across channels, forward and backward. lrn_row.h has the formula.
+//   input, output [N, C, H, W] in either memory format. Windows stay inside one of `groups` towers of channels: a tower
+//   of a pixel (channels_last) or of an image (NCHW) is normalised by itself.
+// A task is one row of C / groups channels (channels_last) or kLrnTaskPixels pixels of one tower of one image (NCHW).
 #include "lrn_row.h"
+#include "tasks.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct LrnArgs {
   DType dtype;
@@ -12,19 +13,17 @@ struct LrnArgs {
   bool channels_last;
   int64_t channels;  // C / groups
   int64_t pixels;    // H * W (NCHW)
-  int64_t strips;    // strips an image is cut into (NCHW)
+  int64_t tiles;     // tasks of an image (NCHW)
   const void* grad;
   const void* input;
   void* output;  // the gradient of the input in backward
 };
 
-constexpr int64_t kStrip = 128;  // pixels: the rows of 256 channels then fit the L2 cache
-
 namespace ALEXNET_ISA {
 namespace {
 
 template <class T>
-struct Strip {
+struct PixelTile {
   using A = acc_t<T>;
   const Lrn& lrn;
   const int64_t channels, pixels, first, count;  // channel c of pixel p is at [c * pixels + first + p]
@@ -56,7 +55,7 @@ struct Strip {
   }
 
   void backward(const T* a, const T* g, T* dx, std::vector<A>& direct, std::vector<A>& ratio) const {
-    constexpr int64_t kRow = kStrip + kLanes<A>;
+    constexpr int64_t kRow = kLrnTaskPixels + kLanes<A>;
     direct.resize(channels * kRow);
     ratio.resize(channels * kRow);
     for (int64_t c = 0; c < channels; ++c) {
@@ -99,13 +98,13 @@ void lrn(const LrnArgs& args, int64_t begin, int64_t end) {
   }
   std::vector<acc_t<T>> direct, ratio;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t image = task / args.strips * args.channels * args.pixels;
-    const int64_t first = task % args.strips * kStrip;
-    const Strip<T> strip{args.lrn, args.channels, args.pixels, first, std::min(kStrip, args.pixels - first)};
+    const int64_t image = task / args.tiles * args.channels * args.pixels;
+    const int64_t first = task % args.tiles * kLrnTaskPixels;
+    const PixelTile<T> tile{args.lrn, args.channels, args.pixels, first, std::min(kLrnTaskPixels, args.pixels - first)};
     if constexpr (kBackward) {
-      strip.backward(a + image, g + image, out + image, direct, ratio);
+      tile.backward(a + image, g + image, out + image, direct, ratio);
     } else {
-      strip.forward(a + image, out + image);
+      tile.forward(a + image, out + image);
     }
   }
 }
@@ -120,12 +119,12 @@ void lrn_backward(const LrnArgs& args, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(lrn_forward, LrnArgs)
 ALEXNET_DECLARE_KERNEL(lrn_backward, LrnArgs)
 
@@ -145,11 +144,11 @@ Tensor normalise(Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input
                channels_last,
                input.size(1) / groups,
                pixels,
-               (pixels + kStrip - 1) / kStrip,
+               (pixels + kLrnTaskPixels - 1) / kLrnTaskPixels,
                g.const_data_ptr(),
                a.const_data_ptr(),
                out.mutable_data_ptr()};
-  run(kernel, args, input.size(0) * groups * (channels_last ? pixels : args.strips), input.numel() * 12);
+  run(kernel, args, input.size(0) * groups * (channels_last ? pixels : args.tiles), input.numel() * 12);
   return out;
 }
 
@@ -169,5 +168,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("local_response_norm_backward", TORCH_BOX(&local_response_norm_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

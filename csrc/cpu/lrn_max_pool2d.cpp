@@ -1,12 +1,13 @@
-// Local response normalisation and the max-pooling after it in one pass, forward and backward, optionally with the ReLU
-// before them and its gradient's mask. The normalised activations are never written to memory.
+// Local response normalisation and max-pooling in one pass, forward and backward, optionally with the ReLU before them.
+// The normalised activations are not written to memory.
 //   input [N, C, H, W], output and argmax [N, C, OH, OW], in the input's memory format
-// Channels last: a task is one output row (backward: one input row) of one image; the kernel_h rows a window needs are
-// normalised once and kept. NCHW: a task is a block of kBlock channels of one image.
+// Channels_last: a task is one output row (backward: one input row) of one image. A ring buffer holds the kernel_h
+// normalised rows of a window. NCHW: a task is kLrnPoolTaskChannels channels of one image.
 #include "lrn_row.h"
 #include "pool_row.h"
+#include "tasks.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct LrnMaxPoolArgs {
   DType dtype;
@@ -19,10 +20,8 @@ struct LrnMaxPoolArgs {
   uint8_t* argmax;
 };
 
-constexpr int64_t kBlock = 16;  // channels
-
 inline int64_t blocks_of(const LrnMaxPoolArgs& a) {
-  return (a.C / a.groups + kBlock - 1) / kBlock;
+  return (a.C / a.groups + kLrnPoolTaskChannels - 1) / kLrnPoolTaskChannels;
 }
 
 namespace ALEXNET_ISA {
@@ -36,7 +35,7 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
   const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
   LrnRows<T> lrn(a.lrn, tower);
   std::vector<A> rows(a.pool.kernel_h * row_size);
-  std::vector<int64_t> held(a.pool.kernel_h, -1);  // which row of the whole batch each slot holds
+  std::vector<int64_t> held(a.pool.kernel_h, -1);  // the row of the batch in each slot
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / a.OH, oh = task % a.OH;
     const int64_t top = oh * a.pool.stride_h - a.pool.pad_h;
@@ -72,7 +71,7 @@ void backward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end)
   }
 }
 
-// s^-beta of one channel of a tower, and relu(a) if asked: plane c of `tower` planes of `pixels`.
+// The planes of one tower: channel c is plane c, of `pixels` elements.
 template <class T, bool kRelu>
 struct Planes {
   using A = acc_t<T>;
@@ -102,8 +101,9 @@ struct Block {
   int64_t image, tower, first, last;  // channels [first, last) of the tower
 };
 inline Block block_of(const LrnMaxPoolArgs& a, int64_t task) {
-  const int64_t blocks = blocks_of(a), first = task % blocks * kBlock;
-  return {task / blocks / a.groups, task / blocks % a.groups, first, std::min(first + kBlock, a.C / a.groups)};
+  const int64_t blocks = blocks_of(a), first = task % blocks * kLrnPoolTaskChannels;
+  return {task / blocks / a.groups, task / blocks % a.groups, first,
+          std::min(first + kLrnPoolTaskChannels, a.C / a.groups)};
 }
 
 template <class T, bool kRelu>
@@ -142,8 +142,9 @@ void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   T* grad_input = static_cast<T*>(a.output);
   const int64_t channels = a.C / a.groups, pixels = a.H * a.W, pooled = a.OH * a.OW;
   const int64_t before = (a.lrn.size - 1) / 2, after = a.lrn.size / 2;
-  // The block's planes and those whose windows reach into it.
-  std::vector<A> direct((kBlock + a.lrn.size) * pixels), ratio((kBlock + a.lrn.size) * pixels);
+  // The planes of the task and the halo of planes whose windows reach into it.
+  std::vector<A> direct((kLrnPoolTaskChannels + a.lrn.size) * pixels),
+      ratio((kLrnPoolTaskChannels + a.lrn.size) * pixels);
   const A factor = A(-2 * a.lrn.beta * a.lrn.alpha_over_n);
   for (int64_t task = begin; task < end; ++task) {
     const Block b = block_of(a, task);
@@ -202,12 +203,12 @@ void lrn_max_pool_backward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(lrn_max_pool_forward, LrnMaxPoolArgs)
 ALEXNET_DECLARE_KERNEL(lrn_max_pool_backward, LrnMaxPoolArgs)
 
@@ -269,5 +270,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("lrn_max_pool2d_backward", TORCH_BOX(&lrn_max_pool2d_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

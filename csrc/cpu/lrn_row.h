@@ -1,4 +1,4 @@
-// Local response normalisation of one row of neighbouring channels, shared by local_response_norm.cpp and
+// Local response normalisation of rows of consecutive channels, shared by local_response_norm.cpp and
 // lrn_max_pool2d.cpp.
 //   b[i] = a[i] * s[i]^-beta,  s[i] = k + alpha/n * sum_{j in window(i)} a[j]^2     Krizhevsky et al. 2012, section 3.3
 // window(i) = [i - n/2, i + (n-1)/2], cut at the ends of the row. Computes in float, or double for double.
@@ -6,9 +6,9 @@
 
 #include <vector>
 
-#include "common/vec.h"
+#include "vec.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct Lrn {
   int64_t size;         // n
@@ -19,7 +19,7 @@ struct Lrn {
 
 namespace ALEXNET_ISA {
 
-// s^-beta and 1 / s. The paper's beta = 3/4 needs square roots only.
+// s^-beta and 1 / s. For the paper's beta = 3/4, square roots suffice.
 template <class V>
 struct Powers {
   V minus_beta, inverse;
@@ -39,8 +39,8 @@ inline V pow_minus_beta(V s, double beta) {
   return powers(s, beta).minus_beta;
 }
 
-// Rows of `channels` values that follow each other in memory. A few go through each stage together: a stage reads its
-// neighbours' results at odd offsets, which is slow while they are still on their way to the cache.
+// Rows of `channels` values, consecutive in memory. Each stage processes a batch of rows: it loads the squares of the
+// stage before at unaligned offsets, and store forwarding fails for those as long as the stores are in flight.
 template <class T>
 class LrnRows {
  public:
@@ -57,8 +57,7 @@ class LrnRows {
         ratios_(padded_),
         direct_(padded_) {}
 
-  // y and a may be of different types: y is T, or the computing type A. kFetch: y stays in the cache, so that memory is
-  // free to fetch a ahead.
+  // y is of type T, or of the computing type A. kFetch prefetches a; use it where y stays in the cache.
   template <bool kRelu, bool kFetch = false, class Y>
   void forward(const T* a, Y* y, int64_t rows) {
     for_batches(batch_, rows, [&](int64_t first, int64_t count, auto size) {
@@ -74,7 +73,7 @@ class LrnRows {
   }
 
   // dx[i] = g[i] s[i]^-beta - 2 beta alpha/n a[i] * sum_{j: i in window(j)} g[j] a[j] s[j]^(-beta-1)
-  // G is the type of g: T, or the computing type.
+  // g is of type T, or of the computing type A.
   template <bool kRelu, class G>
   void backward(const T* a, const G* g, T* dx, int64_t rows) {
     const A factor = A(-2 * lrn_.beta * lrn_.alpha_over_n);
@@ -108,7 +107,7 @@ class LrnRows {
     for (int64_t r = 0; r < rows; ++r) {
       for_lanes<A>(channels_, [&](int64_t c, auto lanes) {
         const Vec<A> v = input<kRelu>(a + r * channels_ + c, lanes);
-        if (kFetch) fetch_ahead(a + r * channels_ + c);
+        if (kFetch) prefetch(a + r * channels_ + c);
         store_n(&squares_[r * padded_ + before_ + c], v * v, lanes);
       });
     }
@@ -123,7 +122,7 @@ class LrnRows {
 
   Vec<A> scale(Vec<A> sum) const { return A(lrn_.k) + A(lrn_.alpha_over_n) * sum; }
 
-  // body(offset of the first row, rows, window); the window of 5 that every AlexNet uses is unrolled.
+  // Calls body(offset of the first row, rows, window size) for each batch. The window of 5 channels is unrolled.
   template <class Body>
   void for_batches(int64_t batch, int64_t rows, const Body& body) const {
     for (int64_t r = 0; r < rows; r += batch) {
@@ -136,13 +135,13 @@ class LrnRows {
     }
   }
 
-  static constexpr int64_t kBatchValues = 512;  // they stay in the first cache
+  static constexpr int64_t kBatchValues = 512;  // fits the L1 cache
   const Lrn lrn_;
   const int64_t before_, after_, channels_;
-  const int64_t padded_;  // windows read up to size - 1 zeros beyond the row, and whole vectors
+  const int64_t padded_;  // the row, a halo of size - 1 zeros, and room for whole vectors
   const int64_t batch_;
   std::vector<A> squares_, ratios_, direct_;
 };
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu

@@ -1,20 +1,20 @@
-// Overlapping max-pooling, optionally of the ReLU of its input, with a one-byte argmax; backward gathers.
+// Overlapping max-pooling with a one-byte argmax, optionally of relu(input). Backward gathers in channels_last.
 //   input [N, C, H, W], output, argmax [N, C, OH, OW], all in the input's memory format
-//   relu: relu(max(x)) = max(relu(x)), so ReLU costs nothing here, and its gradient's mask is output > 0
-// Channels last: a task is one output row (backward: one input row) of one image. NCHW: a task is one plane.
+//   relu: max(relu(x)) = relu(max(x)), one ReLU an output; the mask of its gradient is output > 0
+// A task is one output row (backward: one input row) of one image (channels_last), or one plane (NCHW).
 #include <vector>
 
 #include "pool_row.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct MaxPoolArgs {
   DType dtype;
   bool channels_last, relu;
   Pool pool;
   int64_t C, H, W, OH, OW;
-  const void *input, *grad;  // backward reads grad
-  void* output;              // and output, and writes grad_input
+  const void *input, *grad;  // input: forward only; grad: backward only
+  void* output;              // written by forward, read by backward
   uint8_t* argmax;
   void* grad_input;
 };
@@ -93,12 +93,12 @@ void max_pool_backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(max_pool_forward, MaxPoolArgs)
 ALEXNET_DECLARE_KERNEL(max_pool_backward, MaxPoolArgs)
 
@@ -153,5 +153,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

@@ -1,17 +1,18 @@
-// Max-pooling of rows, shared by max_pool2d.cpp and lrn_max_pool2d.cpp. The winner's position in its window travels as
-// the byte i * kernel_w + j. Ties go to the first position in row-major order; NaN wins, the last one over the others.
+// Max-pooling of rows, shared by max_pool2d.cpp and lrn_max_pool2d.cpp. argmax is the byte i * kernel_w + j, the
+// position of the maximum in its window. The first of equal values wins; NaN wins over numbers, the last NaN over the
+// others.
 #pragma once
 
 #include <limits>
 #include <vector>
 
 #include "common/pool.h"
-#include "common/vec.h"
+#include "vec.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 namespace ALEXNET_ISA {
 
-// What the pixels of a window are compared as, a register at a time: floating-point numbers.
+// Comparison of pixels as floating-point numbers, a vector at a time.
 template <class S>
 struct Values {
   using Lane = acc_t<S>;
@@ -27,13 +28,14 @@ struct Values {
     store_n(p, kRelu ? vrelu(best) : best, count);
   }
   static auto is_nan(V v) { return v != v; }
-  static V lasting(V v) { return v; }
-  // One test for all of the window; infinities of both signs pass for NaN, which costs time only.
-  void see(V v) { sum += v; }
-  bool saw_nan(V) const { return any(sum != sum); }
+  static V nan_as_largest(V v) { return v; }
+  // One NaN test for a whole window. Infinities of both signs also sum to NaN: that costs time, the result is the same.
+  void note(V v) { sum += v; }
+  bool noted_nan(V) const { return any(sum != sum); }
 };
 
-// 16-bit floating-point numbers: integers of the same order, twice as many a register. Both zeros are 0.
+// Comparison of 16-bit floating-point numbers as 16-bit integers of the same order, twice as many lanes. Both zeros
+// become 0.
 template <class S>
 struct Keys {
   using Lane = int16_t;
@@ -57,39 +59,40 @@ struct Keys {
     __builtin_memcpy(p, &bits, count * sizeof(T));
   }
   static V is_nan(V key) { return (key > kInfinity) | (key < int16_t(-kInfinity)); }
-  // NaN as what no number wins over.
-  static V lasting(V key) { return is_nan(key) ? V{} + std::numeric_limits<int16_t>::max() : key; }
-  void see(V key) { least = key < least ? key : least; }
-  bool saw_nan(V best) const { return any((best > kInfinity) | (least < int16_t(-kInfinity))); }
+  // NaN as the largest key.
+  static V nan_as_largest(V key) { return is_nan(key) ? V{} + std::numeric_limits<int16_t>::max() : key; }
+  void note(V key) { least = key < least ? key : least; }
+  bool noted_nan(V best) const { return any((best > kInfinity) | (least < int16_t(-kInfinity))); }
 
  private:
-  // Its own inverse.
+  // The key of the bits, and the bits of a key.
   static V ordered(V bits) { return bits < 0 ? std::numeric_limits<int16_t>::min() - bits : bits; }
 };
 
 template <class S, class T>
-using Compared = std::conditional_t<std::is_same_v<S, T> && sizeof(S) == 2, Keys<S>, Values<S>>;
+using Comparison = std::conditional_t<std::is_same_v<S, T> && sizeof(S) == 2, Keys<S>, Values<S>>;
 
-// The best of the window's pixels (i, j), i0 <= i < i1 and j0 <= j < j1, for each channel.
+// The maximum of a window's pixels (i, j), i0 <= i < i1 and j0 <= j < j1, channel by channel. A second pass handles
+// NaN.
 template <bool kRelu, class S, class T, class Row, class I0, class I1, class J0, class J1>
 inline void pool_window(const Pool& pool, int64_t top, int64_t left, int64_t channels, const Row& row, I0 i0, I1 i1,
                         J0 j0, J1 j1, T* out, uint8_t* argmax) {
-  using C = Compared<S, T>;
+  using C = Comparison<S, T>;
   using V = typename C::V;
   using Lane = typename C::Lane;
-  using Where = IntVec<Lane>;
+  using Positions = IntVec<Lane>;
   for_lanes<Lane>(channels, [&](int64_t c, auto count) {
     V best{};
-    Where where{};
-    const auto pool_pixels = [&](auto nan, auto& seen) __attribute__((always_inline)) {
-      where = Where{} + lane_int_t<Lane>(i0 * pool.kernel_w + j0);
+    Positions position{};
+    const auto pool_pixels = [&](auto nan, auto& notes) __attribute__((always_inline)) {
+      position = Positions{} + lane_int_t<Lane>(i0 * pool.kernel_w + j0);
       for (int64_t i = i0; i < i1; ++i) {
         const S* p = row(top + i) + left * channels + c;
         for (int64_t j = j0; j < j1; ++j) {
-          const V loaded = C::load(p + j * channels, count), v = nan ? C::lasting(loaded) : loaded;
+          const V loaded = C::load(p + j * channels, count), v = nan ? C::nan_as_largest(loaded) : loaded;
           if constexpr (!nan) {
-            seen.see(v);
-            if (i > 0 && j > 0) fetch_ahead(p + j * channels);
+            notes.note(v);
+            if (i > 0 && j > 0) prefetch(p + j * channels);
           }
           if (i == i0 && j == j0) {
             best = v;
@@ -98,19 +101,19 @@ inline void pool_window(const Pool& pool, int64_t top, int64_t left, int64_t cha
           auto wins = v > best;
           if constexpr (nan) wins |= C::is_nan(v);
           best = wins ? v : best;
-          where = wins ? Where{} + lane_int_t<Lane>(i * pool.kernel_w + j) : where;
+          position = wins ? Positions{} + lane_int_t<Lane>(i * pool.kernel_w + j) : position;
         }
       }
     };
-    C seen;
-    pool_pixels(std::false_type{}, seen);
-    if (__builtin_expect(seen.saw_nan(best), 0)) pool_pixels(std::true_type{}, seen);
+    C notes;
+    pool_pixels(std::false_type{}, notes);
+    if (__builtin_expect(notes.noted_nan(best), 0)) pool_pixels(std::true_type{}, notes);
     C::template store<kRelu>(out + c, best, count);
-    store_bytes_n<Lane>(argmax + c, where, count);
+    store_bytes_n<Lane>(argmax + c, position, count);
   });
 }
 
-// One output row of an image whose pixels are `channels` apart. row(y) gives input row y.
+// One output row of an image in channels_last. row(y) returns input row y.
 template <bool kRelu, class S, class T, class Row>
 inline void pool_row_channels_last(const Pool& pool, int64_t H, int64_t W, int64_t channels, int64_t oh, int64_t OW,
                                    const Row& row, T* out, uint8_t* argmax) {
@@ -129,7 +132,7 @@ inline void pool_row_channels_last(const Pool& pool, int64_t H, int64_t W, int64
   }
 }
 
-// Every stride-th of the values from p on.
+// p[0], p[stride], p[2 * stride] ...
 template <class A>
 inline Vec<A> load_strided(const A* p, int64_t stride) {
   Vec<A> v;
@@ -143,7 +146,7 @@ inline Vec<A> load_strided(const A* p, int64_t stride) {
   return v;
 }
 
-// The rows of one plane that windows read: kernel_h of them at a time, in the computing type, -inf on both sides.
+// A ring buffer of the kernel_h rows of a plane that windows read, in the computing type, with -inf as padding.
 template <class A>
 class PlaneRows {
  public:
@@ -173,19 +176,19 @@ class PlaneRows {
     }
     for_lanes<A>(OW, [&](int64_t ow, auto count) {
       Vec<A> best = splat<A>(-std::numeric_limits<A>::infinity());
-      // The first pixel inside the image, should every one of them be -inf.
-      IntVec<A> where = load_raw<IntVec<A>>(&first_[ow]) + lane_int_t<A>(i0 * pool_.kernel_w);
+      // If all pixels are -inf, the first one inside the image wins.
+      IntVec<A> position = load_raw<IntVec<A>>(&first_[ow]) + lane_int_t<A>(i0 * pool_.kernel_w);
       for (int64_t i = i0; i < i1; ++i) {
         const A* row = &values_[(top + i) % pool_.kernel_h * width_ + ow * pool_.stride_w];
         for (int64_t j = 0; j < pool_.kernel_w; ++j) {
           const Vec<A> v = load_strided(row + j, pool_.stride_w);
           const auto wins = (v > best) | (v != v);
           best = wins ? v : best;
-          where = wins ? IntVec<A>{} + lane_int_t<A>(i * pool_.kernel_w + j) : where;
+          position = wins ? IntVec<A>{} + lane_int_t<A>(i * pool_.kernel_w + j) : position;
         }
       }
       store_n(out + ow, kRelu ? vrelu(best) : best, count);
-      store_bytes_n<A>(argmax + ow, where, count);
+      store_bytes_n<A>(argmax + ow, position, count);
     });
   }
 
@@ -193,12 +196,12 @@ class PlaneRows {
   const Pool pool_;
   const int64_t width_;
   std::vector<A> values_;
-  std::vector<int64_t> held_;  // which input row each slot holds
+  std::vector<int64_t> held_;  // the input row in each slot
   std::vector<lane_int_t<A>> first_;
 };
 
-// The gradients that reach one pixel, from `rows` by `columns` windows that cover it: grad, output and argmax point to
-// the first of them, `below` elements from one row of windows to the next, and i, j is the pixel's place in that first.
+// The gradient of one pixel, gathered from the `rows` x `columns` windows that contain it. grad, output and argmax
+// point to the first window, in which the pixel has position (i, j); rows of windows are `below` elements apart.
 template <bool kRelu, class T, class U, class Rows, class Columns>
 inline void pool_pixel_backward(const Pool& pool, int64_t i, int64_t j, int64_t channels, int64_t below, Rows rows,
                                 Columns columns, const T* grad, const T* output, const uint8_t* argmax, U* to) {
@@ -209,18 +212,18 @@ inline void pool_pixel_backward(const Pool& pool, int64_t i, int64_t j, int64_t 
       for (int64_t q = 0; q < columns; ++q) {
         const int64_t at = r * below + q * channels + c;
         const lane_int_t<A> position((i - r * pool.stride_h) * pool.kernel_w + j - q * pool.stride_w);
-        const auto here = load_bytes_n<A>(argmax + at, count) == position;
+        const auto selected = load_bytes_n<A>(argmax + at, count) == position;
         Vec<A> g = load_n(grad + at, count);
         if (kRelu) g = load_n(output + at, count) <= Vec<A>{} ? Vec<A>{} : g;
-        sum += here ? g : Vec<A>{};
+        sum += selected ? g : Vec<A>{};
       }
     }
     store_n(to + c, sum, count);
   });
 }
 
-// The gradients that reach input row y of one image, to the W pixels of `channels` at `to`. Rows and pixels of grad,
-// output and argmax follow each other; output is read only with kRelu, to mask what ReLU cut.
+// The gradient of input row y of one image in channels_last, written to the W pixels at `to`. output is read with kRelu
+// only, for the mask of ReLU.
 template <bool kRelu, class T, class U>
 inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t W, int64_t channels, int64_t OH,
                                             int64_t OW, const T* grad, const T* output, const uint8_t* argmax, U* to) {
@@ -250,7 +253,7 @@ inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t
   }
 }
 
-// Adds the gradients of one plane to `sum`, which holds H * W zeros.
+// Scatters the gradients of one plane into `sum`, H * W zeros at first.
 template <bool kRelu, class T>
 inline void pool_plane_backward(const Pool& pool, int64_t W, int64_t OH, int64_t OW, const T* grad, const T* output,
                                 const uint8_t* argmax, acc_t<T>* sum) {
@@ -265,4 +268,4 @@ inline void pool_plane_backward(const Pool& pool, int64_t W, int64_t OH, int64_t
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu

@@ -2,14 +2,16 @@
 //   paper (Krizhevsky et al. 2012, section 5):  v <- m v - wd lr w - lr g;  w <- w + v
 //   torch (torch.optim.SGD):  g <- g + wd w;  v <- m v + (1 - dampening) g, or v <- g at the first step;
 //                             w <- w - lr (g + m v if nesterov, else v); momentum 0 leaves v alone
-//   params, grads: any dtype each; momentum and master in float, or double for double params. With a master, it is
-//   stepped, and the param is its rounding. All tensors of one position share shape and strides, and are dense.
-// A task is a run of kRun elements of one tensor.
+//   params, grads: any dtype each; momentum in the param's type or in float; master in float. With double params, all
+//   are double. A step with masters updates the master and rounds it to the param. The param, gradient, momentum and
+//   master of one index have the same shape and dense strides.
+// A task is kSgdTaskElements elements of one tensor.
 #include <vector>
 
-#include "common/vec.h"
+#include "tasks.h"
+#include "vec.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct SgdTensor {
   DType param_type, grad_type, momentum_type;
@@ -23,8 +25,6 @@ struct SgdArgs {
   double lr, momentum, weight_decay, dampening;
   bool nesterov, paper, first_step;
 };
-
-constexpr int64_t kRun = 1 << 15;  // elements
 
 namespace ALEXNET_ISA {
 namespace {
@@ -66,16 +66,16 @@ void sgd_step(const SgdArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     while (at + 1 < a.tensors.size() && a.tensors[at + 1].first_task <= task) ++at;
     const SgdTensor& t = a.tensors[at];
-    const int64_t first = (task - t.first_task) * kRun, count = std::min(kRun, t.count - first);
+    const int64_t first = (task - t.first_task) * kSgdTaskElements, count = std::min(kSgdTaskElements, t.count - first);
     for_dtype(t.param_type, [&](auto p) {
       for_dtype(t.grad_type, [&](auto g) {
         for_dtype(t.momentum_type, [&](auto m) {
           using P = decltype(p);
           using G = decltype(g);
           using M = decltype(m);
-          // The types the operator accepts: doubles go together, and momentum is wide or the param's own type.
-          constexpr bool doubles = std::is_same_v<acc_t<P>, acc_t<G>> && std::is_same_v<acc_t<P>, acc_t<M>>;
-          if constexpr (doubles && (std::is_same_v<M, acc_t<P>> || std::is_same_v<M, P>)) {
+          // The op accepts these types only: double with double, momentum in float or the param's type.
+          constexpr bool same_computing_type = std::is_same_v<acc_t<P>, acc_t<G>> && std::is_same_v<acc_t<P>, acc_t<M>>;
+          if constexpr (same_computing_type && (std::is_same_v<M, acc_t<P>> || std::is_same_v<M, P>)) {
             step<P, G, M>(a, t, first, count);
           }
         });
@@ -85,12 +85,12 @@ void sgd_step(const SgdArgs& a, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(sgd_step, SgdArgs)
 
 namespace {
@@ -98,7 +98,7 @@ namespace {
 void sgd_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
                   std::vector<Tensor> masters, double lr, double momentum, double weight_decay, double dampening,
                   bool nesterov, bool paper_rule, bool first_step, std::optional<Tensor> lr_tensor) {
-  STD_TORCH_CHECK(!lr_tensor, "sgd_step: on the CPU lr is a number");
+  STD_TORCH_CHECK(!lr_tensor, "sgd_step: lr_tensor is for GPU parameters only; pass lr for CPU parameters");
   SgdArgs args{{}, lr, momentum, weight_decay, dampening, nesterov, paper_rule, first_step};
   int64_t tasks = 0, bytes = 0;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -108,7 +108,7 @@ void sgd_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
                             params[i].mutable_data_ptr(), momentum_buffers[i].mutable_data_ptr(),
                             masters.empty() ? nullptr : masters[i].mutable_data_ptr(), grads[i].const_data_ptr(), count,
                             tasks});
-    tasks += (count + kRun - 1) / kRun;
+    tasks += (count + kSgdTaskElements - 1) / kSgdTaskElements;
     bytes += count * 20;
   }
   run(pick_sgd_step(), args, tasks, bytes);
@@ -120,5 +120,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("sgd_step", TORCH_BOX(&sgd_step_cpu));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

@@ -1,17 +1,17 @@
-// Rearranges blocks of pixels into channels, padding with zeros and casting on the way, and back: a convolution with
-// stride `block` on a few channels becomes one with stride 1 on block^2 times as many, which fills vector registers.
-//   input [N, C, H, W] (any float), output [N, block^2 C, OH, OW] channels last; channel (dy block + dx) C + c of pixel
-//   (Y, X) is input[c, Y block + dy - pad_h, X block + dx - pad_w], or zero outside
-// A task is one output row of one image (back: one input row).
+// space_to_depth moves blocks of pixels into channels, with zero padding and a cast; depth_to_space is its inverse. A
+// convolution of few channels with stride `block` becomes one of block^2 times as many channels with stride 1.
+//   space [N, C, H, W] of any dtype, depth [N, block^2 C, OH, OW] in channels_last: channel (dy block + dx) C + c of
+//   pixel (Y, X) is space[c, Y block + dy - pad_h, X block + dx - pad_w], or 0 outside the image
+// A task is one row of depth (space_to_depth) or one row of space (depth_to_space) of one image.
 #include <vector>
 
-#include "common/vec.h"
+#include "vec.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct SpaceToDepthArgs {
   DType from, to;
-  bool channels_last;  // of the images
+  bool channels_last;  // space; depth always is
   int64_t C, H, W, OH, OW, block, pad_h, pad_w;
   const void* input;
   void* output;
@@ -20,8 +20,8 @@ struct SpaceToDepthArgs {
 namespace ALEXNET_ISA {
 namespace {
 
-// Where pixel (y, x) of channel c of image n lies.
-inline int64_t at(const SpaceToDepthArgs& a, int64_t n, int64_t c, int64_t y, int64_t x) {
+// The offset of channel c of pixel (y, x) of image n in space.
+inline int64_t space_offset(const SpaceToDepthArgs& a, int64_t n, int64_t c, int64_t y, int64_t x) {
   return a.channels_last ? ((n * a.H + y) * a.W + x) * a.C + c : ((n * a.C + c) * a.H + y) * a.W + x;
 }
 
@@ -29,8 +29,8 @@ template <class From, class To>
 void to_depth(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<To>;
   const From* input = static_cast<const From*>(a.input);
-  const int64_t part = a.block * a.C, depth = a.block * part;  // values of one row of a block, of a block
-  // The part of an image's row that blocks hold, with the padding's zeros.
+  const int64_t part = a.block * a.C, depth = a.block * part;  // elements of a row of a block, of a block
+  // The columns of a padded row that come from the image.
   const int64_t first = a.pad_w, last = std::min(a.pad_w + a.W, a.OW * a.block);
   std::vector<To> row(a.OW * part, To(0));
   const std::vector<To> zeros(a.OW * part, To(0));
@@ -41,7 +41,7 @@ void to_depth(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
       const int64_t y = Y * a.block + dy - a.pad_h;
       const bool inside = y >= 0 && y < a.H;
       if (inside && a.channels_last) {
-        const From* from = input + at(a, n, 0, y, 0);
+        const From* from = input + space_offset(a, n, 0, y, 0);
         To* to = row.data() + first * a.C;
         if constexpr (std::is_same_v<acc_t<From>, A>) {
           for_lanes<A>((last - first) * a.C,
@@ -51,7 +51,7 @@ void to_depth(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
         }
       } else if (inside) {
         for (int64_t x = first; x < last; ++x) {
-          for (int64_t c = 0; c < a.C; ++c) row[x * a.C + c] = To(A(input[at(a, n, c, y, x - a.pad_w)]));
+          for (int64_t c = 0; c < a.C; ++c) row[x * a.C + c] = To(A(input[space_offset(a, n, c, y, x - a.pad_w)]));
         }
       }
       const To* values = inside ? row.data() : zeros.data();
@@ -73,9 +73,9 @@ void to_space(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
     for (int64_t x = 0; x < a.W; ++x) {
       const int64_t X = (x + a.pad_w) / a.block, dx = (x + a.pad_w) % a.block;
       for (int64_t c = 0; c < a.C; ++c) {
-        const bool read = Y < a.OH && X < a.OW;  // rows and columns that no window reached have no place
-        output[at(a, n, c, y, x)] =
-            read ? To(acc_t<To>(input[((n * a.OH + Y) * a.OW + X) * depth + (dy * a.block + dx) * a.C + c])) : To(0);
+        const bool inside = Y < a.OH && X < a.OW;  // pixels beyond the last block are zero
+        output[space_offset(a, n, c, y, x)] =
+            inside ? To(acc_t<To>(input[((n * a.OH + Y) * a.OW + X) * depth + (dy * a.block + dx) * a.C + c])) : To(0);
       }
     }
   }
@@ -95,12 +95,12 @@ void depth_to_space(const SpaceToDepthArgs& a, int64_t begin, int64_t end) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(space_to_depth, SpaceToDepthArgs)
 ALEXNET_DECLARE_KERNEL(depth_to_space, SpaceToDepthArgs)
 
@@ -155,5 +155,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("depth_to_space", TORCH_BOX(&depth_to_space));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

@@ -1,13 +1,14 @@
-// Response normalisation inside each map, the second normalisation of the network that was run in 2012.
+// Response normalisation inside each map, the second normalisation of the original cuda-convnet network.
 //   b[y, x] = a[y, x] * s[y, x]^-beta,  s[y, x] = k + alpha/n^2 * sum of a^2 over the n x n window around (y, x)
 //   input, output [N, C, H, W] in either memory format; the window is [i - n/2, i + (n-1)/2] on both axes, cut at the
 //   edges
-// A task is the maps of one register of channels of one image, gathered so that a pixel is a register.
+// A task is kWithinMapTaskChannels maps of one image, transposed to [pixel, map] so that vectors hold maps.
 #include <vector>
 
 #include "lrn_row.h"
+#include "tasks.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
 struct WithinMapArgs {
   DType dtype;
@@ -18,8 +19,6 @@ struct WithinMapArgs {
   void* output;  // the gradient of the input in backward
 };
 
-constexpr int64_t kMaps = 16;  // maps of a task: a multiple of every register's lanes
-
 namespace ALEXNET_ISA {
 namespace {
 
@@ -29,11 +28,12 @@ class Maps {
   using A = acc_t<T>;
 
   explicit Maps(const WithinMapArgs& args)
-      : a_(args), pixels_(args.H * args.W), x_(pixels_ * kMaps), g_(x_), scale_(x_), rows_(x_) {}
+      : a_(args), pixels_(args.H * args.W), x_(pixels_ * kWithinMapTaskChannels), g_(x_), scale_(x_), rows_(x_) {}
 
   void run(int64_t task, bool backward) {
-    const int64_t blocks = (a_.C + kMaps - 1) / kMaps;
-    const int64_t first = task % blocks * kMaps, count = std::min(kMaps, a_.C - first);
+    const int64_t blocks = (a_.C + kWithinMapTaskChannels - 1) / kWithinMapTaskChannels;
+    const int64_t first = task % blocks * kWithinMapTaskChannels,
+                  count = std::min(kWithinMapTaskChannels, a_.C - first);
     const int64_t origin = task / blocks * a_.C * pixels_ + first * (a_.channels_last ? 1 : pixels_);
     read(static_cast<const T*>(a_.input) + origin, count, x_);
     for_each([&](int64_t i) { store(&g_[i], load(&x_[i]) * load(&x_[i])); });
@@ -41,7 +41,7 @@ class Maps {
     for_each([&](int64_t i) { store(&scale_[i], A(a_.lrn.k) + A(a_.lrn.alpha_over_n) * load(&scale_[i])); });
     if (backward) {
       read(static_cast<const T*>(a_.grad) + origin, count, g_);
-      // scale becomes g s^-beta, g the ratio whose window sums the gradient needs.
+      // scale_ becomes g s^-beta, g_ becomes g x s^(-beta-1), whose window sums the gradient needs.
       for_each([&](int64_t i) {
         const Vec<A> s = load(&scale_[i]), direct = load(&g_[i]) * pow_minus_beta(s, a_.lrn.beta);
         store(&scale_[i], direct);
@@ -59,7 +59,7 @@ class Maps {
  private:
   template <class Body>
   void for_each(const Body& body) const {
-    for (int64_t i = 0; i < pixels_ * kMaps; i += kLanes<A>) body(i);
+    for (int64_t i = 0; i < pixels_ * kWithinMapTaskChannels; i += kLanes<A>) body(i);
   }
 
   int64_t address(int64_t pixel, int64_t map) const {
@@ -68,16 +68,16 @@ class Maps {
   void read(const T* from, int64_t count, std::vector<A>& to) const {
     std::fill(to.begin(), to.end(), A(0));
     for (int64_t p = 0; p < pixels_; ++p) {
-      for (int64_t m = 0; m < count; ++m) to[p * kMaps + m] = A(from[address(p, m)]);
+      for (int64_t m = 0; m < count; ++m) to[p * kWithinMapTaskChannels + m] = A(from[address(p, m)]);
     }
   }
   void write(T* to, int64_t count) const {
     for (int64_t p = 0; p < pixels_; ++p) {
-      for (int64_t m = 0; m < count; ++m) to[address(p, m)] = T(x_[p * kMaps + m]);
+      for (int64_t m = 0; m < count; ++m) to[address(p, m)] = T(x_[p * kWithinMapTaskChannels + m]);
     }
   }
 
-  // Sums over the n x n window that begins `before` pixels up and left; `to` may be `from`.
+  // Sums over n x n windows from `before` pixels above and left of each pixel, separably; `to` may be `from`.
   void window_sum(const std::vector<A>& from, std::vector<A>& to, int64_t before) {
     sum_along(from, rows_, before, a_.W, 1);
     sum_along(rows_, to, before, a_.H, a_.W);
@@ -86,10 +86,10 @@ class Maps {
     for (int64_t p = 0; p < pixels_; ++p) {
       const int64_t at = p / stride % length;
       const int64_t low = std::max<int64_t>(at - before, 0), high = std::min(at - before + a_.lrn.size, length);
-      for (int64_t m = 0; m < kMaps; m += kLanes<A>) {
+      for (int64_t m = 0; m < kWithinMapTaskChannels; m += kLanes<A>) {
         Vec<A> sum{};
-        for (int64_t j = low; j < high; ++j) sum += load(&from[(p + (j - at) * stride) * kMaps + m]);
-        store(&to[p * kMaps + m], sum);
+        for (int64_t j = low; j < high; ++j) sum += load(&from[(p + (j - at) * stride) * kWithinMapTaskChannels + m]);
+        store(&to[p * kWithinMapTaskChannels + m], sum);
       }
     }
   }
@@ -116,12 +116,12 @@ void within_map_backward(const WithinMapArgs& args, int64_t begin, int64_t end) 
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/tensor.h"
+#include "operator.h"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(within_map_forward, WithinMapArgs)
 ALEXNET_DECLARE_KERNEL(within_map_backward, WithinMapArgs)
 
@@ -142,7 +142,8 @@ Tensor normalise(Kernel<WithinMapArgs> kernel, const Tensor* grad, const Tensor&
                      x.const_data_ptr(),
                      g.const_data_ptr(),
                      out.mutable_data_ptr()};
-  if (x.numel() > 0) run(kernel, args, x.size(0) * ((x.size(1) + kMaps - 1) / kMaps), x.numel() * 32);
+  if (x.numel() > 0)
+    run(kernel, args, x.size(0) * ((x.size(1) + kWithinMapTaskChannels - 1) / kWithinMapTaskChannels), x.numel() * 32);
   return out;
 }
 
@@ -162,5 +163,5 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("within_map_response_norm_backward", TORCH_BOX(&within_map_response_norm_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 #endif

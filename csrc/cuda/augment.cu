@@ -1,14 +1,16 @@
-// Crop, mirror, colour shift, mean subtraction, scaling, cast and layout of a batch of images in one pass.
+// Crops, mirrors, shifts colours, subtracts the mean, scales, casts and lays out a batch of images in one pass.
 //   out[n, c, y, x] = (image[n, top + y, left + x', c] + shift[n, c] - mean) * scale[c],  x' = mirrored ? w - 1 - x : x
 //   images uint8 [N, H, W, C]; crops int64 [N, 2]; flips bool [N]; shift [N, C], scale [C], mean (see Mean) float
 //   out [N, C, h, w] in either memory format; float, double, bfloat16 or float16
-// A thread holds up to 16 bytes of consecutive elements of one image's crop, in the order of the output's memory.
-#include "images.cuh"
+// A thread computes up to 16 bytes of consecutive elements of one image, in the memory order of the output. Loads are
+// of single elements: bytes of the image, floats of the mean, shift and scale.
+#include "image_layout.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
 
-// [C]; [C, h, w], subtracted from the crop after mirroring; or [C, H, W], subtracted where the pixel came from.
+// The mean has shape [C] (colour), [C, h, w] (crop: subtracted after mirroring) or [C, H, W] (image: cropped and
+// mirrored with the image).
 enum class Mean : int { none, colour, crop, image };
 
 struct AugmentArgs {
@@ -32,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) augment_images(AugmentArgs a, int bl
   const int top = int(a.crops[2 * n]), left = int(a.crops[2 * n + 1]);
   const bool flip = a.flips != nullptr && a.flips[n];
   float v[kVec];
-  // Of each element: its channel, where in the crop it lies, and where in the image it came from.
+  // The channel of each element, its pixel in the crop, and its pixel in the image.
   int channel[kVec], crop[kVec], source[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) augment_images(AugmentArgs a, int bl
     channel[i] = a.channels_last ? at - crop[i] * a.C : a.pixels.quotient(at);
     const int y = a.width.quotient(crop[i]), x = crop[i] - y * a.w;
     const int row = top + y, column = left + (flip ? a.w - 1 - x : x);
-    // A crop that leaves its image is reported by an assertion on the device: nothing outside is read before that.
+    // The op asserts on the device that crops are inside their image; until it does, no pixel outside is read.
     const bool inside = unsigned(row) < unsigned(a.H) && unsigned(column) < unsigned(a.W);
     source[i] = inside ? row * a.W + column : 0;
     v[i] = float(a.images[(n * a.H * a.W + source[i]) * a.C + channel[i]]);
@@ -85,7 +87,7 @@ Tensor augment(const Tensor& images, const Tensor& crops, IntList size, std::opt
   a.channels_last = channels_last;
   a.images = data<uint8_t>(x);
   a.crops = data<int64_t>(at);
-  std::vector<Tensor> kept;  // until the launch
+  std::vector<Tensor> kept;  // keeps the memory alive until the launch
   auto values = [&](const std::optional<Tensor>& t, ScalarType type) -> const void* {
     if (!t) return nullptr;
     kept.push_back(as(*t, type));
@@ -119,4 +121,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("augment", TORCH_BOX(&augment));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

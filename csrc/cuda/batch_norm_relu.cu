@@ -5,246 +5,30 @@
 //   g has passed ReLU's mask, recomputed from x
 //   input, output, grad, grad_input [N, C, H, W] in one memory format; float, bfloat16 or float16; computed in float
 //   mean, var, weight, bias, grad_weight, grad_bias [C]; float
-// A column is kVec channels in channels_last, with a vector at each pixel, or one channel in NCHW, with a vector of
-// each kVec pixels. A block takes a few columns of one part of the batch, and each row of its threads every rows-th
-// vector. What a block finds is combined over its rows, and then, by another kernel, over the parts: both in an order
-// that depends on nothing but the tensor's sizes.
-#include "images.cuh"
+// Sums over the batch are computed by parts (channel_reduction.cuh): a block reduces one part, and a second kernel
+// combines the parts. The order of both depends on the tensor's sizes only.
+#include "channel_reduction.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
-
-constexpr int kBlocks = 2048;     // of a launch, at most, where there are no more columns than that
-constexpr int kBlockBytes = 128;  // that the columns of a block take at a pixel, at most: a cache line
-
-// Vectors that a thread loads together.
-template <int kVec>
-constexpr int kTogether = kVec == 1 ? 8 : 4;
-
-// How the batch is shared out to blocks.
-struct Split {
-  Split(const IntList& size, MemoryFormat format, int vector, int vector_bytes, int together)
-      : C(int(size[1])),
-        channels_last(format == MemoryFormat::ChannelsLast),
-        values(channels_last ? 1 : vector),
-        columns(channels_last ? C / vector : C),
-        plane(size[2] * size[3] / values),
-        length(size[0] * plane.value()),
-        groups(channels_last ? divide_up(columns, kBlockBytes / vector_bytes) : C),
-        width(divide_up(columns, groups.value())),
-        image(C * size[2] * size[3]),
-        across(channels_last ? vector : int(size[2] * size[3])),
-        along(channels_last ? C : vector) {
-    rows = kThreads / width.value();
-    for (int power = 1; power < rows; power *= 2) half = power;
-    const int64_t tile = int64_t(rows) * together, most = std::max(1, kBlocks / groups.value());
-    part = tile * divide_up(length, tile * most);
-    parts = divide_up(length, part);
-    STD_TORCH_CHECK(std::max(image, part + tile + plane.value()) < (int64_t(1) << 31),
-                    "alexnet_kernels: the CUDA kernels take images of fewer than 2^31 elements");
-  }
-
-  int64_t blocks() const { return parts * groups.value(); }
-
-  // The values [C] at `p` that belong to a column's vector.
-  template <int kVec>
-  __device__ __forceinline__ void load_values(const float* p, int column, float (&out)[kVec]) const {
-    if (channels_last) return load<kVec>(p + column * kVec, out);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) out[i] = p[column];
-  }
-
-  int C;
-  bool channels_last;
-  int values;  // of one channel in a vector
-  int columns;
-  Divisor plane;      // vectors of a column in an image
-  int64_t length;     // vectors of a column
-  Divisor groups;     // of columns: blocks for each part
-  Divisor width;      // columns of a block
-  int64_t image;      // elements of an image
-  int across, along;  // elements from a column to the next, and from one of its vectors to the next
-  int rows;           // of a block's threads
-  int half = 0;       // the largest power of two below `rows`, if any
-  int64_t part;       // vectors of a column in a part
-  int64_t parts;
-};
-
-// A thread's column and the vectors of it that the thread takes.
-template <int kVec>
-class Walk {
- public:
-  __device__ __forceinline__ explicit Walk(const Split& split) : split_(split) {
-    part_ = split.groups.quotient(int(blockIdx.x));
-    row_ = split.width.quotient(int(threadIdx.x));
-    column_ = (int(blockIdx.x) - part_ * split.groups.value()) * split.width.value() + int(threadIdx.x) -
-              row_ * split.width.value();
-    exists_ = row_ < split.rows && column_ < split.columns;
-    if (!exists_) column_ = 0;
-    const int64_t first = part_ * split.part, n = first / split.plane.value();
-    count_ = exists_ ? int(min(split.part, split.length - first)) : 0;
-    ahead_ = int(first - n * split.plane.value());
-    base_ = n * split.image + int64_t(column_) * split.across;
-  }
-
-  __device__ __forceinline__ int row() const { return row_; }
-  __device__ __forceinline__ int column() const { return column_; }
-  // Whether the thread has the results of its column to store.
-  __device__ __forceinline__ bool leads() const { return exists_ && row_ == 0; }
-
-  // Calls body(how many, offset of each) until the thread's vectors are done, with a constant for how many.
-  template <class Body>
-  __device__ __forceinline__ void run(const Body& body) const {
-    constexpr int kMost = kTogether<kVec>;
-    int i = row_;
-    for (; i + (kMost - 1) * split_.rows < count_; i += kMost * split_.rows) {
-      int64_t at[kMost];
-#pragma unroll
-      for (int j = 0; j < kMost; ++j) at[j] = offset(i + j * split_.rows);
-      body(std::integral_constant<int, kMost>{}, at);
-    }
-    for (; i < count_; i += split_.rows) {
-      const int64_t at[1] = {offset(i)};
-      body(std::integral_constant<int, 1>{}, at);
-    }
-  }
-
-  // Stores two results of the column: of each of its channels in channels_last, else of the first.
-  __device__ __forceinline__ void store_partial(const float (&first)[kVec], const float (&second)[kVec],
-                                                float* partial) const {
-    partial += 2 * int64_t(part_) * split_.C;
-    if (split_.channels_last) {
-      float pairs[2 * kVec];
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) pairs[2 * i] = first[i], pairs[2 * i + 1] = second[i];
-      store<2 * kVec>(partial + 2 * column_ * kVec, pairs);
-    } else {
-      const float pair[2] = {first[0], second[0]};
-      store<2>(partial + 2 * column_, pair);
-    }
-  }
-
- private:
-  // Of vector i of the column's part.
-  __device__ __forceinline__ int64_t offset(int i) const {
-    const int n = split_.plane.quotient(ahead_ + i), in_plane = ahead_ + i - n * split_.plane.value();
-    return base_ + n * split_.image + in_plane * split_.along;
-  }
-
-  const Split& split_;
-  int part_, row_, column_, count_;
-  int ahead_;  // of the part's first vector in its image, which begins at base_
-  int64_t base_;
-  bool exists_;
-};
-
-// Merges the states of a column's rows into its first row's. Every thread of the block must call it.
-template <int kVec, class State>
-__device__ __forceinline__ void merge_rows(const Split& split, const Walk<kVec>& walk, State& state) {
-  __shared__ float memory[State::kFloats][kThreads];
-  state.each([&](int i, float& value) { memory[i][threadIdx.x] = value; });
-  for (int half = split.half; half > 0; half /= 2) {
-    __syncthreads();
-    if (walk.row() < half && walk.row() + half < split.rows) {
-      State other;
-      const int from = int(threadIdx.x) + half * split.width.value();
-      other.each([&](int i, float& value) { value = memory[i][from]; });
-      state.merge(other);
-      state.each([&](int i, float& value) { memory[i][threadIdx.x] = value; });
-    }
-  }
-}
-
-// Mean and sum of squares around it of `count` vectors.
-template <int kVec>
-struct Moments {
-  static constexpr int kFloats = 2 * kVec + 1;
-  float mean[kVec] = {}, squares[kVec] = {}, count = 0.f;
-
-  template <class Body>
-  __device__ __forceinline__ void each(const Body& body) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) body(i, mean[i]), body(kVec + i, squares[i]);
-    body(2 * kVec, count);
-  }
-  // Chan, Golub, LeVeque 1983.
-  __device__ __forceinline__ void merge(const Moments& other) {
-    const float total = count + other.count, share = other.count / max(total, 1.f), weight = count * share;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const float delta = other.mean[i] - mean[i];
-      mean[i] += delta * share;
-      squares[i] += other.squares[i] + delta * weight * delta;
-    }
-    count = total;
-  }
-  template <int kCount>
-  __device__ __forceinline__ void add(const float (&v)[kCount][kVec]) {
-    Moments chunk;
-    chunk.count = float(kCount);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      float sum = v[0][i];
-#pragma unroll
-      for (int j = 1; j < kCount; ++j) sum += v[j][i];
-      chunk.mean[i] = sum * (1.f / float(kCount));
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const float d = v[j][i] - chunk.mean[i];
-        chunk.squares[i] += d * d;
-      }
-    }
-    merge(chunk);
-  }
-  // Those of all places of the vectors, in the first.
-  __device__ __forceinline__ void merge_places() {
-#pragma unroll
-    for (int i = 1; i < kVec; ++i) {
-      const float delta = mean[i] - mean[0], share = 1.f / float(i + 1);
-      mean[0] += delta * share;
-      squares[0] += squares[i] + delta * (count * float(i) * share) * delta;
-    }
-  }
-};
-
-// Sums of the gradient and of the gradient times x - mean.
-template <int kVec>
-struct Sums {
-  static constexpr int kFloats = 2 * kVec;
-  float sum[kVec] = {}, product[kVec] = {};
-
-  template <class Body>
-  __device__ __forceinline__ void each(const Body& body) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) body(i, sum[i]), body(kVec + i, product[i]);
-  }
-  __device__ __forceinline__ void merge(const Sums& other) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) sum[i] += other.sum[i], product[i] += other.product[i];
-  }
-  __device__ __forceinline__ void merge_places() {
-#pragma unroll
-    for (int i = 1; i < kVec; ++i) sum[0] += sum[i], product[0] += product[i];
-  }
-};
 
 struct Parameters {
   const float *mean, *var, *weight, *bias;  // weight and bias may be null
   float eps;
 };
 
-// What a column's vectors are mapped by.
+// The map of a column's vectors from x - mean to the normalised values.
 template <int kVec>
 struct Affine {
   float mean[kVec], inverse_std[kVec], factor[kVec], bias[kVec];
 
-  __device__ __forceinline__ Affine(const Split& split, const Parameters& p, int column) {
-    split.load_values<kVec>(p.mean, column, mean);
-    split.load_values<kVec>(p.var, column, inverse_std);
+  __device__ __forceinline__ Affine(const ChannelPartition& partition, const Parameters& p, int column) {
+    partition.load_values<kVec>(p.mean, column, mean);
+    partition.load_values<kVec>(p.var, column, inverse_std);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) factor[i] = 1.f, bias[i] = 0.f;
-    if (p.weight != nullptr) split.load_values<kVec>(p.weight, column, factor);
-    if (p.bias != nullptr) split.load_values<kVec>(p.bias, column, bias);
+    if (p.weight != nullptr) partition.load_values<kVec>(p.weight, column, factor);
+    if (p.bias != nullptr) partition.load_values<kVec>(p.bias, column, bias);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       inverse_std[i] = rsqrtf(inverse_std[i] + p.eps);
@@ -252,35 +36,37 @@ struct Affine {
     }
   }
 
-  // What ReLU gets, of x - mean; the same bits forward and backward.
+  // The input of ReLU, of centred = x - mean. Forward and backward compute the same bits.
   __device__ __forceinline__ float normalised(float centred, int i) const { return fmaf(centred, factor[i], bias[i]); }
   __device__ __forceinline__ float masked(float g, float centred, int i) const {
     return normalised(centred, i) <= 0.f ? 0.f : g;
   }
 };
 
-// partial [parts, C, 2]: mean and sum of squares around it.
+// partial [parts, C, 2]: mean and sum of squares around it. One 16-byte load a vector.
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) moments_of_parts(Split split, const T* x, float* partial) {
-  const Walk<kVec> walk(split);
+__global__ void __launch_bounds__(kThreads) moments_of_parts(ChannelPartition partition, const T* x, float* partial) {
+  const ColumnIterator<kVec> iterator(partition);
   Moments<kVec> moments;
-  walk.run([&](auto count, const auto& at) {
+  iterator.for_each([&](auto count, const auto& at) {
     float v[count][kVec];
 #pragma unroll
     for (int j = 0; j < count; ++j) load<kVec>(x + at[j], v[j]);
     moments.add(v);
   });
-  merge_rows(split, walk, moments);
-  if (!walk.leads()) return;
-  if (!split.channels_last) moments.merge_places();
-  walk.store_partial(moments.mean, moments.squares, partial);
+  merge_rows(partition, iterator, moments);
+  if (!iterator.stores()) return;
+  if (!partition.channels_last) moments.merge_elements();
+  iterator.store_partial(moments.mean, moments.squares, partial);
 }
 
+// One 16-byte load and store a vector.
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) normalise(Split split, Parameters parameters, const T* x, T* y) {
-  const Walk<kVec> walk(split);
-  const Affine<kVec> affine(split, parameters, walk.column());
-  walk.run([&](auto count, const auto& at) {
+__global__ void __launch_bounds__(kThreads)
+    normalise(ChannelPartition partition, Parameters parameters, const T* x, T* y) {
+  const ColumnIterator<kVec> iterator(partition);
+  const Affine<kVec> affine(partition, parameters, iterator.column());
+  iterator.for_each([&](auto count, const auto& at) {
     float v[count][kVec];
 #pragma unroll
     for (int j = 0; j < count; ++j) load<kVec>(x + at[j], v[j]);
@@ -293,14 +79,14 @@ __global__ void __launch_bounds__(kThreads) normalise(Split split, Parameters pa
   });
 }
 
-// partial [parts, C, 2].
+// partial [parts, C, 2]: the sums of channel_reduction.cuh's Sums. Two 16-byte loads a vector.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    sums_of_parts(Split split, Parameters parameters, const T* grad, const T* x, float* partial) {
-  const Walk<kVec> walk(split);
-  const Affine<kVec> affine(split, parameters, walk.column());
+    sums_of_parts(ChannelPartition partition, Parameters parameters, const T* grad, const T* x, float* partial) {
+  const ColumnIterator<kVec> iterator(partition);
+  const Affine<kVec> affine(partition, parameters, iterator.column());
   Sums<kVec> sums;
-  walk.run([&](auto count, const auto& at) {
+  iterator.for_each([&](auto count, const auto& at) {
     float v[count][kVec], g[count][kVec];
 #pragma unroll
     for (int j = 0; j < count; ++j) load<kVec>(x + at[j], v[j]), load<kVec>(grad + at[j], g[j]);
@@ -314,27 +100,27 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   });
-  merge_rows(split, walk, sums);
-  if (!walk.leads()) return;
-  if (!split.channels_last) sums.merge_places();
-  walk.store_partial(sums.sum, sums.product, partial);
+  merge_rows(partition, iterator, sums);
+  if (!iterator.stores()) return;
+  if (!partition.channels_last) sums.merge_elements();
+  iterator.store_partial(sums.sum, sums.product, partial);
 }
 
-// inverse_count: 1 / (N H W) in training, 0 in inference.
+// inverse_count: 1 / (N H W) in training, 0 in inference. Two 16-byte loads and one store a vector.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    gradient(Split split, Parameters parameters, const float* grad_weight, const float* grad_bias, float inverse_count,
-             const T* grad, const T* x, T* dx) {
-  const Walk<kVec> walk(split);
-  const Affine<kVec> affine(split, parameters, walk.column());
+    gradient(ChannelPartition partition, Parameters parameters, const float* grad_weight, const float* grad_bias,
+             float inverse_count, const T* grad, const T* x, T* dx) {
+  const ColumnIterator<kVec> iterator(partition);
+  const Affine<kVec> affine(partition, parameters, iterator.column());
   float mean_g[kVec] = {}, slope[kVec] = {};
   if (inverse_count > 0.f) {
-    split.load_values<kVec>(grad_bias, walk.column(), mean_g);
-    split.load_values<kVec>(grad_weight, walk.column(), slope);
+    partition.load_values<kVec>(grad_bias, iterator.column(), mean_g);
+    partition.load_values<kVec>(grad_weight, iterator.column(), slope);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) mean_g[i] *= inverse_count, slope[i] *= affine.inverse_std[i] * inverse_count;
   }
-  walk.run([&](auto count, const auto& at) {
+  iterator.for_each([&](auto count, const auto& at) {
     float v[count][kVec], g[count][kVec];
 #pragma unroll
     for (int j = 0; j < count; ++j) load<kVec>(x + at[j], v[j]), load<kVec>(grad + at[j], g[j]);
@@ -350,31 +136,17 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// The kernels that combine parts: a block takes kChannels channels, with kLanes threads for each.
-constexpr int kChannels = 4, kLanes = kThreads / kChannels;
-
-// Adds up the lanes of a channel for its first one. Every thread of the block must call it.
-__device__ __forceinline__ void add_lanes(double& a, double& b) {
-  __shared__ double memory[2][kThreads];
-  const int i = int(threadIdx.x);
-  memory[0][i] = a, memory[1][i] = b;
-  for (int step = kThreads / 2; step >= kChannels; step /= 2) {
-    __syncthreads();
-    if (i < step) memory[0][i] += memory[0][i + step], memory[1][i] += memory[1][i + step];
-  }
-  a = memory[0][i], b = memory[1][i];
-}
-
-// Parts of `count` pixels, `last` of them in the last.
+// Combines parts of `count` pixels; the last part has `last`. A block takes kCombineChannels channels.
 __global__ void __launch_bounds__(kThreads) combine_moments(int channels, int64_t parts, double count, double last,
                                                             const float* partial, float* mean, float* var) {
-  const int lane = int(threadIdx.x) / kChannels, c = int(blockIdx.x) * kChannels + int(threadIdx.x) % kChannels;
-  // Sums around the first part's mean, in double, don't cancel.
+  const int lane = int(threadIdx.x) / kCombineChannels;
+  const int c = int(blockIdx.x) * kCombineChannels + int(threadIdx.x) % kCombineChannels;
+  // Sums in double around the first part's mean avoid cancellation.
   double centre = 0, sum = 0, squares = 0;
   if (c < channels) {
     centre = partial[2 * c];
 #pragma unroll 8
-    for (int64_t p = lane; p < parts; p += kLanes) {
+    for (int64_t p = lane; p < parts; p += kCombineLanes) {
       float pair[2];
       load<2>(partial + 2 * (p * channels + c), pair);
       const double n = p == parts - 1 ? last : count, delta = double(pair[0]) - centre;
@@ -382,32 +154,34 @@ __global__ void __launch_bounds__(kThreads) combine_moments(int channels, int64_
       squares += double(pair[1]) + n * delta * delta;
     }
   }
-  add_lanes(sum, squares);
+  sum_lanes(sum, squares);
   if (lane > 0 || c >= channels) return;
   const double total = count * double(parts - 1) + last, shift = sum / total, square = squares / total - shift * shift;
   mean[c] = float(centre + shift);
   var[c] = square < 0 ? 0.f : float(square);
 }
 
+// Combines the parts' sums. A block takes kCombineChannels channels.
 __global__ void __launch_bounds__(kThreads) combine_sums(int channels, int64_t parts, float eps, const float* partial,
                                                          const float* var, float* grad_weight, float* grad_bias) {
-  const int lane = int(threadIdx.x) / kChannels, c = int(blockIdx.x) * kChannels + int(threadIdx.x) % kChannels;
+  const int lane = int(threadIdx.x) / kCombineChannels;
+  const int c = int(blockIdx.x) * kCombineChannels + int(threadIdx.x) % kCombineChannels;
   double sum = 0, product = 0;
   if (c < channels) {
 #pragma unroll 8
-    for (int64_t p = lane; p < parts; p += kLanes) {
+    for (int64_t p = lane; p < parts; p += kCombineLanes) {
       float pair[2];
       load<2>(partial + 2 * (p * channels + c), pair);
       sum += double(pair[0]), product += double(pair[1]);
     }
   }
-  add_lanes(sum, product);
+  sum_lanes(sum, product);
   if (lane > 0 || c >= channels) return;
   grad_bias[c] = float(sum);
   grad_weight[c] = float(product) * rsqrtf(var[c] + eps);
 }
 
-// t [C] in float, as vectors can be loaded from it.
+// t [C] in float, contiguous and aligned to 16 bytes.
 Tensor floats(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Float && t.is_contiguous() && aligned(data<float>(t))) return t;
   Tensor out = empty({t.size(0)}, ScalarType::Float, t);
@@ -424,15 +198,15 @@ Parameters parameters_of(const Tensor& mean, const Tensor& var, const std::optio
           bias ? data<float>(*bias) : nullptr, float(eps)};
 }
 
-// Calls body with a value of the storage type, the constant size of its vectors and the Split for them.
+// Calls body with a value of the storage type, the vector size as a constant, and the ChannelPartition.
 template <class Body>
-void for_split(const Tensor& x, const Tensor& grad, MemoryFormat format, const Body& body) {
+void for_partition(const Tensor& x, const Tensor& grad, MemoryFormat format, const Body& body) {
   for_dtype(x, [&](auto t) {
     using T = decltype(t);
     const int64_t run = format == MemoryFormat::ChannelsLast ? x.size(1) : x.size(2) * x.size(3);
     const bool vectors = run % kVector<T> == 0 && aligned(data<T>(x), data<T>(grad));
     for_vector<T>(vectors ? kVector<T> : 1, [&](auto vector) {
-      body(t, vector, Split(sizes_of(x), format, vector, vector * int(sizeof(T)), kTogether<vector>));
+      body(t, vector, ChannelPartition(sizes_of(x), format, vector, vector * int(sizeof(T)), kVectorsInFlight<vector>));
     });
   });
 }
@@ -455,17 +229,18 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::opt
   }
   const OnDevice device(x);
   const std::optional<Tensor> w = floats(weight), b = floats(bias);
-  for_split(x, x, format, [&](auto t, auto vector, const Split& split) {
+  for_partition(x, x, format, [&](auto t, auto vector, const ChannelPartition& partition) {
     using T = decltype(t);
     if (training) {
-      Tensor partial = empty({split.parts, C, 2}, ScalarType::Float, x);
-      device.launch(moments_of_parts<T, vector>, split.blocks(), kThreads, split, data<T>(x),
+      Tensor partial = empty({partition.parts, C, 2}, ScalarType::Float, x);
+      device.launch(moments_of_parts<T, vector>, partition.blocks(), kThreads, partition, data<T>(x),
                     mutable_data<float>(partial));
-      const int64_t last = split.length - (split.parts - 1) * split.part;
-      device.launch(combine_moments, divide_up(C, kChannels), kThreads, C, split.parts, split.part * split.values,
-                    last * split.values, data<float>(partial), mutable_data<float>(mean), mutable_data<float>(var));
+      const int64_t last = partition.length - (partition.parts - 1) * partition.part;
+      device.launch(combine_moments, divide_up(C, kCombineChannels), kThreads, C, partition.parts,
+                    partition.part * partition.values, last * partition.values, data<float>(partial),
+                    mutable_data<float>(mean), mutable_data<float>(var));
     }
-    device.launch(normalise<T, vector>, split.blocks(), kThreads, split, parameters_of(mean, var, w, b, eps),
+    device.launch(normalise<T, vector>, partition.blocks(), kThreads, partition, parameters_of(mean, var, w, b, eps),
                   data<T>(x), mutable_data<T>(output));
   });
   return {output, mean, var};
@@ -487,15 +262,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, 
   const Tensor m = floats(mean), v = floats(var);
   const std::optional<Tensor> w = floats(weight), b = floats(bias);
   const Parameters parameters = parameters_of(m, v, w, b, eps);
-  for_split(x, g, format, [&](auto t, auto vector, const Split& split) {
+  for_partition(x, g, format, [&](auto t, auto vector, const ChannelPartition& partition) {
     using T = decltype(t);
-    Tensor partial = empty({split.parts, C, 2}, ScalarType::Float, x);
-    device.launch(sums_of_parts<T, vector>, split.blocks(), kThreads, split, parameters, data<T>(g), data<T>(x),
+    Tensor partial = empty({partition.parts, C, 2}, ScalarType::Float, x);
+    device.launch(sums_of_parts<T, vector>, partition.blocks(), kThreads, partition, parameters, data<T>(g), data<T>(x),
                   mutable_data<float>(partial));
-    device.launch(combine_sums, divide_up(C, kChannels), kThreads, C, split.parts, eps, data<float>(partial),
+    device.launch(combine_sums, divide_up(C, kCombineChannels), kThreads, C, partition.parts, eps, data<float>(partial),
                   data<float>(v), mutable_data<float>(grad_weight), mutable_data<float>(grad_bias));
     const double inverse_count = training ? double(C) / double(x.numel()) : 0.0;
-    device.launch(gradient<T, vector>, split.blocks(), kThreads, split, parameters, data<float>(grad_weight),
+    device.launch(gradient<T, vector>, partition.blocks(), kThreads, partition, parameters, data<float>(grad_weight),
                   data<float>(grad_bias), inverse_count, data<T>(g), data<T>(x), mutable_data<T>(grad_input));
   });
   return {grad_input, grad_weight, grad_bias};
@@ -508,4 +283,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

@@ -1,24 +1,24 @@
-// Dropout whose mask is a function of a seed and each element's place in row-major order; dropout.cuh has the rule.
+// Dropout whose mask is a function of a seed and each element's index in row-major order; dropout.cuh has the rule.
 //   input, output: any shape, of one memory format without gaps; float, bfloat16 or float16; seed int64, one element
-// A thread holds 16 bytes of elements; of images in channels_last, whose neighbours in memory share no draw, a vector
-// of channels of one pixel.
+// A thread holds 16 bytes of elements. In channels_last, the channels of a vector have indices in different quads: each
+// takes a Philox call of its own.
 #include "dropout.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    dropout_images(Dropout d, Rows rows, Images images, const int64_t* seed, const T* x, T* y) {
+    dropout_images(Dropout d, Rows rows, ImageLayout images, const int64_t* seed, const T* x, T* y) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
   if (vector >= images.vectors()) return;
-  const Place at = images.locate(first, threadIdx.x);
+  const Coordinates at = images.locate(first, threadIdx.x);
   float v[kVec];
   load<kVec>(x + vector * kVec, v);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     const int64_t plane = at.n * images.C + at.c + i;
-    v[i] = drop(d, uint64_t(*seed), rows.number((plane * images.H + at.y) * images.W + at.x), v[i]);
+    v[i] = drop(d, uint64_t(*seed), rows.index((plane * images.H + at.y) * images.W + at.x), v[i]);
   }
   store<kVec>(y + vector * kVec, v);
 }
@@ -39,7 +39,7 @@ Tensor dropout(const Tensor& input, double p, double scale, const Tensor& seed, 
       return;
     }
     for_vector<T>(vector_of<T>(format, x.size(1), data<T>(x)), [&](auto vector) {
-      const Images images(sizes_of(x), format, vector);
+      const ImageLayout images(sizes_of(x), format, vector);
       device.launch(dropout_images<T, vector>, divide_up(images.vectors(), kThreads), kThreads, d, rows, images,
                     data<int64_t>(seed), data<T>(x), mutable_data<T>(output));
     });
@@ -53,4 +53,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("dropout", TORCH_BOX(&dropout));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

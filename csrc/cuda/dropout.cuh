@@ -1,11 +1,11 @@
 // Dropout by Philox, shared by dropout.cu and linear_relu_dropout.cu. An element is dropped when its word
-// (common/philox.h) is below threshold = round(p * 2^32), else multiplied by scale.
+// (common/philox.h) is below threshold = round(p * 2^32), and multiplied by scale otherwise.
 #pragma once
 
 #include "common/philox.h"
-#include "images.cuh"
+#include "image_layout.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 
 struct Dropout {
   Dropout(double p, double scale, int64_t offset)
@@ -16,10 +16,10 @@ struct Dropout {
   float scale;
 };
 
-// Element i of row r, of `row` elements each, is number base + r * row_stride + i.
+// Element i of row r, of `row` elements, has index base + r * row_stride + i.
 struct Rows {
   int64_t row, row_stride, base;
-  __device__ __forceinline__ int64_t number(int64_t element) const {
+  __device__ __forceinline__ int64_t index(int64_t element) const {
     if (row == row_stride) return base + element;
     const int64_t r = element / row;
     return base + r * row_stride + (element - r * row);
@@ -30,35 +30,35 @@ __device__ __forceinline__ float dropped(const Dropout& d, float v, uint32_t wor
   return word < d.threshold ? 0.f : v * d.scale;
 }
 
-// Element `number` alone.
-__device__ __forceinline__ float drop(const Dropout& d, uint64_t seed, int64_t number, float v) {
+// The element of this index.
+__device__ __forceinline__ float drop(const Dropout& d, uint64_t seed, int64_t index, float v) {
   if (d.threshold == 0) return v * d.scale;
-  const Words4 words = philox(seed, d.offset, uint64_t(number) / 4);
-  const uint32_t low = number % 2 ? words.word[1] : words.word[0], high = number % 2 ? words.word[3] : words.word[2];
-  return dropped(d, v, number % 4 < 2 ? low : high);
+  const Words4 words = philox(seed, d.offset, uint64_t(index) / 4);
+  const uint32_t low = index % 2 ? words.word[1] : words.word[0], high = index % 2 ? words.word[3] : words.word[2];
+  return dropped(d, v, index % 4 < 2 ? low : high);
 }
 
-// kCount elements from `element` on; four that make up a quad share its words.
+// kCount consecutive elements, the first of which is `element`. Four elements of one quad share one Philox call.
 template <int kCount>
 __device__ __forceinline__ void drop(const Dropout& d, const Rows& rows, uint64_t seed, int64_t element,
                                      float (&v)[kCount]) {
   constexpr int kStep = kCount % 4 == 0 ? 4 : 1;
 #pragma unroll
   for (int i = 0; i < kCount; i += kStep) {
-    const int64_t number = rows.number(element + i);
-    if (kStep == 4 && number % 4 == 0 && rows.number(element + i + kStep - 1) == number + 3 && d.threshold != 0) {
-      const Words4 words = philox(seed, d.offset, uint64_t(number) / 4);
+    const int64_t index = rows.index(element + i);
+    if (kStep == 4 && index % 4 == 0 && rows.index(element + i + kStep - 1) == index + 3 && d.threshold != 0) {
+      const Words4 words = philox(seed, d.offset, uint64_t(index) / 4);
 #pragma unroll
       for (int j = 0; j < kStep; ++j) v[i + j] = dropped(d, v[i + j], words.word[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) v[i + j] = drop(d, seed, rows.number(element + i + j), v[i + j]);
+      for (int j = 0; j < kStep; ++j) v[i + j] = drop(d, seed, rows.index(element + i + j), v[i + j]);
     }
   }
 }
 
-// A thread: kVec elements of arrays without gaps. seed: one number, in the device's memory, so that a CUDA graph draws
-// anew when it changes.
+// A thread computes kVec elements of arrays without gaps. The seed is read from device memory: a captured CUDA graph
+// drops other elements when it changes.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     dropout_rows(Dropout d, Rows rows, bool with_relu, int64_t count, const int64_t* seed, const T* x, T* y) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
   store<kVec>(y + element, v);
 }
 
-// y = dropout(x), or of max(0, x) with_relu; y may be x.
+// y = dropout(x), or dropout(relu(x)) if with_relu; y may be x.
 template <class T>
 void run_dropout(const OnDevice& device, const Dropout& d, Rows rows, bool with_relu, int64_t count,
                  const int64_t* seed, const T* x, T* y) {
@@ -85,4 +85,4 @@ void run_dropout(const OnDevice& device, const Dropout& d, Rows rows, bool with_
   });
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

@@ -1,10 +1,10 @@
-// dropout(relu(input @ weight.T + bias)): torch's GEMM (cuBLASLt, which adds the bias), then one pass over its output
-// in place. Backward of ReLU and dropout together: the gradient times scale where output > 0.
+// dropout(relu(input @ weight.T + bias)): torch's GEMM with bias (cuBLASLt), then one pass over its output in place.
+// Backward of ReLU and dropout is one kernel: the gradient times scale where output > 0.
 //   input [N, in], weight [out, in], bias [out], output [N, out]; float, bfloat16 or float16
 // A thread holds 16 bytes of elements.
 #include "dropout.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
 
 template <class T, int kVec>
@@ -59,4 +59,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("relu_dropout_backward", TORCH_BOX(&relu_dropout_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

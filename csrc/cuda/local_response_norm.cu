@@ -1,20 +1,20 @@
-// Local response normalisation across channels, forward and backward; lrn.cuh has the formula and the thread map.
+// Local response normalisation across channels, forward and backward; lrn.cuh has the formula and the tiling.
 //   input, grad, output, grad_input [N, C, H, W] in one memory format; float, bfloat16 or float16; computed in float
 #include "lrn.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
 
-// A lane: kVec channels of one pixel, of `vectors` in all; `tower`: vectors of a tower at one pixel.
+// A lane holds one of `vectors` vectors; `tower`: vectors of a tower at one pixel. One 16-byte load and store a vector.
 template <class T>
 __global__ void __launch_bounds__(kThreads) lrn_forward(Lrn lrn, int64_t vectors, Divisor tower, const T* x, T* y) {
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int64_t at = lane.vector() * kVec;
-  float a[kVec + 2 * kReach] = {}, own[kVec] = {};
-  if (lane.exists(vectors)) load<kVec>(x + at, own);
+  float a[kVec + 2 * kHalo] = {}, own[kVec] = {};
+  if (lane.valid(vectors)) load<kVec>(x + at, own);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) a[kReach + i] = own[i];
+  for (int i = 0; i < kVec; ++i) a[kHalo + i] = own[i];
   const int in_tower = lane.in_tower(tower);
   exchange<kVec>(a, in_tower == 0, in_tower == tower.value() - 1);
   float s[kVec];
@@ -24,19 +24,20 @@ __global__ void __launch_bounds__(kThreads) lrn_forward(Lrn lrn, int64_t vectors
   if (lane.stores(vectors)) store<kVec>(y + at, own);
 }
 
+// Two 16-byte loads and one store a vector: s is computed again.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     lrn_backward_fast(Lrn lrn, int64_t vectors, Divisor tower, const T* g, const T* x, T* dx) {
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int64_t at = lane.vector() * kVec;
-  float a[kVec + 2 * kReach] = {}, own[kVec] = {}, grad[kVec] = {};
-  if (lane.exists(vectors)) {
+  float a[kVec + 2 * kHalo] = {}, own[kVec] = {}, grad[kVec] = {};
+  if (lane.valid(vectors)) {
     load<kVec>(x + at, own);
     load<kVec>(g + at, grad);
   }
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) a[kReach + i] = own[i];
+  for (int i = 0; i < kVec; ++i) a[kHalo + i] = own[i];
   const int in_tower = lane.in_tower(tower);
   const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
   exchange<kVec>(a, first, last);
@@ -45,10 +46,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) lrn_forward_any(Images images, Lrn lrn, const T* x, T* y) {
+__global__ void __launch_bounds__(kThreads) lrn_forward_any(ImageLayout images, Lrn lrn, const T* x, T* y) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, i = first + threadIdx.x;
   if (i >= images.vectors()) return;
-  const Place at = images.locate(first, threadIdx.x);
+  const Coordinates at = images.locate(first, threadIdx.x);
   const float s = base_at<false>(lrn, x + i, at.c, images.channels_last ? 1 : images.pixels.value());
   y[i] = T(float(x[i]) * powers(s, lrn.beta).minus_beta);
 }
@@ -68,7 +69,7 @@ Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, doub
       device.launch(lrn_forward<T>, blocks_of_lanes(vectors), kThreads, lrn, vectors,
                     Divisor(lrn.group.value() / vector), data<T>(x), mutable_data<T>(output));
     } else {
-      const Images images(sizes_of(x), format, 1);
+      const ImageLayout images(sizes_of(x), format, 1);
       device.launch(lrn_forward_any<T>, divide_up(x.numel(), kThreads), kThreads, images, lrn, data<T>(x),
                     mutable_data<T>(output));
     }
@@ -92,7 +93,7 @@ Tensor local_response_norm_backward(const Tensor& grad, const Tensor& input, int
       device.launch(lrn_backward_fast<T>, blocks_of_lanes(vectors), kThreads, lrn, vectors,
                     Divisor(lrn.group.value() / vector), data<T>(g), data<T>(x), mutable_data<T>(grad_input));
     } else {
-      const Images images(sizes_of(x), format, 1);
+      const ImageLayout images(sizes_of(x), format, 1);
       const int64_t blocks = divide_up(x.numel(), kThreads);
       Tensor s = empty(sizes_of(x), ScalarType::Float, x, format);
       device.launch(lrn_bases<false, T>, blocks, kThreads, images, lrn, data<T>(x), mutable_data<float>(s));
@@ -110,4 +111,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("local_response_norm_backward", TORCH_BOX(&local_response_norm_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

@@ -1,90 +1,92 @@
-// Local response normalisation and the max-pooling after it, forward and backward; optionally with the ReLU before
-// them. The normalised activations are never stored.
+// Local response normalisation and max-pooling in one pass, forward and backward, optionally with the ReLU before them.
+// The normalised activations are not stored.
 //   input, grad_input [N, C, H, W]; output, grad [N, C, OH, OW]; argmax as in max_pool2d.cu; all in one memory format;
 //   float, bfloat16 or float16; computed, and compared, in float
-// Fast (lrn.cuh; 3 x 3 windows two rows apart): forward, a lane walks down a strip of kRows outputs of one column and
-// shares each row of normalised pixels between the windows above and below; backward, a lane holds a vector of the
-// input and gathers the windows over it. General: forward, one output a thread; backward in three kernels.
+// Fast kernels (lrn.cuh; 3 x 3 windows with vertical stride 2). Forward, a lane computes a strip of kLrnPoolRows
+// outputs of one column from top to bottom: the row of normalised pixels that two windows share is computed once, 27
+// vectors instead of 36. Backward, a lane holds a vector of the input and gathers the windows that contain it. General
+// kernels: forward, one output a thread; backward in three kernels.
 #include "lrn.cuh"
 #include "pool.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
 
-constexpr int kRows = 4;
-
-// The normalised pixels of row y, columns left ... left + 2, and the best of them. Every lane of the warp must call it.
+// The maximum of the normalised pixels of row y, columns left ... left + 2: three 16-byte loads and twelve shuffles a
+// lane. Every lane of the warp must call it.
 template <bool kRelu, class T>
-__device__ __forceinline__ Best<kVector<T>> best_of_row(const Images& in, const Lrn& lrn, const T* x, bool exists,
-                                                        int y, int left, bool first, bool last) {
+__device__ __forceinline__ Maximum<kVector<T>> row_maximum(const ImageLayout& in, const Lrn& lrn, const T* x,
+                                                           bool valid, int y, int left, bool first, bool last) {
   constexpr int kVec = kVector<T>;
   float own[3][kVec] = {};
   bool inside[3];
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
-    inside[j] = exists && unsigned(y) < unsigned(in.H) && unsigned(left + j) < unsigned(in.W);
+    inside[j] = valid && unsigned(y) < unsigned(in.H) && unsigned(left + j) < unsigned(in.W);
     if (inside[j]) load<kVec>(x + (y * in.W + left + j) * in.C, own[j]);
   }
-  Best<kVec> best;
+  Maximum<kVec> maximum;
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
-    float a[kVec + 2 * kReach] = {}, s[kVec];
+    float a[kVec + 2 * kHalo] = {}, s[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) a[kReach + i] = kRelu ? relu(own[j][i]) : own[j][i];
+    for (int i = 0; i < kVec; ++i) a[kHalo + i] = kRelu ? relu(own[j][i]) : own[j][i];
     exchange<kVec>(a, first, last);
     bases<kVec>(lrn, a, s);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) own[j][i] = a[kReach + i] * fast_powers(s[i]).minus_beta;
-    if (inside[j]) best.offer(own[j], j);
+    for (int i = 0; i < kVec; ++i) own[j][i] = a[kHalo + i] * fast_powers(s[i]).minus_beta;
+    if (inside[j]) maximum.update(own[j], j);
   }
-  return best;
+  return maximum;
 }
 
-// strips: the output's columns, kRows rows high.
+// strips: the output's layout with kLrnPoolRows rows as one.
 template <class T, bool kRelu>
-__global__ void __launch_bounds__(kThreads) forward_fast(Images in, Images out, Images strips, PoolShape pool, Lrn lrn,
-                                                         Divisor tower, const T* x, T* y, uint8_t* argmax) {
+__global__ void __launch_bounds__(kThreads)
+    forward_fast(ImageLayout in, ImageLayout out, ImageLayout strips, PoolShape pool, Lrn lrn, Divisor tower,
+                 const T* x, T* y, uint8_t* argmax) {
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int in_tower = lane.in_tower(tower);
-  const bool exists = lane.exists(strips.vectors()), stores = lane.stores(strips.vectors());
+  const bool valid = lane.valid(strips.vectors()), stores = lane.stores(strips.vectors());
   const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
-  Place at{};
-  if (exists) at = lane.locate(strips);
+  Coordinates at{};
+  if (valid) at = lane.locate(strips);
   const int left = at.x * pool.stride_w - pool.pad_w;
-  int oh = at.y * kRows, row = oh * 2 - pool.pad_h;
+  int oh = at.y * kLrnPoolRows, row = oh * 2 - pool.pad_h;
   x += in.offset(at.n, at.c, 0, 0);
-  Best<kVec> shared = best_of_row<kRelu>(in, lrn, x, exists, row, left, first, last);
+  Maximum<kVec> shared = row_maximum<kRelu>(in, lrn, x, valid, row, left, first, last);
 #pragma unroll 1
-  for (int i = 0; i < kRows; ++i, ++oh, row += 2) {
-    if (!__any_sync(0xffffffffu, exists && oh < out.H)) break;
-    Best<kVec> best = shared;
-    best.offer(best_of_row<kRelu>(in, lrn, x, exists, row + 1, left, first, last), 3);
-    shared = best_of_row<kRelu>(in, lrn, x, exists, row + 2, left, first, last);
-    best.offer(shared, 6);
+  for (int i = 0; i < kLrnPoolRows; ++i, ++oh, row += 2) {
+    if (!__any_sync(0xffffffffu, valid && oh < out.H)) break;
+    Maximum<kVec> maximum = shared;
+    maximum.merge(row_maximum<kRelu>(in, lrn, x, valid, row + 1, left, first, last), 3);
+    shared = row_maximum<kRelu>(in, lrn, x, valid, row + 2, left, first, last);
+    maximum.merge(shared, 6);
     if (stores && oh < out.H) {
       const int64_t to = out.offset(at.n, at.c, oh, at.x);
-      store<kVec>(y + to, best.value);
-      store_bytes<kVec>(argmax + to, best.place);
+      store<kVec>(y + to, maximum.value);
+      store_bytes<kVec>(argmax + to, maximum.position);
     }
   }
 }
 
 template <class T, bool kRelu>
-__global__ void __launch_bounds__(kThreads) backward_fast(Images in, Images out, PoolShape pool, Lrn lrn, Divisor tower,
-                                                          const T* grad, const T* x, const uint8_t* argmax, T* dx) {
+__global__ void __launch_bounds__(kThreads)
+    backward_fast(ImageLayout in, ImageLayout out, PoolShape pool, Lrn lrn, Divisor tower, const T* grad, const T* x,
+                  const uint8_t* argmax, T* dx) {
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int in_tower = lane.in_tower(tower);
   const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
   const int64_t vector = lane.vector() * kVec;
-  float raw[kVec] = {}, g[kVec] = {}, a[kVec + 2 * kReach] = {}, d[kVec];
-  if (lane.exists(in.vectors())) {
+  float raw[kVec] = {}, g[kVec] = {}, a[kVec + 2 * kHalo] = {}, d[kVec];
+  if (lane.valid(in.vectors())) {
     load<kVec>(x + vector, raw);
     gather<kVec>(lane.locate(in), out, pool, grad, static_cast<const T*>(nullptr), argmax, g);
   }
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) a[kReach + i] = kRelu ? relu(raw[i]) : raw[i];
+  for (int i = 0; i < kVec; ++i) a[kHalo + i] = kRelu ? relu(raw[i]) : raw[i];
   exchange<kVec>(a, first, last);
   lrn_backward<kVec>(lrn, a, g, first, last, d);
 #pragma unroll
@@ -94,13 +96,13 @@ __global__ void __launch_bounds__(kThreads) backward_fast(Images in, Images out,
 
 template <class T, bool kRelu>
 __global__ void __launch_bounds__(kThreads)
-    forward_any(Images in, Images out, PoolShape pool, Lrn lrn, const T* x, T* y, uint8_t* argmax) {
+    forward_any(ImageLayout in, ImageLayout out, PoolShape pool, Lrn lrn, const T* x, T* y, uint8_t* argmax) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, i = first + threadIdx.x;
   if (i >= out.vectors()) return;
-  const Place at = out.locate(first, threadIdx.x);
+  const Coordinates at = out.locate(first, threadIdx.x);
   const int top = at.y * pool.stride_h - pool.pad_h, left = at.x * pool.stride_w - pool.pad_w;
   const int stride = in.channels_last ? 1 : in.pixels.value();
-  Best<1> best;
+  Maximum<1> maximum;
   for (int row = 0; row < pool.kernel_h; ++row) {
     if (unsigned(top + row) >= unsigned(in.H)) continue;
     for (int column = 0; column < pool.kernel_w; ++column) {
@@ -108,17 +110,17 @@ __global__ void __launch_bounds__(kThreads)
       const T* p = x + in.offset(at.n, at.c, top + row, left + column);
       const float a = kRelu ? relu(float(*p)) : float(*p);
       const float value[1] = {a * powers(base_at<kRelu>(lrn, p, at.c, stride), lrn.beta).minus_beta};
-      best.offer(value, row * pool.kernel_w + column);
+      maximum.update(value, row * pool.kernel_w + column);
     }
   }
-  y[i] = T(best.value[0]);
-  argmax[i] = uint8_t(best.place[0]);
+  y[i] = T(maximum.value[0]);
+  argmax[i] = uint8_t(maximum.position[0]);
 }
 
-// The gradient that reaches each normalised activation.
+// The gradient of each normalised activation, in float.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    pooled_gradient(Images in, Images out, PoolShape pool, const T* grad, const uint8_t* argmax, float* g) {
+    pooled_gradient(ImageLayout in, ImageLayout out, PoolShape pool, const T* grad, const uint8_t* argmax, float* g) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, i = first + threadIdx.x;
   if (i >= in.vectors()) return;
   float sum[1];
@@ -141,10 +143,10 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, dou
   for_dtype(x, [&](auto t) {
     using T = decltype(t);
     const int vector = fast ? vector_of<T>(format, lrn.group.value(), data<T>(x)) : 1;
-    const Images in(sizes_of(x), format, vector), out(pooled, format, vector);
+    const ImageLayout in(sizes_of(x), format, vector), out(pooled, format, vector);
     for_bool(relu, [&](auto with_relu) {
       if (vector > 1) {
-        const Images strips({pooled[0], pooled[1], divide_up(pooled[2], kRows), pooled[3]}, format, vector);
+        const ImageLayout strips({pooled[0], pooled[1], divide_up(pooled[2], kLrnPoolRows), pooled[3]}, format, vector);
         device.launch(forward_fast<T, with_relu>, blocks_of_lanes(strips.vectors()), kThreads, in, out, strips, pool,
                       lrn, Divisor(lrn.group.value() / vector), data<T>(x), mutable_data<T>(output),
                       mutable_data<uint8_t>(argmax));
@@ -161,7 +163,7 @@ Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Te
                                double alpha, double beta, double k, int64_t groups, IntList kernel, IntList stride,
                                IntList padding, bool relu) {
   const MemoryFormat format = memory_format_of(input);
-  const Tensor x = in_format(input, format), g = in_format(grad, format), places = in_format(argmax, format);
+  const Tensor x = in_format(input, format), g = in_format(grad, format), argmaxes = in_format(argmax, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
   if (x.numel() == 0) return grad_input;
   const OnDevice device(x);
@@ -169,20 +171,20 @@ Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Te
   const PoolShape pool(kernel, stride, padding);
   for_dtype(x, [&](auto t) {
     using T = decltype(t);
-    const int most = vector_of<T>(format, lrn.group.value(), data<T>(x), data<T>(g), data<uint8_t>(places));
+    const int most = vector_of<T>(format, lrn.group.value(), data<T>(x), data<T>(g), data<uint8_t>(argmaxes));
     const int vector = lrn.fast ? most : 1;
-    const Images in(sizes_of(x), format, vector), out(sizes_of(g), format, vector);
+    const ImageLayout in(sizes_of(x), format, vector), out(sizes_of(g), format, vector);
     for_bool(relu, [&](auto with_relu) {
       if (vector > 1) {
         device.launch(backward_fast<T, with_relu>, blocks_of_lanes(in.vectors()), kThreads, in, out, pool, lrn,
-                      Divisor(lrn.group.value() / vector), data<T>(g), data<T>(x), data<uint8_t>(places),
+                      Divisor(lrn.group.value() / vector), data<T>(g), data<T>(x), data<uint8_t>(argmaxes),
                       mutable_data<T>(grad_input));
         return;
       }
       const int64_t blocks = divide_up(in.vectors(), kThreads);
       Tensor normalised = empty(sizes_of(x), ScalarType::Float, x, format);
       Tensor s = empty(sizes_of(x), ScalarType::Float, x, format);
-      device.launch(pooled_gradient<T>, blocks, kThreads, in, out, pool, data<T>(g), data<uint8_t>(places),
+      device.launch(pooled_gradient<T>, blocks, kThreads, in, out, pool, data<T>(g), data<uint8_t>(argmaxes),
                     mutable_data<float>(normalised));
       device.launch(lrn_bases<with_relu, T>, blocks, kThreads, in, lrn, data<T>(x), mutable_data<float>(s));
       device.launch(lrn_backward_any<with_relu, T, float>, blocks, kThreads, in, lrn, data<float>(normalised),
@@ -199,4 +201,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("lrn_max_pool2d_backward", TORCH_BOX(&lrn_max_pool2d_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

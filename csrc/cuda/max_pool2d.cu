@@ -1,30 +1,30 @@
-// Max-pooling, forward and backward; optionally with the ReLU before it.
-//   input, grad_input [N, C, H, W]; output, grad [N, C, OH, OW]; argmax, the winner's place i * kernel_w + j in its
-//   window, uint8 [N, C, OH, OW]; all in one memory format; float, bfloat16 or float16
-// A thread holds a vector of channels of one pixel: of the output forward, of the input in backward, where it gathers
-// the windows over the pixel. Ties go to the first place in row-major order; NaN wins, the last one over the others.
+// Max-pooling, forward and backward, optionally with the ReLU before it.
+//   input, grad_input [N, C, H, W]; output, grad [N, C, OH, OW]; argmax uint8 [N, C, OH, OW], the position
+//   i * kernel_w + j of the maximum in its window; all in one memory format; float, bfloat16 or float16
+// A thread holds a vector of channels of one pixel: of the output in forward, of the input in backward, which gathers
+// from the windows that contain the pixel. Positions are those of pool.cuh's Maximum.
 #include "pool.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
 
-// kThree: 3 x 3 windows.
+// kThree: 3 x 3 windows, nine 16-byte loads a vector.
 template <class T, int kVec, bool kThree>
 __global__ void __launch_bounds__(kThreads)
-    pool_forward(Images in, Images out, PoolShape pool, bool with_relu, const T* x, T* y, uint8_t* argmax) {
+    pool_forward(ImageLayout in, ImageLayout out, PoolShape pool, bool with_relu, const T* x, T* y, uint8_t* argmax) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
   if (vector >= out.vectors()) return;
-  const Place at = out.locate(first, threadIdx.x);
+  const Coordinates at = out.locate(first, threadIdx.x);
   const int top = at.y * pool.stride_h - pool.pad_h, left = at.x * pool.stride_w - pool.pad_w;
   const int kernel_h = kThree ? 3 : pool.kernel_h, kernel_w = kThree ? 3 : pool.kernel_w;
-  Best<kVec> best;
+  Maximum<kVec> maximum;
   const int64_t corner = in.offset(at.n, at.c, top, left);
   const int64_t row = in.offset(0, 0, 1, 0), step = in.offset(0, 0, 0, 1);
 #pragma unroll
   for (int i = 0; i < kernel_h; ++i) {
     if (unsigned(top + i) >= unsigned(in.H)) continue;
     if constexpr (kThree) {
-      // The loads of a row are under way together.
+      // Issues the loads of a row together.
       float value[3][kVec] = {};
 #pragma unroll
       for (int j = 0; j < 3; ++j) {
@@ -32,25 +32,25 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int j = 0; j < 3; ++j) {
-        if (unsigned(left + j) < unsigned(in.W)) best.offer(value[j], i * 3 + j);
+        if (unsigned(left + j) < unsigned(in.W)) maximum.update(value[j], i * 3 + j);
       }
     } else {
       for (int j = 0; j < kernel_w; ++j) {
         if (unsigned(left + j) >= unsigned(in.W)) continue;
         float value[kVec];
         load<kVec>(x + corner + i * row + j * step, value);
-        best.offer(value, i * kernel_w + j);
+        maximum.update(value, i * kernel_w + j);
       }
     }
   }
-  if (with_relu) best.relu();
-  store<kVec>(y + vector * kVec, best.value);
-  store_bytes<kVec>(argmax + vector * kVec, best.place);
+  if (with_relu) maximum.relu();
+  store<kVec>(y + vector * kVec, maximum.value);
+  store_bytes<kVec>(argmax + vector * kVec, maximum.position);
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads)
-    pool_backward(Images in, Images out, PoolShape pool, const T* grad, const T* y, const uint8_t* argmax, T* dx) {
+__global__ void __launch_bounds__(kThreads) pool_backward(ImageLayout in, ImageLayout out, PoolShape pool,
+                                                          const T* grad, const T* y, const uint8_t* argmax, T* dx) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
   if (vector >= in.vectors()) return;
   float sum[kVec];
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
     using T = decltype(t);
     for_vector<T>(vector_of<T>(format, x.size(1), data<T>(x)), [&](auto vector) {
       for_bool(pool.kernel_h == 3 && pool.kernel_w == 3, [&](auto three) {
-        const Images in(sizes_of(x), format, vector), out(size, format, vector);
+        const ImageLayout in(sizes_of(x), format, vector), out(size, format, vector);
         device.launch(pool_forward<T, vector, three>, divide_up(out.vectors(), kThreads), kThreads, in, out, pool, relu,
                       data<T>(x), mutable_data<T>(output), mutable_data<uint8_t>(argmax));
       });
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
 Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
                            IntList kernel, IntList stride, IntList padding, bool relu) {
   const MemoryFormat format = memory_format_of(argmax);
-  const Tensor g = in_format(grad, format), places = in_format(argmax, format);
+  const Tensor g = in_format(grad, format), argmaxes = in_format(argmax, format);
   const std::optional<Tensor> y = relu ? std::optional<Tensor>(in_format(*output, format)) : std::nullopt;
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
   if (grad_input.numel() == 0) return grad_input;
@@ -91,11 +91,11 @@ Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, con
   for_dtype(g, [&](auto t) {
     using T = decltype(t);
     const T* values = y ? data<T>(*y) : nullptr;
-    const int most = vector_of<T>(format, input_size[1], data<T>(g), values, data<uint8_t>(places));
+    const int most = vector_of<T>(format, input_size[1], data<T>(g), values, data<uint8_t>(argmaxes));
     for_vector<T>(most, [&](auto vector) {
-      const Images in(input_size, format, vector), out(sizes_of(g), format, vector);
+      const ImageLayout in(input_size, format, vector), out(sizes_of(g), format, vector);
       device.launch(pool_backward<T, vector>, divide_up(in.vectors(), kThreads), kThreads, in, out,
-                    PoolShape(kernel, stride, padding), data<T>(g), values, data<uint8_t>(places),
+                    PoolShape(kernel, stride, padding), data<T>(g), values, data<uint8_t>(argmaxes),
                     mutable_data<T>(grad_input));
     });
   });
@@ -109,4 +109,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

@@ -1,9 +1,10 @@
 // Max-pooling of vectors of channels, shared by max_pool2d.cu and lrn_max_pool2d.cu.
 #pragma once
 
-#include "images.cuh"
+#include "common/pool.h"
+#include "image_layout.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 
 struct PoolShape {
   PoolShape(const IntList& kernel, const IntList& stride, const IntList& padding)
@@ -26,65 +27,68 @@ inline IntList pooled_sizes(const IntList& size, const IntList& kernel, const In
           pooled_size(size[3], kernel[1], stride[1], padding[1], ceil_mode)};
 }
 
-// The largest of the values offered so far, channel by channel, and its place.
+// The running maximum of a window and its position in the window, for each channel of a vector. The first of equal
+// values wins; NaN wins over numbers, the last NaN over the others.
 template <int kVec>
-struct Best {
+struct Maximum {
   float value[kVec] = {};
-  int place[kVec] = {};
-  bool none = true;
+  int position[kVec] = {};
+  bool empty = true;
 
-  __device__ __forceinline__ void offer(const float (&other)[kVec], int at) {
+  __device__ __forceinline__ void update(const float (&other)[kVec], int at) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const bool wins = none || other[i] > value[i] || other[i] != other[i];
+      const bool wins = empty || other[i] > value[i] || other[i] != other[i];
       value[i] = wins ? other[i] : value[i];
-      place[i] = wins ? at : place[i];
+      position[i] = wins ? at : position[i];
     }
-    none = false;
+    empty = false;
   }
-  // Those that others were the best of; their places lie `ahead` further.
-  __device__ __forceinline__ void offer(const Best& others, int ahead) {
-    if (others.none) return;
+  // Merges the maximum of later pixels; `offset` is added to its positions.
+  __device__ __forceinline__ void merge(const Maximum& later, int offset) {
+    if (later.empty) return;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const bool wins = none || others.value[i] > value[i] || others.value[i] != others.value[i];
-      value[i] = wins ? others.value[i] : value[i];
-      place[i] = wins ? others.place[i] + ahead : place[i];
+      const bool wins = empty || later.value[i] > value[i] || later.value[i] != later.value[i];
+      value[i] = wins ? later.value[i] : value[i];
+      position[i] = wins ? later.position[i] + offset : position[i];
     }
-    none = false;
+    empty = false;
   }
   __device__ __forceinline__ void relu() {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) value[i] = alexnet_kernels::relu(value[i]);
+    for (int i = 0; i < kVec; ++i) value[i] = cuda::relu(value[i]);
   }
 };
 
-// The windows [first, last) of one axis that cover place `at`, of `count`.
-struct Cover {
+// The windows [first, last), of `count` along one axis, that contain position `at`.
+struct WindowRange {
   int first, last;
 };
-__device__ __forceinline__ Cover cover(int at, int kernel, const Divisor& stride, int pad, int count) {
+__device__ __forceinline__ WindowRange windows_over(int at, int kernel, const Divisor& stride, int pad, int count) {
   const int p = at + pad;
   return {p < kernel ? 0 : stride.quotient(p - kernel) + 1, min(stride.quotient(p) + 1, count)};
 }
 
-// The gradients that reach the input's vector at `at`. y, if any, masks what ReLU cut.
+// The gradient of the input's vector at `at`, gathered from the windows that contain it by their argmax. A 3 x 3 window
+// with stride 2 reads up to four windows: per vector, 16 bytes of grad and kVec bytes of argmax each. y: the pooled
+// output, for the mask of ReLU, or null.
 template <int kVec, class T>
-__device__ __forceinline__ void gather(const Place& at, const Images& out, const PoolShape& pool, const T* grad,
-                                       const T* y, const uint8_t* argmax, float (&sum)[kVec]) {
+__device__ __forceinline__ void gather(const Coordinates& at, const ImageLayout& out, const PoolShape& pool,
+                                       const T* grad, const T* y, const uint8_t* argmax, float (&sum)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) sum[i] = 0.f;
-  const Cover rows = cover(at.y, pool.kernel_h, pool.by_stride_h, pool.pad_h, out.H);
-  const Cover columns = cover(at.x, pool.kernel_w, pool.by_stride_w, pool.pad_w, out.W);
+  const WindowRange rows = windows_over(at.y, pool.kernel_h, pool.by_stride_h, pool.pad_h, out.H);
+  const WindowRange columns = windows_over(at.x, pool.kernel_w, pool.by_stride_w, pool.pad_w, out.W);
   for (int oh = rows.first; oh < rows.last; ++oh) {
     for (int ow = columns.first; ow < columns.last; ++ow) {
-      const int place =
+      const int position =
           (at.y + pool.pad_h - oh * pool.stride_h) * pool.kernel_w + at.x + pool.pad_w - ow * pool.stride_w;
       const int64_t from = out.offset(at.n, at.c, oh, ow);
       float g[kVec];
-      int winner[kVec];
+      int argmax_of_window[kVec];
       load<kVec>(grad + from, g);
-      load_bytes<kVec>(argmax + from, winner);
+      load_bytes<kVec>(argmax + from, argmax_of_window);
       if (y != nullptr) {
         float value[kVec];
         load<kVec>(y + from, value);
@@ -92,9 +96,9 @@ __device__ __forceinline__ void gather(const Place& at, const Images& out, const
         for (int i = 0; i < kVec; ++i) g[i] = value[i] <= 0.f ? 0.f : g[i];
       }
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) sum[i] += winner[i] == place ? g[i] : 0.f;
+      for (int i = 0; i < kVec; ++i) sum[i] += argmax_of_window[i] == position ? g[i] : 0.f;
     }
   }
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

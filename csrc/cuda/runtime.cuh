@@ -1,7 +1,7 @@
-// Launching kernels on torch's stream of a tensor's device.
+// Kernel launches on torch's current stream of a tensor's device.
 //
-// The tests compile these same files with the host's compiler, for an emulation of CUDA's threads on the CPU
-// (tests/emulation/cuda.h): the operators then belong to another namespace, and take CPU tensors.
+// The tests compile the same files with the host's compiler for an emulation of CUDA's threads on the CPU
+// (tests/emulation/cuda.h). They register the operators in another namespace, for CPU tensors.
 #pragma once
 
 #include "common/tensor.h"
@@ -10,7 +10,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// In libtorch_cuda.so, which a torch without CUDA lacks.
+// Defined in libtorch_cuda.so. Weak, so that the library loads in a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 #define ALEXNET_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CUDA, m)
@@ -20,20 +20,20 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #define ALEXNET_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels_emulated, CPU, m)
 #endif
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// Makes the tensor's device current while it lives; its stream is the one torch launches on.
+// Makes the tensor's device the current one during its lifetime, and launches on torch's stream of that device.
 class OnDevice {
  public:
 #if defined(__CUDACC__)
   explicit OnDevice(const Tensor& t) : guard_(t.get_device()) {
     const int32_t index = t.get_device();
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "alexnet_kernels: this torch has no CUDA");
-    // This library links its own copy of the CUDA runtime, which may not have seen torch's choice.
+    // torch's guard sets the device of its own CUDA runtime; this library links another copy statically.
     int current = -1;
     check_cuda(cudaGetDevice(&current), "cudaGetDevice");
     if (current != index) check_cuda(cudaSetDevice(index), "cudaSetDevice");
@@ -55,7 +55,8 @@ class OnDevice {
   // Runs kernel(args...) in `blocks` blocks of `threads` threads.
   template <class... Params, class... Args>
   void launch(void (*kernel)(Params...), int64_t blocks, int threads, const Args&... args) const {
-    STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "alexnet_kernels: a tensor too large for one launch");
+    STD_TORCH_CHECK(blocks < (int64_t(1) << 31),
+                    "alexnet_kernels: the tensor is too large for one launch of 2^31 - 1 blocks");
 #if defined(__CUDACC__)
     kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, stream_>>>(static_cast<Params>(args)...);
     check_cuda(cudaGetLastError(), "alexnet_kernels: launching a CUDA kernel");
@@ -71,4 +72,4 @@ inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

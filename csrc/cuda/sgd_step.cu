@@ -1,20 +1,17 @@
-// One step of stochastic gradient descent with momentum over a list of tensors, in place and in one launch for up to
-// kTensors of them.
+// One step of stochastic gradient descent with momentum over a list of tensors, in place, one launch for up to
+// kSgdTensors of them.
 //   paper (Krizhevsky et al. 2012, section 5):  v <- m v - wd lr w - lr g;  w <- w + v
 //   torch (torch.optim.SGD):  g <- g + wd w;  v <- m v + (1 - dampening) g, or v <- g at the first step;
 //                             w <- w - lr (g + m v if nesterov, else v); momentum 0 leaves v alone
-//   params, grads: float, bfloat16 or float16 each; momentum in float or the param's type; masters in float. With a
-//   master, it is stepped, and the param is its rounding. Tensors of one position share strides, and are dense.
-// A thread holds kStep consecutive elements of one tensor; the blocks of a tensor follow those of the one before. An
-// array that isn't aligned to 16 bytes, as a gradient inside a bucket, is moved element by element, the others are not.
-// The learning rate may lie in device memory: a captured step then follows its schedule.
-#include "images.cuh"
+//   params, grads: float, bfloat16 or float16 each; momentum in float or the param's type; masters in float. A step
+//   with masters updates the master and rounds it to the param. The tensors of one index have the same dense strides.
+// A thread updates kSgdElements consecutive elements of one tensor; the blocks of each tensor follow those of the
+// tensor before it. Arrays aligned to 16 bytes move as vectors; others, such as gradients inside a bucket, element by
+// element. The learning rate may be in device memory, so that a captured CUDA graph follows its schedule.
+#include "image_layout.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
-
-constexpr int kStep = 8;
-constexpr int kTensors = 64;  // of a launch, whose arguments fit 4 kB
 
 struct SgdTensor {
   void *param, *momentum;
@@ -26,7 +23,7 @@ struct SgdTensor {
 };
 
 struct SgdTensors {
-  SgdTensor tensor[kTensors];
+  SgdTensor tensor[kSgdTensors];
   int count;
 };
 
@@ -38,7 +35,7 @@ struct SgdRule {
   SgdRates rates;
   float momentum, weight_decay, keep;  // keep = 1 - dampening
   bool nesterov, paper, first_step;
-  const float* lr_pointer;  // null, or of the value that takes lr's place
+  const float* lr_pointer;  // replaces lr unless null
 };
 
 __device__ __forceinline__ void step(const SgdRule& rule, const SgdRates& rates, float& w, float g, float& v) {
@@ -95,35 +92,36 @@ __device__ __forceinline__ void step_at(const SgdRule& rule, const SgdRates& rat
 }
 
 template <class P, class G, class M>
-__global__ void __launch_bounds__(kThreads, 6) sgd(SgdTensors tensors, SgdRule rule) {
+__global__ void __launch_bounds__(kThreads, kSgdBlocks) sgd(SgdTensors tensors, SgdRule rule) {
   int i = 0;
   while (i + 1 < tensors.count && tensors.tensor[i + 1].first_block <= int(blockIdx.x)) ++i;
   const SgdTensor& t = tensors.tensor[i];
-  const int64_t at = (int64_t(int(blockIdx.x) - t.first_block) * kThreads + threadIdx.x) * kStep;
+  const int64_t at = (int64_t(int(blockIdx.x) - t.first_block) * kThreads + threadIdx.x) * kSgdElements;
   SgdRates rates = rule.rates;
   if (rule.lr_pointer != nullptr) {
     rates.lr = *rule.lr_pointer;
     rates.decay_lr = rule.weight_decay * rates.lr;
   }
-  if (at + kStep <= t.count) {
-    step_at<kStep, P, G, M>(rule, rates, t, at);
+  if (at + kSgdElements <= t.count) {
+    step_at<kSgdElements, P, G, M>(rule, rates, t, at);
   } else {
-    for (int64_t j = at; j < min(at + kStep, t.count); ++j) step_at<1, P, G, M>(rule, rates, t, j);
+    for (int64_t j = at; j < min(at + kSgdElements, t.count); ++j) step_at<1, P, G, M>(rule, rates, t, j);
   }
 }
 
-// Steps the tensors of these dtypes.
+// Steps the tensors of one combination of dtypes.
 template <class P, class G, class M>
 void step_all(const OnDevice& device, const SgdRule& rule, const std::vector<SgdTensor>& all) {
-  for (size_t first = 0; first < all.size(); first += kTensors) {
+  for (size_t first = 0; first < all.size(); first += kSgdTensors) {
     SgdTensors tensors{};
     int64_t blocks = 0;
-    for (size_t i = first; i < std::min(first + kTensors, all.size()); ++i) {
+    for (size_t i = first; i < std::min(first + kSgdTensors, all.size()); ++i) {
       SgdTensor& t = tensors.tensor[tensors.count++];
       t = all[i];
       t.first_block = int(blocks);
-      blocks += divide_up(t.count, kThreads * kStep);
-      STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "sgd_step: tensors too large for one launch");
+      blocks += divide_up(t.count, kThreads * kSgdElements);
+      STD_TORCH_CHECK(blocks < (int64_t(1) << 31),
+                      "sgd_step: the tensors are too large for one launch of 2^31 - 1 blocks");
     }
     device.launch(sgd<P, G, M>, blocks, kThreads, tensors, rule);
   }
@@ -174,7 +172,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
         using G = decltype(g);
         for_dtype(momentum_buffers[i], [&](auto m) {
           using M = decltype(m);
-          // The op lets no other momentum through.
+          // The op accepts no other momentum dtype.
           if constexpr (std::is_same_v<M, float> || std::is_same_v<M, P>) step_all<P, G, M>(device, rule, alike);
         });
       });
@@ -188,4 +186,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("sgd_step", TORCH_BOX(&sgd_step));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

@@ -1,20 +1,21 @@
-// Vectors of consecutive elements, moved 16 bytes at a time, and computed in float.
+// Vectors of consecutive elements: loads and stores of 16 bytes a thread (LDG.128, STG.128), converted to and from
+// float.
 #pragma once
 
 #include "runtime.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 
 using bf16 = c10::BFloat16;
 using f16 = c10::Half;
 
-// kCount consecutive elements; as aligned as one access of at most 16 bytes.
+// kCount consecutive elements, aligned for accesses of at most 16 bytes.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T value[kCount];
 };
 
-// The elements of 16 bytes.
+// Elements in 16 bytes.
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
@@ -31,7 +32,7 @@ __device__ __forceinline__ void store(T* p, const float (&in)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
 #if defined(__CUDA_ARCH__)
-    // One instruction rounds two values.
+    // One instruction (cvt.rn.bf16x2, cvt.rn.f16x2) rounds two values.
     if constexpr (kCount % 2 == 0 && std::is_same_v<T, bf16>) {
       if (i % 2 == 0) reinterpret_cast<__nv_bfloat162*>(pack.value)[i / 2] = __floats2bfloat162_rn(in[i], in[i + 1]);
       continue;
@@ -61,7 +62,7 @@ __device__ __forceinline__ void store_bytes(uint8_t* p, const int (&in)[kCount])
   *reinterpret_cast<Pack<uint8_t, kCount>*>(p) = pack;
 }
 
-// relu as torch defines it: NaN stays.
+// ReLU as in torch: NaN is kept. One instruction.
 __device__ __forceinline__ float relu(float v) {
 #if defined(__CUDA_ARCH__)
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
@@ -71,7 +72,7 @@ __device__ __forceinline__ float relu(float v) {
 #endif
 }
 
-// Whether every pointer can be read in vectors of 16 bytes; a null pointer can.
+// Whether every pointer is aligned to 16 bytes. Null pointers count as aligned.
 template <class... Pointers>
 bool aligned(const Pointers*... p) {
   return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
@@ -88,7 +89,7 @@ void for_dtype(const Tensor& t, const Body& body) {
   }
 }
 
-// Calls body with the constant `true` or `false`.
+// Calls body with std::true_type or std::false_type.
 template <class Body>
 void for_bool(bool value, const Body& body) {
   value ? body(std::true_type{}) : body(std::false_type{});
@@ -103,4 +104,4 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

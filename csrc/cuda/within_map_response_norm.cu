@@ -1,16 +1,15 @@
-// Response normalisation inside each map, the second normalisation of the network that was run in 2012.
+// Response normalisation inside each map, the second normalisation of the original cuda-convnet network.
 //   b[y, x] = a[y, x] * s[y, x]^-beta,  s[y, x] = k + alpha/n^2 * sum of a^2 over the n x n window around (y, x)
 //   dx[p] = g[p] s[p]^-beta - 2 beta alpha/n^2 a[p] * sum over q, p in window(q), of g[q] a[q] s[q]^(-beta-1)
 //   input, grad, output, grad_input [N, C, H, W] in one memory format; float, bfloat16 or float16; computed in float;
 //   the window is [i - n/2, i + (n-1)/2] on both axes, cut at the edges
-// A thread holds a vector of channels of kRows pixels, one below the other, whose windows share the sums along rows.
-// Backward stores the terms of its sum in float, and computes s again rather than store it too.
+// A thread computes a vector of channels of a strip of kWithinMapRows pixels of one column. Their windows share the
+// sums along rows: a window of 5 loads 8 x 5 vectors for four pixels. Backward is two kernels: the first stores the
+// terms of the window sums in float, the second sums them and computes s again.
 #include "lrn.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 namespace {
-
-constexpr int kRows = 4;
 
 struct WithinMap {
   WithinMap(int64_t size, double alpha, double beta, double k, int64_t height, int64_t width)
@@ -19,44 +18,46 @@ struct WithinMap {
         alpha_over_n(float(alpha / (double(size) * double(size)))),
         beta(float(beta)),
         k(float(k)),
-        // As of lrn.cuh's.
+        // k as in lrn.cuh.
         fast(beta == 0.75 && alpha >= 0 && k > 1e-30) {}
 
-  int before, after;  // pixels of a window before and after its own, along each axis
+  int before, after;  // pixels of a window before and after its centre, along each axis
   float alpha_over_n, beta, k;
   bool fast;
 };
 
-// The pixels of a thread: `rows` of them, the first at `first`.
+// The pixels of a thread: `rows` of one column, from `top` down.
 struct Strip {
-  Place top;
+  Coordinates top;
   int rows;
-  int64_t first;    // offset of the first pixel
-  int row, column;  // from one row, one column to the next
+  int64_t first;    // offset of the top pixel
+  int row, column;  // offset of the next row, of the next column
 };
-// strips: the images with kRows rows as one. False where a thread has no strip.
-__device__ __forceinline__ bool find_strip(const Images& images, const Images& strips, Strip& strip) {
+// strips: the layout with kWithinMapRows rows as one. False for threads beyond the last strip.
+__device__ __forceinline__ bool find_strip(const ImageLayout& images, const ImageLayout& strips, Strip& strip) {
   const int64_t first = int64_t(blockIdx.x) * kThreads;
   if (first + threadIdx.x >= strips.vectors()) return false;
   strip.top = strips.locate(first, threadIdx.x);
-  strip.top.y *= kRows;
-  strip.rows = min(kRows, images.H - strip.top.y);
+  strip.top.y *= kWithinMapRows;
+  strip.rows = min(kWithinMapRows, images.H - strip.top.y);
   strip.first = images.offset(strip.top.n, strip.top.c, strip.top.y, strip.top.x);
   strip.row = int(images.offset(0, 0, 1, 0)), strip.column = int(images.offset(0, 0, 0, 1));
   return true;
 }
 
-// The sums, of squares if so, over the windows [i - before, i + after] around each pixel of the strip.
+// The sums of elements or, with kSquares, of squares over the window [i - before, i + after] of each pixel of the
+// strip.
 template <bool kSquares, int kVec, class T>
-__device__ __forceinline__ void window_sums(const Images& images, const Strip& strip, int before, int after, const T* p,
-                                            float (&sums)[kRows][kVec]) {
+__device__ __forceinline__ void window_sums(const ImageLayout& images, const Strip& strip, int before, int after,
+                                            const T* p, float (&sums)[kWithinMapRows][kVec]) {
 #pragma unroll
-  for (int j = 0; j < kRows; ++j) {
+  for (int j = 0; j < kWithinMapRows; ++j) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sums[j][i] = 0.f;
   }
   const int top = -min(before, strip.top.y), left = -min(before, strip.top.x);
-  const int bottom = min(kRows + after, images.H - strip.top.y), right = min(after + 1, images.W - strip.top.x);
+  const int bottom = min(kWithinMapRows + after, images.H - strip.top.y),
+            right = min(after + 1, images.W - strip.top.x);
   p += strip.first;
 #pragma unroll 1
   for (int y = top; y < bottom; ++y) {
@@ -69,7 +70,7 @@ __device__ __forceinline__ void window_sums(const Images& images, const Strip& s
       for (int i = 0; i < kVec; ++i) line[i] += kSquares ? v[i] * v[i] : v[i];
     }
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) {
+    for (int j = 0; j < kWithinMapRows; ++j) {
       if (y < j - before || y > j + after) continue;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sums[j][i] += line[i];
@@ -77,7 +78,7 @@ __device__ __forceinline__ void window_sums(const Images& images, const Strip& s
   }
 }
 
-// Vectors are for beta = 3/4 only.
+// Vectors imply beta = 3/4.
 template <int kVec>
 __device__ __forceinline__ Powers powers_of(const WithinMap& norm, float sum) {
   const float s = norm.k + norm.alpha_over_n * sum;
@@ -86,13 +87,13 @@ __device__ __forceinline__ Powers powers_of(const WithinMap& norm, float sum) {
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    within_map_forward(Images images, Images strips, WithinMap norm, const T* x, T* y) {
+    within_map_forward(ImageLayout images, ImageLayout strips, WithinMap norm, const T* x, T* y) {
   Strip strip;
   if (!find_strip(images, strips, strip)) return;
-  float sums[kRows][kVec];
+  float sums[kWithinMapRows][kVec];
   window_sums<true>(images, strip, norm.before, norm.after, x, sums);
 #pragma unroll
-  for (int j = 0; j < kRows; ++j) {
+  for (int j = 0; j < kWithinMapRows; ++j) {
     if (j >= strip.rows) continue;
     const int64_t at = strip.first + j * strip.row;
     float a[kVec];
@@ -105,13 +106,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    within_map_terms(Images images, Images strips, WithinMap norm, const T* grad, const T* x, float* terms) {
+    within_map_terms(ImageLayout images, ImageLayout strips, WithinMap norm, const T* grad, const T* x, float* terms) {
   Strip strip;
   if (!find_strip(images, strips, strip)) return;
-  float sums[kRows][kVec];
+  float sums[kWithinMapRows][kVec];
   window_sums<true>(images, strip, norm.before, norm.after, x, sums);
 #pragma unroll
-  for (int j = 0; j < kRows; ++j) {
+  for (int j = 0; j < kWithinMapRows; ++j) {
     if (j >= strip.rows) continue;
     const int64_t at = strip.first + j * strip.row;
     float a[kVec], g[kVec];
@@ -127,16 +128,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) within_map_backward(Images images, Images strips, WithinMap norm,
+__global__ void __launch_bounds__(kThreads) within_map_backward(ImageLayout images, ImageLayout strips, WithinMap norm,
                                                                 const T* grad, const T* x, const float* terms, T* dx) {
   Strip strip;
   if (!find_strip(images, strips, strip)) return;
-  float direct[kRows][kVec], sums[kRows][kVec];
+  float direct[kWithinMapRows][kVec], sums[kWithinMapRows][kVec];
   window_sums<true>(images, strip, norm.before, norm.after, x, direct);
   window_sums<false>(images, strip, norm.after, norm.before, terms, sums);
   const float factor = -2.f * norm.beta * norm.alpha_over_n;
 #pragma unroll
-  for (int j = 0; j < kRows; ++j) {
+  for (int j = 0; j < kWithinMapRows; ++j) {
     if (j >= strip.rows) continue;
     const int64_t at = strip.first + j * strip.row;
     float a[kVec], g[kVec];
@@ -150,15 +151,15 @@ __global__ void __launch_bounds__(kThreads) within_map_backward(Images images, I
   }
 }
 
-// Calls body with a value of the storage type, the constant size of its vectors, the images and their strips.
+// Calls body with a value of the storage type, the vector size as a constant, the layout and the layout of strips.
 template <class Body>
 void for_strips(const Tensor& x, const Tensor& grad, MemoryFormat format, bool fast, const Body& body) {
   for_dtype(x, [&](auto t) {
     using T = decltype(t);
     const int most = fast ? vector_of<T>(format, x.size(1), data<T>(x), data<T>(grad)) : 1;
     for_vector<T>(most, [&](auto vector) {
-      const Images images(sizes_of(x), format, vector);
-      const Images strips({x.size(0), x.size(1), divide_up(x.size(2), kRows), x.size(3)}, format, vector);
+      const ImageLayout images(sizes_of(x), format, vector);
+      const ImageLayout strips({x.size(0), x.size(1), divide_up(x.size(2), kWithinMapRows), x.size(3)}, format, vector);
       body(t, vector, images, strips);
     });
   });
@@ -171,7 +172,7 @@ Tensor within_map_response_norm(const Tensor& input, int64_t size, double alpha,
   if (x.numel() == 0) return output;
   const OnDevice device(x);
   const WithinMap norm(size, alpha, beta, k, x.size(2), x.size(3));
-  for_strips(x, x, format, norm.fast, [&](auto t, auto vector, const Images& images, const Images& strips) {
+  for_strips(x, x, format, norm.fast, [&](auto t, auto vector, const ImageLayout& images, const ImageLayout& strips) {
     using T = decltype(t);
     device.launch(within_map_forward<T, vector>, divide_up(strips.vectors(), kThreads), kThreads, images, strips, norm,
                   data<T>(x), mutable_data<T>(output));
@@ -188,7 +189,7 @@ Tensor within_map_response_norm_backward(const Tensor& grad, const Tensor& input
   const OnDevice device(x);
   const WithinMap norm(size, alpha, beta, k, x.size(2), x.size(3));
   Tensor terms = empty(sizes_of(x), ScalarType::Float, x, format);
-  for_strips(x, g, format, norm.fast, [&](auto t, auto vector, const Images& images, const Images& strips) {
+  for_strips(x, g, format, norm.fast, [&](auto t, auto vector, const ImageLayout& images, const ImageLayout& strips) {
     using T = decltype(t);
     const int64_t blocks = divide_up(strips.vectors(), kThreads);
     device.launch(within_map_terms<T, vector>, blocks, kThreads, images, strips, norm, data<T>(g), data<T>(x),
@@ -206,4 +207,4 @@ ALEXNET_CUDA_OPERATORS(m) {
   m.impl("within_map_response_norm_backward", TORCH_BOX(&within_map_response_norm_backward));
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda

@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU: builds csrc/cuda/*.cu for the emulation of tests/emulation/cuda.h, and loads them.
+"""The CUDA kernels on the CPU: builds csrc/cuda/*.cu with the emulation of tests/emulation/cuda.h, and loads them.
 
-Inside `with emulated():` backend "cuda" takes CPU tensors. The build lies in build/emulation-*, and ninja brings it up
-to date.
+Inside `with emulated():` backend "cuda" takes CPU tensors. ninja keeps the build directory, build/emulation-*, up to
+date.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ NAMESPACE = "alexnet_kernels_emulated"
 BUILD = ROOT / "build" / f"emulation-torch{torch.__version__}-python{sysconfig.get_python_version()}"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 MODULE = BUILD / "cuda_emulation.so"
-# The executables that run every operator under a sanitizer: name, flags. Checks of memory are calls, which compile in
-# half the time of inline ones.
+# The flags of the executables that replay calls of operators under a sanitizer. AddressSanitizer's checks are function
+# calls, which compile in half the time of inline checks.
 SANITIZERS = {
     "address": [
         "-fsanitize=address,alignment,bounds",
@@ -44,7 +44,7 @@ SANITIZERS = {
 
 
 def _write_ninja() -> None:
-    """Writes build.ninja: the module that tests import, and an executable for each sanitizer."""
+    """Writes build.ninja, for the module that tests import and one executable for each sanitizer."""
     include = [ROOT / "csrc", ROOT / "tests"]
     system = [pybind11.get_include(), sysconfig.get_path("include"), *torch_build.include_paths()]
     flags = ["-O2", "-std=c++20", "-w", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread"]
@@ -86,7 +86,7 @@ _failures: dict[str, str] = {}
 
 
 def build(target: str) -> Path:
-    """The up-to-date file of that name in the build."""
+    """Builds a target, if it is out of date, and returns its path."""
     import ninja
 
     if target in _failures:
@@ -94,7 +94,7 @@ def build(target: str) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(BUILD), target]
     with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ninja expects to be alone
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one ninja at a time
         _write_ninja()
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -105,7 +105,7 @@ def build(target: str) -> Path:
 
 @functools.cache
 def load() -> ModuleType:
-    """The module `cuda_emulation`, with its operators registered."""
+    """The module `cuda_emulation`. Loading it registers the operators."""
     path = build(MODULE.name)
     spec = importlib.util.spec_from_file_location("cuda_emulation", path)
     assert spec is not None

@@ -1,13 +1,13 @@
-// CUDA C++ on the CPU, for tests: compiles a .cu file with the host's compiler and runs its kernels.
+// CUDA C++ on the CPU, for tests: the host's compiler compiles a .cu file, whose kernels run in this emulation.
 //
-// Each CUDA thread is a fiber, a stack of its own that hands the processor on where the thread has to wait: at
-// __syncthreads() and at the collectives of a warp (shuffles, votes, __syncwarp). A fiber that never waits is used
-// again for the next thread. Blocks run one after the other. An error that hardware answers with a hang or with wrong
-// values (a barrier or a collective that not every thread reaches, lanes that meet in different collectives) ends the
-// launch with a std::runtime_error that tells where each thread stood. Dynamic shared memory starts as NaN.
+// Each CUDA thread is a fiber with its own stack. It yields where the thread waits: at __syncthreads() and at the
+// collectives of a warp (shuffles, votes, __syncwarp). A fiber that never waits is reused for the next thread. Blocks
+// run one after the other. Where hardware would hang or compute wrong values (a barrier or collective that some threads
+// do not reach, lanes of a warp in different collectives), the launch ends with a std::runtime_error that tells where
+// each thread is. Dynamic shared memory is initialised to NaN.
 //
-// Built with -fsanitize=address, reads and writes outside tensors and dynamic shared memory are found; with
-// -fsanitize=thread, races between the threads of a block, for which each CUDA thread keeps a fiber.
+// With -fsanitize=address, accesses outside tensors and dynamic shared memory are reported; with -fsanitize=thread,
+// data races between the threads of a block, for which every CUDA thread has a fiber of its own.
 #pragma once
 
 #include <sys/mman.h>
@@ -68,16 +68,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 namespace emulation {
 
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
-constexpr size_t kMostShared = 227 * 1024;  // bytes of dynamic shared memory a block of sm_90 and sm_100 may have
+constexpr size_t kMostShared = 227 * 1024;  // the limit of dynamic shared memory of a block on sm_90 and sm_100
 constexpr unsigned kMostThreads = 1024, kMostBlocksYZ = 65535, kMostBlocksX = 2147483647;
 constexpr unsigned kWarp = 32;
 
 enum class State { unstarted, running, at_barrier, at_collective, finished };
 
 struct Fiber {
-  char* stack = nullptr;  // null for the one that launches
+  char* stack = nullptr;  // null for the fiber that launches
   void* stack_pointer = nullptr;
-  void* sanitizer = nullptr;  // what a sanitizer keeps of a fiber
+  void* sanitizer = nullptr;  // the sanitizer's handle of the fiber
 #if !defined(__x86_64__)
   ucontext_t context;
 #endif
@@ -88,16 +88,16 @@ struct Thread {
   unsigned number;
   State state;
   Fiber* fiber;
-  // The collective it waits in: which one, for which lanes, its operands, and where its result goes.
+  // The collective that the thread waits in: its kind, its mask, the operand, and the address of the result.
   const void* collective;
   unsigned mask;
   const void* in;
   void* out;
 };
 
-// What a launch may be asked to do, and what is known of the last one.
+// The order of the next launches, and the size of the last one.
 struct Settings {
-  unsigned order = 0;  // 0: threads and blocks start in their order; else the seed of another order
+  unsigned order = 0;  // 0: threads and blocks start in index order; otherwise the seed of a permutation
   int64_t launches = 0;
   size_t blocks = 0, threads = 0, shared = 0;
 };
@@ -106,7 +106,7 @@ inline Settings& settings() {
   return s;
 }
 
-// The block that this thread of the CPU is running.
+// The block that this CPU thread is running.
 class Block {
  public:
   static Block& current() {
@@ -147,7 +147,7 @@ class Block {
 #endif
     release(&start_);
     ignore(true);
-    while (error_.empty() && (started_ < threads_.size() || next_ < ready_.size())) hand_on();
+    while (error_.empty() && (started_ < threads_.size() || next_ < ready_.size())) yield();
     ignore(false);
     acquire(&end_);
     idle_.insert(idle_.end(), spent_.begin(), spent_.end());
@@ -156,7 +156,7 @@ class Block {
       error_ = "a barrier or a warp collective that not every thread reaches";
     }
     if (!error_.empty()) {
-      // The fibers of threads that stand still can't be used again.
+      // Fibers of threads that wait cannot be reused.
       idle_.clear();
       for (Fiber* fiber : fibers_) discard(fiber);
       fibers_.clear();
@@ -164,7 +164,7 @@ class Block {
     }
   }
 
-  // Waits until every thread of the block is here; the sum of their values.
+  // Waits for all threads of the block; returns the sum of their values.
   int barrier(int value) {
     ignore(true);
     char* edge = &barriers_[generation_ % 2];
@@ -187,7 +187,7 @@ class Block {
     return result;
   }
 
-  // A collective of the lanes of `mask`: the last to arrive calls combine(lane, operands) for each.
+  // A collective of the lanes in `mask`. The last lane to arrive computes combine(lane, operands) for all of them.
   template <class Out, class In, class Combine>
   Out collective(unsigned mask, const void* which, const In& in, const Combine& combine) {
     ignore(true);
@@ -240,7 +240,7 @@ class Block {
     current().work();
   }
 
-  // What a fiber does: one thread after the other, for as long as none has to wait.
+  // The body of a fiber: runs one thread after the other until one waits.
   [[noreturn]] void work() {
     ignore(true);
     for (;;) {
@@ -263,12 +263,12 @@ class Block {
 #else
       idle_.push_back(running_);
 #endif
-      hand_on();
+      yield();
     }
   }
 
-  // Goes on with a thread that is ready, else one that hasn't started, else with the launch itself.
-  void hand_on() {
+  // Switches to a thread that has not started, else to one that is ready, else to the launch.
+  void yield() {
     Fiber* to = &main_;
     if (!error_.empty()) {
       // The launch reports it.
@@ -290,7 +290,7 @@ class Block {
   void wait(State why) {
     thread->state = why;
     thread->fiber = running_;
-    hand_on();
+    yield();
   }
   void wake(Thread& t) {
     t.state = State::running;
@@ -333,7 +333,7 @@ class Block {
     fiber->sanitizer = __tsan_create_fiber(0);
 #endif
 #if defined(__x86_64__)
-    // As if `entry` had been called and six registers pushed.
+    // The stack that swap_stacks expects: six registers below the return address `entry`.
     auto** top = reinterpret_cast<void**>(fiber->stack + kStack);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&entry);
@@ -354,7 +354,7 @@ class Block {
     __tsan_destroy_fiber(fiber->sanitizer);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(fiber->stack, kStack);  // the frames of a thread that never returned
+    __asan_unpoison_memory_region(fiber->stack, kStack);  // frames of a thread that did not return
 #endif
     munmap(fiber->stack - kGuard, kStack + kGuard);
     delete fiber;
@@ -372,12 +372,12 @@ class Block {
     Fiber* from = running_;
     running_ = to;
 #if defined(__x86_64__)
-    // Read before the sanitizer changes fibers: between that and the switch, nothing of ours may run.
+    // Read first: no instrumented code may run between the sanitizer's switch and the switch of stacks.
     void** save = &from->stack_pointer;
     void* stack_pointer = to->stack_pointer;
 #endif
 #if defined(__SANITIZE_THREAD__)
-    ignore(false);  // a fiber that ignores memory may not be destroyed
+    ignore(false);  // a fiber that ignores accesses cannot be destroyed
     if (from->sanitizer == nullptr) from->sanitizer = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(to->sanitizer, __tsan_switch_to_fiber_no_sync);
 #elif defined(__SANITIZE_ADDRESS__)
@@ -395,7 +395,7 @@ class Block {
 #endif
   }
 
-  // The order that barriers and collectives give, told to ThreadSanitizer; the emulation's own memory it shall ignore.
+  // Tells ThreadSanitizer the happens-before edges of barriers and collectives, and to ignore the emulation's memory.
   static void release([[maybe_unused]] void* edge) {
 #if defined(__SANITIZE_THREAD__)
     __tsan_release(edge);
@@ -425,7 +425,7 @@ class Block {
   unsigned generation_ = 0;
   char* shared_ = nullptr;
   std::string error_;
-  char start_, end_, barriers_[2];  // addresses that name edges to ThreadSanitizer
+  char start_, end_, barriers_[2];  // their addresses identify happens-before edges
   const void* main_bottom_ = nullptr;
   size_t main_bytes_ = 0;
 };
@@ -455,7 +455,7 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, const std::funct
   return cudaSuccess;
 }
 
-// The value that lane `source` holds; all bits set, a NaN, where no lane of the mask is it.
+// The value of lane `source`, or all bits set (a NaN) if the mask lacks that lane.
 template <class T>
 T shuffle(unsigned mask, const void* which, T value, unsigned source) {
   struct Operand {
@@ -469,9 +469,9 @@ T shuffle(unsigned mask, const void* which, T value, unsigned source) {
     return from == nullptr ? result : from->value;
   });
 }
-inline char by_index, by_up, by_down, by_xor, ballots, warps;  // addresses that name collectives
+inline char by_index, by_up, by_down, by_xor, ballots, warps;  // their addresses identify collectives
 
-// Atomics of one thread of the CPU: nothing comes between reading and writing.
+// Atomic operations need no more than a read and a write: one CPU thread runs all fibers.
 template <class T, class F>
 T modify(T* p, const F& f) {
 #if defined(__SANITIZE_THREAD__)

@@ -1,5 +1,5 @@
-// The emulation's controls, and kernels that try it, as a Python module. The CUDA operators linked into it register
-// themselves in the namespace alexnet_kernels_emulated, for CPU tensors.
+// The emulation's settings and its test kernels as a Python module. The CUDA operators that are linked into it register
+// themselves in torch's namespace alexnet_kernels_emulated, for CPU tensors.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +13,7 @@ using Extent = std::array<unsigned, 3>;
 PYBIND11_MODULE(cuda_emulation, m) {
   m.def(
       "set_order", [](unsigned seed) { emulation::settings().order = seed; }, py::arg("seed"),
-      "Threads and blocks start in their order (0) or in the order that a seed gives.");
+      "Threads and blocks start in index order (0) or in the permutation of a seed.");
   m.def("last_launch", [] {
     const emulation::Settings& s = emulation::settings();
     return py::dict(py::arg("launches") = s.launches, py::arg("blocks") = s.blocks, py::arg("threads") = s.threads,

@@ -1,4 +1,4 @@
-// Kernels that try the emulation itself: each feature once, and the faults it and the sanitizers are there to find.
+// Kernels that test the emulation: each of its features, and the faults that it and the sanitizers have to report.
 #pragma once
 
 #include <array>
@@ -9,7 +9,7 @@
 
 namespace trials {
 
-// What every kernel gets: `count` elements of `in`, as many of `out` as it needs.
+// The arguments of every kernel: `count` elements of `in`, and as many of `out` as the kernel needs.
 struct Data {
   const float* in;
   float* out;
@@ -22,7 +22,7 @@ inline float* shared_floats() {
   return reinterpret_cast<float*>(emulation::Block::current().shared());
 }
 
-// out[i] = the sum of its block's in, through shared memory. Without kBarrier it reads what may not be written yet.
+// out[i] = the sum of `in` over the block, through shared memory. Without kBarrier, reads race with writes.
 template <bool kBarrier>
 void block_sum(const Data& d) {
   float* shared = shared_floats();
@@ -34,7 +34,7 @@ void block_sum(const Data& d) {
   if (i < d.count) d.out[i] = sum;
 }
 
-// The same by halves, one block. Without kBarrier the emulation's own order of threads still gives the right sum.
+// The same as a tree, in one block. Without kBarrier, the emulation's default order still gives the right sum.
 template <bool kBarrier>
 void tree_sum(const Data& d) {
   float* shared = shared_floats();
@@ -50,8 +50,8 @@ void tree_sum(const Data& d) {
   d.out[i] = shared[0];
 }
 
-// out[i] = the sum of `in` over the thread's warp, passed round the warp through shared memory; one block. Without
-// kSync a lane passes on before its neighbour has read.
+// out[i] = the sum of `in` over the warp, whose values rotate through shared memory; one block. Without kSync, a lane
+// overwrites a value that its neighbour has not read.
 template <bool kSync>
 void warp_sum(const Data& d) {
   float* shared = shared_floats();
@@ -84,7 +84,7 @@ void shuffle(const Data& d) {
   d.out[threadIdx.x] = float(result);
 }
 
-// Rows of `out`: the ballot's low and high half, any, all; how many of the block, whether one of it.
+// Rows of `out`: the ballot's low and high half, any, all; __syncthreads_count, __syncthreads_or.
 inline void votes(const Data& d) {
   const unsigned mask = unsigned(d.options[0]), i = threadIdx.x;
   const bool yes = d.in[i] > 0.f;
@@ -99,27 +99,27 @@ inline void votes(const Data& d) {
   d.out[5 * d.count + i] = float(__syncthreads_or(yes));
 }
 
-// out: sum, maximum, the first block to come (from 1), then a mark in each place that a counter gave out.
+// out: sum, maximum, the first block to run (counted from 1), a counter, and a 1 at each index that the counter
+// returned.
 inline void atomics(const Data& d) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   atomicAdd(d.out, d.in[i]);
   atomicMax(d.out + 1, d.in[i]);
   atomicCAS(d.out + 2, 0.f, float(blockIdx.x + 1));
-  const int place = int(atomicAdd(d.out + 3, 1.f));
-  atomicExch(d.out + 4 + place, atomicAdd(d.out + 4 + place, 0.f) + 1.f);
+  const int index = int(atomicAdd(d.out + 3, 1.f));
+  atomicExch(d.out + 4 + index, atomicAdd(d.out + 4 + index, 0.f) + 1.f);
 }
 
-// Six numbers for each thread, in the order of blocks and threads.
+// The six indices of each thread, ordered by block and thread.
 inline void indices(const Data& d) {
   const dim3 t = threadIdx, b = blockIdx;
   const size_t block = (size_t(b.z) * gridDim.y + b.y) * gridDim.x + b.x;
   const size_t thread = (size_t(t.z) * blockDim.y + t.y) * blockDim.x + t.x;
   float* out = d.out + 6 * (block * blockDim.count() + thread);
-  const unsigned places[] = {b.x, b.y, b.z, t.x, t.y, t.z};
-  for (unsigned place : places) *out++ = float(place);
+  for (unsigned index : {b.x, b.y, b.z, t.x, t.y, t.z}) *out++ = float(index);
 }
 
-// out[i] = what shared memory holds at the start; then fills it.
+// out[i] = the initial contents of shared memory, in the last block; then fills it.
 inline void fresh_shared(const Data& d) {
   const int count = int(d.options[0]);
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
@@ -128,7 +128,7 @@ inline void fresh_shared(const Data& d) {
   }
 }
 
-// The faults. Hardware hangs or goes on with wrong values.
+// Faults, for which hardware hangs or computes wrong values.
 inline void divergent_barrier(const Data&) {
   if (threadIdx.x < 7) __syncthreads_count(1);
 }
@@ -148,7 +148,7 @@ inline void barrier_or_shuffle(const Data&) {
   threadIdx.x < 40 ? __syncthreads() : __syncwarp();
 }
 
-// Copies: with kPast, of one element more than there is.
+// Copies. With kPast, accesses one element beyond the array.
 template <int kPast>
 void read(const Data& d) {
   const int i = int(threadIdx.x);
@@ -166,7 +166,7 @@ void dynamic_shared(const Data& d) {
   __syncthreads();
   d.out[threadIdx.x] = shared[threadIdx.x + kPast];
 }
-constexpr int kStatic = 77;  // threads that static_shared takes
+constexpr int kStatic = 77;  // threads of static_shared
 template <int kPast>
 void static_shared(const Data& d) {
   __shared__ float shared[kStatic];
@@ -178,14 +178,14 @@ void static_shared(const Data& d) {
 struct alignas(16) Four {
   float value[4];
 };
-// Copies four elements a thread, and with kPast from and to a place that isn't aligned.
+// Copies four elements a thread; with kPast, at unaligned addresses.
 template <int kPast>
 void vectors(const Data& d) {
   const int i = 4 * int(threadIdx.x);
   if (i + 4 + kPast > d.count) return;
   *reinterpret_cast<Four*>(d.out + i + kPast) = *reinterpret_cast<const Four*>(d.in + i + kPast);
 }
-// Writes four elements a thread, and with kPast two threads the same.
+// Writes four elements a thread; with kPast, two threads write the same elements.
 template <int kPast>
 void overlapping_vectors(const Data& d) {
   const int i = 4 * (int(threadIdx.x) / (1 + kPast));

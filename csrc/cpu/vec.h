@@ -1,5 +1,5 @@
-// Vectors of the instruction set being compiled: Vec<float> and Vec<double> fill one register, and load / store convert
-// from and to the storage types. Arithmetic, comparison and `mask ? a : b` are the compiler's vector extension's.
+// Vectors of the instruction set being compiled. Vec<float> and Vec<double> fill one register; load and store convert
+// from and to the storage types. Arithmetic, comparison and `mask ? a : b` come from the compiler's vector extensions.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -12,13 +12,14 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/dtype.h"
 #include "isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 namespace ALEXNET_ISA {
 
 using bf16 = c10::BFloat16;
@@ -44,7 +45,7 @@ template <class A>
 constexpr int kLanes = kVecBytes / int(sizeof(A));
 template <class A>
 using Vec = typename VecOf<A, kLanes<A>>::type;
-// The integers of a lane's width: what comparing two Vec<A> gives.
+// Integers as wide as a lane: the type of a comparison of two Vec<A>.
 template <class A>
 using lane_int_t = std::conditional_t<sizeof(A) == 2, int16_t, std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
 template <class A>
@@ -62,8 +63,8 @@ inline V load_raw(const P* p) {
   return v;
 }
 
-// Unsigned integers of 1 or 2 bytes, widened to 4 or 8 byte lanes, and back. Compilers do not find these instructions
-// behind __builtin_convertvector.
+// Unsigned integers of 1 or 2 bytes to lanes of 4 or 8 bytes (vpmovzx), and back. Compilers do not select these
+// instructions for __builtin_convertvector.
 template <class Wide, class Narrow>
 inline Vec<Wide> widen(const Narrow* p) {
   [[maybe_unused]] constexpr int from = sizeof(Narrow), to = sizeof(Wide);
@@ -88,7 +89,7 @@ inline void narrow(Narrow* p, V v) {
   if constexpr (sizeof(v[0]) == 4) {
     __m256i words = _mm256_packus_epi32((__m256i)v, (__m256i)v);
     if constexpr (sizeof(Narrow) == 1) words = _mm256_packus_epi16(words, words);
-    // Each 128-bit half holds its own lanes.
+    // packus works on 128-bit halves: the first quarter of each half holds its four lanes.
     const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
     const __m128i all = sizeof(Narrow) == 2 ? _mm_unpacklo_epi64(low, high) : _mm_unpacklo_epi32(low, high);
     __builtin_memcpy(p, &all, sizeof(Narrow) * 8);
@@ -143,7 +144,7 @@ inline void store(T* p, Vec<acc_t<T>> v) {
   }
 }
 
-// The first `count` lanes; the others load as zero.
+// The first `count` lanes; the others are zero.
 template <class T>
 inline Vec<acc_t<T>> load_partial(const T* p, int count) {
   alignas(64) T lanes[kLanes<acc_t<T>>];
@@ -159,7 +160,7 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int count) {
   std::memcpy((void*)p, lanes, count * sizeof(T));
 }
 
-// Window positions travel as bytes.
+// Positions in a pooling window are stored as bytes.
 template <class A>
 inline IntVec<A> load_bytes(const uint8_t* p) {
   return widen<lane_int_t<A>>(p);
@@ -169,7 +170,7 @@ inline void store_bytes(uint8_t* p, IntVec<A> v) {
   narrow(p, v);
 }
 
-// Calls body(offset, count) over [0, n) in steps of a register; full steps get the count as a constant.
+// Calls body(offset, count) over [0, n), a vector at a time. Full vectors pass the count as a compile-time constant.
 template <class A, class Body>
 inline void for_lanes(int64_t n, const Body& body) {
   constexpr int step = kLanes<A>;
@@ -178,10 +179,10 @@ inline void for_lanes(int64_t n, const Body& body) {
   if (i < n) body(i, int(n - i));
 }
 
-// Has the cache fetch what comes so many bytes behind p. Left to itself a Zen 4 follows the rows of windows late: with
-// this, max_pool2d of large images takes two thirds of the time, in bfloat16 half.
+// Prefetches the cache line kBytes after p. The hardware prefetcher of Zen 4 detects the rows of windows late: with
+// this prefetch, max_pool2d of large images takes two thirds of the time, half in bfloat16.
 template <int kBytes = 2048>
-inline void fetch_ahead(const void* p) {
+inline void prefetch(const void* p) {
   __builtin_prefetch(static_cast<const char*>(p) + kBytes);
 }
 
@@ -243,26 +244,26 @@ inline Vec<double> vsqrt(Vec<double> v) {
 #endif
 }
 
-// 1 / sqrt(v), as exact as a division; 0 and infinity included.
+// 1 / sqrt(v) within the error of a division, also for 0 and infinity.
 template <class V>
 inline V vrsqrt(V v) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, Vec<float>>) {
     const V guess = (V)_mm512_rsqrt14_ps((__m512)v);
-    const V better = guess * (1.5f - 0.5f * v * guess * guess);  // Newton's step, NaN where the guess is 0 or infinite
+    const V better = guess * (1.5f - 0.5f * v * guess * guess);  // Newton step; NaN where the guess is 0 or infinite
     return better != better ? guess : better;
   }
 #endif
   return 1 / vsqrt(v);
 }
 
-// relu as torch defines it: NaN stays.
+// ReLU as in torch: NaN is kept.
 template <class V>
 inline V vrelu(V v) {
   return v <= V{} ? V{} : v;
 }
 
-// Whether any lane of a comparison's result is set.
+// Whether any lane of a comparison is true.
 template <class V>
 inline bool any(V mask) {
 #if defined(__AVX512F__)
@@ -289,4 +290,4 @@ inline void for_dtype(DType dtype, const Body& body) {
 }
 
 }  // namespace ALEXNET_ISA
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu

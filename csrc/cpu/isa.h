@@ -1,9 +1,9 @@
 // Instruction sets of the CPU kernels.
 //
-// Every csrc/cpu/<op>.cpp is compiled once for each instruction set, with ALEXNET_ISA naming the namespace its kernels
-// live in. The compilation for `generic` also defines ALEXNET_REGISTER: it holds the operator itself, which picks the
-// kernels of the best instruction set that the processor has. Nothing else runs before that choice, so the library
-// loads on processors older than the compiler flags of its fastest kernels.
+// Every csrc/cpu/<op>.cpp is compiled once for each instruction set, with ALEXNET_ISA as the namespace of its kernels.
+// The compilation for `generic` also defines ALEXNET_REGISTER: it holds the operator, which picks the kernels of the
+// best instruction set that the processor supports. No code compiled for another set runs before that choice, so the
+// library also loads on processors without AVX.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,16 @@
 #define ALEXNET_ISA generic
 #endif
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cpu {
 
-enum class DType : uint8_t { f32, f64, bf16, f16 };
-
-// A kernel works on the tasks [begin, end) of its arguments; the result never depends on how tasks are split.
+// A kernel computes the tasks [begin, end) of its arguments. Its result does not depend on how tasks are split.
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
 
 enum class Isa : uint8_t { generic, avx2, avx512 };
 Isa current_isa();
-const char* isa_name(Isa isa);
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cpu
 
 #if defined(__x86_64__)
 #define ALEXNET_DECLARE_KERNEL(name, Args)                                           \

@@ -1,43 +1,21 @@
-// Images [N, C, H, W] as one array of vectors of channels, a thread for each.
+// ImageLayout [N, C, H, W] as one array of vectors of channels. Most kernels assign one vector to a thread.
 #pragma once
 
-#include "common/pool.h"
+#include "divisor.cuh"
+#include "launch.cuh"
 #include "vector.cuh"
 
-namespace alexnet_kernels {
+namespace alexnet_kernels::cuda {
 
-constexpr int kThreads = 256;  // of a block
-
-// Division by a number that is known before the launch, as a multiplication (Granlund, Montgomery 1994):
-// n / d = (high 32 bits of n * multiplier + n) >> shift, for 0 <= n < 2^31.
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(int64_t d) : divisor_(int(d)) {
-    while ((int64_t(1) << shift_) < d) ++shift_;
-    multiplier_ = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift_) - d)) / d + 1);
-  }
-  __host__ __device__ int value() const { return divisor_; }
-  __device__ __forceinline__ int quotient(int n) const {
-    return int((__umulhi(uint32_t(n), multiplier_) + uint32_t(n)) >> shift_);
-  }
-  __device__ __forceinline__ int remainder(int n) const { return n - quotient(n) * divisor_; }
-
- private:
-  int divisor_ = 1;
-  int shift_ = 0;
-  uint32_t multiplier_ = 1;
-};
-
-// A vector's place: channels c, c + 1, ... of pixel (y, x) of image n.
-struct Place {
+// The coordinates of a vector's first element: channel c of pixel (y, x) of image n.
+struct Coordinates {
   int64_t n;
   int c, y, x;
 };
 
-// Images whose vectors hold `vector` channels each (one in NCHW), in the order of their memory.
-struct Images {
-  Images(const IntList& size, MemoryFormat format, int vector)
+// The memory layout of images without gaps. Vectors hold `vector` channels of one pixel (1 in NCHW), in memory order.
+struct ImageLayout {
+  ImageLayout(const IntList& size, MemoryFormat format, int vector)
       : N(size[0]),
         C(int(size[1])),
         H(int(size[2])),
@@ -53,11 +31,12 @@ struct Images {
 
   __host__ __device__ int64_t vectors() const { return N * vectors_per_image; }
 
-  // Vector `first + ahead`, where `first` is the same for a whole block: the long division is then shared.
-  __device__ __forceinline__ Place locate(int64_t first, int ahead) const {
+  // The coordinates of vector first + index. `first` must be uniform in a block: its 64-bit division is then computed
+  // once.
+  __device__ __forceinline__ Coordinates locate(int64_t first, int index) const {
     int64_t n = first / vectors_per_image;
-    const int at = int(first - n * vectors_per_image) + ahead;
-    return at < vectors_per_image ? place(n, at) : locate_far(n, at);
+    const int at = int(first - n * vectors_per_image) + index;
+    return at < vectors_per_image ? coordinates(n, at) : later_image(n, at);
   }
 
   // The offset of channel c of pixel (y, x) of image n.
@@ -73,11 +52,11 @@ struct Images {
   int64_t vectors_per_image;
 
  private:
-  __device__ __forceinline__ Place locate_far(int64_t n, int at) const {
+  __device__ __forceinline__ Coordinates later_image(int64_t n, int at) const {
     const int images = at / int(vectors_per_image);
-    return place(n + images, at - images * int(vectors_per_image));
+    return coordinates(n + images, at - images * int(vectors_per_image));
   }
-  __device__ __forceinline__ Place place(int64_t n, int at) const {
+  __device__ __forceinline__ Coordinates coordinates(int64_t n, int at) const {
     int c, pixel;
     if (channels_last) {
       pixel = vectors_per_pixel.quotient(at);
@@ -91,8 +70,8 @@ struct Images {
   }
 };
 
-// How many channels a vector holds: 16 bytes of them, or one where the channels of a tower don't divide into such
-// vectors or where memory isn't aligned to them.
+// The channels of a vector: 16 bytes of them in channels_last, or 1 where `channels` (of a tower) is not a multiple of
+// that or a pointer is not aligned to 16 bytes.
 template <class T, class... Pointers>
 int vector_of(MemoryFormat format, int64_t channels, const Pointers*... p) {
   return format == MemoryFormat::ChannelsLast && channels % kVector<T> == 0 && aligned(p...) ? kVector<T> : 1;
@@ -105,4 +84,4 @@ void for_vector(int vector, const Body& body) {
   body(std::integral_constant<int, 1>{});
 }
 
-}  // namespace alexnet_kernels
+}  // namespace alexnet_kernels::cuda
