@@ -1,4 +1,4 @@
-"""Whole networks by others: torch.nn's modules, the same hardened, ONNX Runtime, TensorRT."""
+"""Other implementations of whole networks: torch.nn, torch.nn tuned for torch.compile, ONNX Runtime, TensorRT."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from alexnet_kernels.nn import AdaptiveAvgPool2d, LocalResponseNorm
 
 
 def missing(package: str) -> str | None:
+    """Why the package can't be used; None if it is installed."""
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def stock(model: AlexNet) -> nn.Sequential:
-    """The same network of torch.nn's own modules, parameters shared, where torch.nn has them."""
+    """The same network of torch.nn's own modules where they exist. The parameters are shared."""
 
     def plain(module: nn.Module) -> nn.Module:
         if isinstance(module, LocalResponseNorm) and module.groups == 1:
@@ -67,7 +68,7 @@ _pool.register_autograd(
 
 
 class NativePool(nn.Module):
-    """Max-pooling by PyTorch's own kernels, which torch.compile would replace by a scatter with atomics."""
+    """Max-pooling by PyTorch's eager kernels: torch.compile's own backward scatters with atomics."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class NativePool(nn.Module):
 
 
 class SlicedNorm(nn.Module):
-    """Local response normalisation as a sum of shifted slices, of which torch.compile makes one pass."""
+    """Local response normalisation as a sum of shifted slices, which torch.compile fuses into one pass."""
 
     def __init__(self, norm: nn.LocalResponseNorm) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class SlicedNorm(nn.Module):
 
 
 def hardened(model: AlexNet) -> nn.Sequential:
-    """What an expert would make of `stock` before torch.compile: normalisation in one pass, pooling's own backward."""
+    """`stock` tuned for torch.compile: normalisation in one fused pass, and the eager backward of max-pooling."""
 
     def swapped(module: nn.Module) -> nn.Module:
         if type(module) is nn.LocalResponseNorm:
@@ -111,16 +112,16 @@ def _classes(model: AlexNet) -> int:
 def torchvision_alexnet(model: AlexNet) -> nn.Module:
     from torchvision.models import alexnet
 
-    peer = alexnet(num_classes=_classes(model))
-    peer.load_state_dict(model.state_dict())
-    return peer.to(next(model.parameters()).device).train(model.training)
+    baseline = alexnet(num_classes=_classes(model))
+    baseline.load_state_dict(model.state_dict())
+    return baseline.to(next(model.parameters()).device).train(model.training)
 
 
 def to_onnx(model: AlexNet, batch: int, size: int) -> Any:
-    """The network at inference as an ONNX model, float32: input "images" [batch, 3, size, size], output "logits".
+    """The network at inference as an ONNX model in float32, from "images" [batch, 3, size, size] to logits.
 
     Raises:
-        ValueError: a layer that ONNX has no operator for.
+        ValueError: ONNX has no operator for a layer.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -166,7 +167,7 @@ def to_onnx(model: AlexNet, batch: int, size: int) -> Any:
             if tuple(maps) != layer.output_size:
                 raise ValueError(f"ONNX has no adaptive pooling of {tuple(maps)} to {layer.output_size}")
         elif not isinstance(layer, nn.Dropout):
-            raise ValueError(f"ONNX has no operator for {type(layer).__name__} as it is here")
+            raise ValueError(f"ONNX has no operator for {type(layer).__name__} with these settings")
     classes = _classes(model)
     graph = helper.make_graph(
         nodes,
@@ -179,7 +180,7 @@ def to_onnx(model: AlexNet, batch: int, size: int) -> Any:
 
 
 def onnxruntime(model: AlexNet, images: Tensor) -> Callable[[], Tensor]:
-    """Inference by ONNX Runtime on the CPU, with as many threads as torch has."""
+    """Inference by ONNX Runtime on the CPU, with torch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -192,7 +193,7 @@ def onnxruntime(model: AlexNet, images: Tensor) -> Callable[[], Tensor]:
 
 
 def tensorrt(model: AlexNet, images: Tensor) -> Callable[[], Tensor]:
-    """Inference by TensorRT; in half precision where the images are."""
+    """Inference by TensorRT, in bfloat16 if the images are."""
     import tensorrt as trt
 
     logger = trt.Logger(trt.Logger.ERROR)

@@ -1,4 +1,4 @@
-"""Every op at AlexNet's layers, from the ops' records, and the comparison with the definition."""
+"""Every op at AlexNet's layers, from the op records, and the comparison with the definition."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from alexnet_kernels.bench.row import SHORT
 from alexnet_kernels.op_info import OP_INFOS, Baseline, Layer, Maker, OpInfo, Work, with_gradients
 from alexnet_kernels.op_info._record import OUTLIERS, OVERHEAD, Inputs
 
-# Of the largest element: sums of half-precision terms that PyTorch rounds between its operators.
+# Relative to the largest element. PyTorch rounds to half precision between its operators.
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one layer, in a dtype and a memory format."""
+    """One op at one layer, in one dtype and memory format."""
 
     info: OpInfo
     at: Layer
     dtype: torch.dtype
     channels_last: bool
     core: bool
-    """Whether AlexNet runs in it, fast."""
+    """Whether AlexNet runs the op in this dtype and memory format."""
     call: Callable[[Inputs, str], Tensor]
-    """The op, by a backend."""
+    """Runs the op by a backend."""
 
     @property
     def op(self) -> str:
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Of the largest element."""
+        """The largest error, relative to the largest element."""
         return self.info.tolerance(self.dtype) or TOLERANCES[self.dtype]
 
     def make(self, batch: int, device: torch.device) -> Inputs:
@@ -90,12 +90,12 @@ def _all() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    """Those of `core` first, in the order of what matters most: bfloat16, float32, NCHW, float16."""
+    """All cases, the core ones first, by importance: bfloat16, float32, NCHW, float16."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
 
     def rank(case: Case) -> tuple[bool, int]:
-        place = dtypes.index(case.dtype) if case.channels_last else 1.5
-        return not case.core, int(2 * place)
+        position = dtypes.index(case.dtype) if case.channels_last else 1.5
+        return not case.core, int(2 * position)
 
     return sorted(_all(), key=rank)
 
@@ -105,7 +105,7 @@ def backward_of(out: Tensor, inputs: Inputs, wrt: tuple[str, ...], grad: Tensor)
 
 
 def compare(actual: Tensor, expected: Tensor, tolerance: float, what: str, outliers: float = OUTLIERS) -> str | None:
-    """Why `actual` differs from `expected`, a float64 value; None if it doesn't."""
+    """Why `actual` differs from the float64 tensor `expected`; None if at most `outliers` of the elements do."""
     if actual.shape != expected.shape:
         return f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
@@ -120,7 +120,7 @@ def compare(actual: Tensor, expected: Tensor, tolerance: float, what: str, outli
 
 
 class Expectation:
-    """What a case's definition computes, in float64, for a batch of random inputs: output and gradients."""
+    """Output and gradients of a case's definition in float64, for a batch of random inputs."""
 
     def __init__(self, case: Case, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ class Expectation:
     def problem(
         self, function: Callable[[Inputs], Tensor], backward: bool = True, outliers: float = OUTLIERS
     ) -> str | None:
-        """What is wrong with the output of this function, or with its gradients; None if nothing."""
+        """The first error in the function's output or gradients; None if there is none."""
         case = self.case
         out = function(self.inputs)
         if wrong := compare(out, self.output, case.tolerance, "output", outliers):

@@ -1,4 +1,4 @@
-"""What a report says about where it was made."""
+"""Facts about the machine and the software, for reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MATRIX_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "b
 
 
 def cpu_facts() -> dict[str, str]:
-    """The last processor's lines of /proc/cpuinfo; empty where there is none."""
+    """The entry of the last processor in /proc/cpuinfo; empty on systems without that file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -35,7 +35,7 @@ def cpu() -> str:
 
 
 def commit() -> str:
-    """Of the source tree that the package is in, if any; a tree without git has it from ALEXNET_KERNELS_COMMIT."""
+    """The commit of the package's source tree, or "unknown". ALEXNET_KERNELS_COMMIT overrides it."""
     if given := os.environ.get("ALEXNET_KERNELS_COMMIT"):
         return given
 
@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def output(*command: str, pattern: str) -> str:
-    """What a command prints and the pattern's group finds there."""
+    """The pattern's group in a command's output; "none" if the command can't run, "unknown" without a match."""
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -61,7 +61,7 @@ def output(*command: str, pattern: str) -> str:
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit."""
+    """The path of a program of the CUDA toolkit; None if it is not installed."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name) or shutil.which(f"{home}/bin/{name}")
 
@@ -74,7 +74,7 @@ def version(package: str) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The device's last cache. 32 MiB where the system doesn't say, 50 MiB (an H100's) where torch doesn't."""
+    """Size of the device's last-level cache. Unknown: 32 MiB for a CPU, 50 MiB (H100) for a GPU."""
     if device.type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 * 2**20))
     sizes = [32 * 2**20] if not (found := Path("/sys/devices/system/cpu/cpu0/cache")).exists() else [0]
@@ -86,7 +86,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What decides how fast this device is."""
+    """Hardware and software that determine the device's speed."""
     found: dict[str, Any] = {
         "device": cpu(),
         "threads": torch.get_num_threads(),

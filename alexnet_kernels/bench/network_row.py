@@ -1,4 +1,4 @@
-"""A whole network: inference or a training step."""
+"""The row of a whole network: inference or a training step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from alexnet_kernels.bench.row import SHORT, WITHOUT_MASTERS, Measurement, RowRe
 from alexnet_kernels.bench.timing import Call, guarded, measure
 from alexnet_kernels.op_info.sgd_step import NBYTES
 
-SPIN = 0.1  # seconds, more than ONNX Runtime's threads spin after a run
+SPIN = 0.1  # seconds; threads of ONNX Runtime spin for less than this after a run
 
 
 @dataclass(frozen=True)
 class NetRow(Network):
-    """A preset's inference or training step: forward, loss, backward and optimizer.
+    """A preset's inference, or its training step: forward, loss, backward and optimizer.
 
-    In bfloat16, by autocast, with float32 parameters; and, where a variant's name says so, with bfloat16 ones. Dropout
-    scales in training for all, so that all compute the same.
+    bfloat16 rows run under autocast with float32 parameters; variants "pure bf16" have bfloat16 parameters. Dropout
+    scales at training in every variant, so that all compute the same function.
     """
 
     more: Collection[str] = ()  # "hardened, eager"
-    label: str = ""  # that tells the row from another one of the same network
+    label: str = ""  # distinguishes rows of the same network
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class NetRow(Network):
         return bool(self.compile)
 
     def _known(self, device: torch.device) -> dict[str, str | None]:
-        """This row's variants, each with the reason if it is missing here."""
+        """The row's variants, each with the reason if it is missing on this machine, else None."""
         bf16, cuda = self.dtype == torch.bfloat16, device.type == "cuda"
         found: dict[str, str | None] = {"auto": None}
         if cuda:
@@ -82,7 +82,7 @@ class NetRow(Network):
         for name in self.variants(device):
             if f"{self.name} by {name}" in skip:
                 continue
-            if name == WITHOUT_MASTERS and "eager, pure bf16" not in calls:  # no baseline is without
+            if name == WITHOUT_MASTERS and "eager, pure bf16" not in calls:  # the matching baseline is missing
                 continue
             with guarded(name, device, result.errors):
                 variant = NetVariant(self, name, device)
@@ -92,7 +92,7 @@ class NetRow(Network):
                     calls[name] = [variant.call]
         training = self.purpose != "inference"
         works = roofline.network(self.preset, self.dtype, self.width, self.size).values()
-        # Layer by layer: each is bound by what it needs most.
+        # Per layer, since each has its own bottleneck.
         layers = [(work.moved(self.batch, training), work.done(self.batch, training)) for work in works]
         if training:
             layers.append((NBYTES * roofline.parameters(self.preset, self.width), 0))

@@ -1,4 +1,4 @@
-"""A network by one variant, and what is expected of it."""
+"""One variant of a network, and the expected results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from alexnet_kernels.models import PRESETS, AlexNet
 from alexnet_kernels.nn import Dropout
 
 HARDENED = "hardened"
-"""A network as an expert would write it, compiled with max-autotune. "hardened, compiled" is without autotuning."""
+"""The network of `baselines.hardened`, compiled with max-autotune. "hardened, compiled" is without autotuning."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A preset, and how it is run."""
+    """A preset, and the settings that it runs with."""
 
     preset: str
     batch: int
@@ -34,9 +34,9 @@ class Network:
     channels_last: bool = True
     compile: Collection[str] = ()  # of COMPILED, HARDENED, and "hardened, compiled"
     width: float = 1.0
-    size: int | None = None  # of the images, if not the preset's
+    size: int | None = None  # image size; None: the preset's
 
-    # Of the norm of the definition's, by dtype: activations and gradients are rounded in every layer.
+    # Relative to the norm of the expected value, by dtype: every layer rounds activations and gradients.
     TOLERANCES: ClassVar[dict[torch.dtype, float]] = {torch.float32: 5e-3, torch.bfloat16: 0.05}
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -47,13 +47,13 @@ class Network:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images, labels
 
     def model(self, device: torch.device) -> AlexNet:
-        """The same on every call for the same device."""
+        """The network with the same initial values on every call."""
         torch.manual_seed(0)
         model = AlexNet(preset=self.preset, width=self.width, device=device).train(self.purpose != "inference")
         for module in model.modules():
             if isinstance(module, Dropout):
                 module.scale_at = "training"
-            elif isinstance(module, nn.Conv2d | nn.Linear):  # so that what is compared stays of the order of one
+            elif isinstance(module, nn.Conv2d | nn.Linear):  # keeps activations and gradients of order one
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 

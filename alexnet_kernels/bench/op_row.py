@@ -1,4 +1,4 @@
-"""An op at a layer, at a batch: forward, and forward and backward."""
+"""The row of an op at one layer and batch size."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from alexnet_kernels.op_info._record import OUTLIERS, OVERHEAD, PEER_OUTLIERS, I
 
 
 def compiled(baseline: Baseline, **options: Any) -> Baseline:
-    """The baseline by torch.compile, as one graph: past dynamo's limit of recompilations it would run eagerly."""
+    """The baseline compiled as one graph. Resets dynamo, which runs code eagerly past its recompilation limit."""
     torch._dynamo.reset()
     return dataclasses.replace(baseline, call=torch.compile(baseline.call, dynamic=False, fullgraph=True, **options))
 
 
 @dataclass(frozen=True)
 class OpRow:
-    """A case at a batch, forward, and forward and backward."""
+    """A case at one batch size: forward, and forward and backward together."""
 
     case: Case
     batch: int
     compile: Collection[str] = ()  # of COMPILED
-    apart: bool = False  # the backward pass alone, in place of both passes
-    label: str = ""  # that tells the row from another one of the same case
+    apart: bool = False  # times the backward pass alone, in place of both passes
+    label: str = ""  # distinguishes rows of the same case
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class OpRow:
         return bool(self.compile)
 
     def variants(self, device: torch.device) -> list[str]:
-        """Those that the device has, if nothing goes wrong."""
+        """The variants available on the device, barring errors."""
         ours = [backend for backend, reason in our_backends(self.case.op, device).items() if not reason]
         return ours + list(self._baselines(device))
 
@@ -75,7 +75,7 @@ class OpRow:
     def time(
         self, device: torch.device, *, seconds: float = 1.0, rounds: int = 15, skip: Collection[str] = ()
     ) -> RowResult:
-        """`skip` names variants, "ROW by VARIANT", that lost the device before."""
+        """`skip`: variants, as "ROW by VARIANT", after which the device was lost before."""
         case, batch = self.case, self.batch
         result = RowResult(case.op, case.layer, SHORT[case.dtype], batch)
         wrong, errors = result.wrong, result.errors
@@ -118,7 +118,7 @@ class OpRow:
         return result
 
     def call(self, direction: str, backend: str, device: torch.device) -> Call:
-        """One direction by a backend, on inputs of its own; "backward" on the current stream."""
+        """A call of one direction by a backend, on new inputs. A forward pass before "backward" runs now."""
         case = self.case
         inputs = with_gradients(case.make(self.batch, device), case.wrt)
         if direction == "backward":
@@ -143,7 +143,7 @@ def _call(case: Case, variant: Baseline, inputs: Inputs, direction: str, device:
 
         return forward
     if direction == "backward":
-        # On the stream that calls are captured on, as the forward pass that it belongs to.
+        # The forward pass has to run on the stream that the backward pass is captured on.
         with on_capture_stream(device):
             return _backward(variant.call(inputs), inputs, case.wrt)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def _call(case: Case, variant: Baseline, inputs: Inputs, direction: str, device:
 
 
 def _backward(out: Tensor, inputs: Inputs, wrt: tuple[str, ...]) -> Call:
-    """The backward pass alone, of a forward pass that was made."""
+    """A call of the backward pass alone, after a completed forward pass."""
     grad = torch.randn_like(out)
 
     def backward() -> None:

@@ -1,4 +1,4 @@
-"""The optimizer's step over all of AlexNet's parameters."""
+"""The row of the optimizer's step over all of AlexNet's parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alexnet_kernels.op_info.sgd_step import NBYTES
 
 @dataclass(frozen=True)
 class SgdRow:
-    """The optimizer's step over all of AlexNet's parameters, or over small ones; torch.optim.SGD is the baseline."""
+    """The optimizer's step over all of AlexNet's parameters, or a few small ones. The baseline is torch.optim.SGD."""
 
     small: bool = False
     name = "sgd_step, AlexNet's parameters, fp32"
@@ -56,11 +56,11 @@ class SgdRow:
         return result
 
     def call(self, name: str, device: torch.device) -> Call:
-        """A step of this variant."""
+        """A call that takes one step."""
         return self._step(self._parameters(self._SMALL if self.small else PARAMETERS, device), name)
 
     def _step(self, parameters: list[nn.Parameter], name: str) -> Call:
-        """A step of this variant; the gradients are there already."""
+        """A call that takes one step with the gradients that the parameters have."""
         if name.startswith("torch"):
             stepper: torch.optim.Optimizer = torch.optim.SGD(
                 parameters, **self._SETTINGS, fused=name == "torch fused", foreach=name == "torch foreach"
@@ -85,6 +85,7 @@ class SgdRow:
         return values
 
     def problem(self, name: str, device: torch.device) -> str | None:
+        """The first error of three steps against torch.optim.SGD in float64; None if there is none."""
         few = self._parameters(self._SMALL, device)
         exact = [nn.Parameter(p.detach().cpu().double()) for p in few]
         for wide, value in zip(exact, few, strict=True):

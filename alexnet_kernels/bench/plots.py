@@ -1,4 +1,4 @@
-"""Pictures of a report of bench.py."""
+"""Plots of a report of `alexnet-kernels bench`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from alexnet_kernels.bench import tables
 from alexnet_kernels.bench.roofline import Ceilings, ceilings
 
-OURS, PEER, LINE = "#1f77b4", "#999999", "#333333"
+OURS, BASELINE, LINE = "#1f77b4", "#999999", "#333333"
 
 
 def draw(report: dict[str, Any], prefix: Path) -> list[Path]:
-    """Writes PREFIX_ratios.png, PREFIX_roofline.png and PREFIX_throughput.png, those that the report has rows for."""
+    """Writes PREFIX_ratios.png, PREFIX_roofline.png and PREFIX_throughput.png, where the report has rows for them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +34,7 @@ def draw(report: dict[str, Any], prefix: Path) -> list[Path]:
 
 
 def _ratios(pyplot: Any, report: dict[str, Any]) -> Any:
-    """The speed-up over the best baseline at the largest batch: a panel for networks and for each op, a bar a row."""
+    """The speed-up over the best baseline at the largest batch: one panel for networks and one for each op."""
     families: dict[str, list[tuple[str, float]]] = {}
     for section in ("nets", "ops"):
         rows = list(tables.measurements(report[section]))
@@ -47,7 +47,7 @@ def _ratios(pyplot: Any, report: dict[str, Any]) -> Any:
                 families.setdefault(family, []).append((label.replace(f", batch {largest}", ""), value))
     if not families:
         return None
-    columns: list[list[str]] = [[], []]  # of families, about equally long
+    columns: list[list[str]] = [[], []]  # families, balanced by the number of bars
     lengths = [0, 0]
     for family, bars in families.items():
         shorter = lengths.index(min(lengths))
@@ -66,7 +66,7 @@ def _ratios(pyplot: Any, report: dict[str, Any]) -> Any:
 
 def _bars(axes: Any, title: str, bars: list[tuple[str, float]]) -> None:
     places = range(len(bars))
-    axes.barh(places, [value for _, value in bars], color=[OURS if value >= 1 else PEER for _, value in bars])
+    axes.barh(places, [value for _, value in bars], color=[OURS if value >= 1 else BASELINE for _, value in bars])
     axes.set_yticks(places, [label for label, _ in bars], fontsize=7)
     beside = {"xytext": (2, 0), "textcoords": "offset points", "va": "center", "fontsize": 6}
     for place, (_, value) in zip(places, bars, strict=True):
@@ -79,7 +79,7 @@ def _bars(axes: Any, title: str, bars: list[tuple[str, float]]) -> None:
 
 
 def _roofline(pyplot: Any, report: dict[str, Any], found: Ceilings) -> Any:
-    """Operations a second against operations per byte, below what the device reaches."""
+    """Operations per second against operations per byte, below the measured rates of the device."""
     points: list[tuple[str, float, float]] = []
     for _, _, result, measured in tables.measurements(report["ops"]):
         fastest = tables.best(measured["times"], True)
@@ -109,18 +109,18 @@ def _roofline(pyplot: Any, report: dict[str, Any], found: Ceilings) -> Any:
 
 
 def _throughput(pyplot: Any, report: dict[str, Any]) -> Any:
-    """Images a second against the batch, ours and the best peer's, of each network measured at several batches.
+    """Images per second against the batch, ours and the best baseline's, for networks measured at several batches.
 
-    A panel for each dtype, memory format and purpose; a preset has one colour in all of them.
+    One panel for each dtype, memory format and purpose; a preset has the same colour in all panels.
     """
     panels: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
     for name, direction, result, measured in tables.measurements(report["nets"]):
-        mine, peer = (tables.best(measured["times"], ours) for ours in (True, False))
+        mine, other = (tables.best(measured["times"], ours) for ours in (True, False))
         if mine:
             batch = result["batch"]
             preset, _, layout = name.partition(", batch")[0].partition(", ")
             lines = panels.setdefault(f"{layout}, {direction}", {})
-            lines.setdefault(preset, []).append((batch, batch / mine[1], batch / peer[1] if peer else None))
+            lines.setdefault(preset, []).append((batch, batch / mine[1], batch / other[1] if other else None))
     for lines in panels.values():
         for preset in [preset for preset, points in lines.items() if len(points) < 2]:
             del lines[preset]
@@ -139,16 +139,16 @@ def _throughput(pyplot: Any, report: dict[str, Any]) -> Any:
             points.sort()
             batches = [batch for batch, _, _ in points]
             legend[preset] = axes.plot(batches, [ours for _, ours, _ in points], color=colors[preset], marker="o")[0]
-            peers = [(batch, rate) for batch, _, rate in points if rate]
-            if peers:
-                axes.plot(*zip(*peers, strict=True), color=colors[preset], marker=".", linestyle=":")
+            others = [(batch, rate) for batch, _, rate in points if rate]
+            if others:
+                axes.plot(*zip(*others, strict=True), color=colors[preset], marker=".", linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("batch")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    figure.supylabel("images per second (dotted: the best peer)")
+    figure.supylabel("images per second (dotted: the best baseline)")
     figure.suptitle(_title(report))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure

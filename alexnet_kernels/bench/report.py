@@ -1,4 +1,4 @@
-"""The report of `alexnet-kernels bench`: measuring rows, JSON, Markdown."""
+"""The report of `alexnet-kernels bench`: measures rows, and writes JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 class FormatError(Exception):
-    """A file that isn't a report."""
+    """The file is not a report."""
 
 
 def section(row: Row) -> str:
@@ -44,10 +44,10 @@ def new_report(device: torch.device) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report.
+    """Reads a report.
 
     Raises:
-        FormatError: the file can't be read, or is something else.
+        FormatError: the file can't be read, or is not a report.
     """
     try:
         found = json.loads(path.read_text())
@@ -68,9 +68,15 @@ def run(
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measures the rows, and keeps OUT.json and OUT.md up to date after each.
+    """Measures the rows, and rewrites OUT.json and OUT.md after each.
 
-    Stops at a variant after which the device runs nothing any more, which the report names.
+    Stops at a variant after which the device is unusable; the report names it.
+
+    Args:
+        seconds: time limit of a row's variants together.
+        rounds: upper limit of the rounds.
+        small: measures the device's rates on small tensors.
+        say: receives each line of progress.
     """
     configure()
     report = new_report(device)
@@ -96,22 +102,22 @@ def run(
 
 
 def configure() -> None:
-    """Sets torch up as the baselines' experts would, and keeps freed memory: page faults would count as time."""
+    """Lets cuDNN autotune and use TF32, and keeps freed memory, so that page faults are not timed."""
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True
 
 
 def summary(name: str, result: dict[str, Any], rates: roofline.Ceilings | None) -> list[str]:
-    """A line for each direction, and for each of our variants that was not timed."""
+    """One line for each direction, and for each of our variants that was not timed."""
     lines = [f"NOT TIMED: {problem}" for problem in tables.problems({name: result})]
     for _, direction, _, measured in tables.measurements({name: result}):
-        mine, peer = (tables.best(measured["times"], ours) for ours in (True, False))
+        mine, other = (tables.best(measured["times"], ours) for ours in (True, False))
         if mine is None:
             continue
         text = f"{tables.full_name(name, direction)}: {tables.seconds_text(mine[1])}"
-        if peer:
-            text += f", {peer[0]} {tables.seconds_text(peer[1])}, ratio {peer[1] / mine[1]:.2f}"
+        if other:
+            text += f", {other[0]} {tables.seconds_text(other[1])}, ratio {other[1] / mine[1]:.2f}"
         if rates and not measured["cached"]:
             text += f", {tables.floor(result, measured, rates) / mine[1]:.0%} of the floor"
         lines.append(text)
@@ -124,7 +130,7 @@ def markdown(report: dict[str, Any]) -> str:
     about = [f"- {name}: {_plain(facts[name])}" for name in names if facts.get(name)]
     about += [f"- commit: {facts['commit']}", f"- date: {report['date']}"]
     about += [f"- {name}: {version}" for name, version in report["peers"].items() if version != "none"]
-    about.append("- allocator: freed memory is kept, for all alike")
+    about.append("- allocator: freed memory is kept, for every variant")
     rates = roofline.ceilings(report["ceilings"])
     lines = ["# Benchmarks", "", *about, ""]
     lines += [tables.ceilings_text(rates), ""] if rates else []
@@ -146,10 +152,10 @@ def save(report: dict[str, Any], out: Path) -> None:
 
 
 def pictures(report: dict[str, Any], out: Path) -> list[Path]:
-    """None where matplotlib is not installed."""
+    """Writes the plots; returns their paths, none if matplotlib is not installed."""
     return [] if baselines.missing("matplotlib") else plots.draw(report, out)
 
 
 def failed(report: dict[str, Any]) -> list[str]:
-    """Why the report is not to be trusted: ours that are wrong or don't run."""
+    """Why the report is not valid: our variants that are wrong or don't run."""
     return [*tables.problems({**report["ops"], **report["nets"]}), *report["lost"].values()]

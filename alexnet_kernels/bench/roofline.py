@@ -1,4 +1,4 @@
-"""The least work of AlexNet's layers, and the rates of a device, measured on it."""
+"""The least work of AlexNet's layers, and the measured rates of a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from alexnet_kernels.op_info import (
 
 
 def network(preset: str, dtype: torch.dtype, width: float = 1.0, size: int | None = None) -> dict[str, Work]:
-    """Layer by layer, each as one pass where this package has an op for it; without the optimizer's step."""
+    """The work of each layer, as one pass where this package has an op for it; excludes the optimizer's step."""
     model = AlexNet(preset=preset, width=width, device="meta").eval()
     return dict(_layers(model, dtype.itemsize, size or PRESETS[preset].input_size))
 
@@ -37,7 +37,7 @@ def parameters(preset: str, width: float = 1.0) -> int:
 def _layers(model: AlexNet, e: int, size: int) -> Iterator[tuple[str, Work]]:
     x = torch.empty(1, 3, size, size, device="meta")
     layer = 0
-    # A ReLU costs nothing in the pass before it or after it.
+    # A ReLU is free: it is part of the pass before or after it.
     children = [child for child in model.features if not isinstance(child, nn.ReLU)]
     i = 0
     while i < len(children):
@@ -70,13 +70,13 @@ def _layers(model: AlexNet, e: int, size: int) -> Iterator[tuple[str, Work]]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at the simplest of tasks."""
+    """Measured rates of a device: upper limits for its kernels."""
 
-    copy: float  # bytes a second, read and written, of copying a large tensor
-    gemm: dict[str, float]  # operations a second of a large matrix product: fp32, bf16, fp16, tf32 (CUDA)
+    copy: float  # bytes per second, read and written, of copying a large tensor
+    gemm: dict[str, float]  # operations per second of a large matrix product, by fp32, bf16, fp16 and, on CUDA, tf32
 
     def product(self, dtype: str) -> float:
-        """Operations a second; float32 convolutions on CUDA take TF32."""
+        """Operations per second; float32 convolutions on CUDA use TF32."""
         names = ("tf32", "fp32") if dtype == "fp32" else (dtype, "bf16", "fp32")
         return next(self.gemm[name] for name in names if name in self.gemm)
 
@@ -89,13 +89,13 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, small: bool = False) -> Iterator[dict[str, Any]]:
-    """{"copy": ...} and {"gemm": {dtype: ...}}, one after the other."""
+    """Yields {"copy": ...}, then {"gemm": {dtype: ...}} after each dtype."""
     gpu = device.type == "cuda"
     yield {"copy": copy_rate(device, 2**31 if gpu else 2**24 if small else 2**28)}
     size = 8192 if gpu else 256 if small else 2048
     gemm: dict[str, float] = {}
     for dtype, name in SHORT.items():
-        # Processors without instructions for float16 take a minute for what takes them a millisecond in bfloat16.
+        # Without float16 instructions, a CPU is slower by orders of magnitude than in bfloat16.
         slow = dtype == torch.float16 and not gpu
         gemm[name] = gemm_rate(device, min(size, 256) if slow else size if dtype.itemsize == 2 else size // 2, dtype)
         yield {"gemm": dict(gemm)}
@@ -108,5 +108,5 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Iterator[dict
 
 
 def ceilings(found: dict[str, Any]) -> Ceilings | None:
-    """Of what `measure_ceilings` yielded, merged; None if that isn't all there."""
+    """From what `measure_ceilings` yielded, merged; None if it is incomplete."""
     return Ceilings(found["copy"], found["gemm"]) if found.get("copy") and found.get("gemm") else None

@@ -1,4 +1,4 @@
-"""What a benchmark row is, and its result."""
+"""The protocol of a benchmark row, and its result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 COMPILED: dict[str, dict[str, Any]] = {
     "compiled": {},
-    # CUDA graphs are the timing's own.
+    # The timing captures CUDA graphs itself.
     "compiled, max-autotune": {"mode": "max-autotune-no-cudagraphs"},
 }
 """Options of torch.compile, by variant."""
@@ -31,7 +31,7 @@ class Measurement:
     """One direction of a row."""
 
     nbytes: float
-    """The least number of bytes that a call moves."""
+    """The fewest bytes that a call has to move."""
     operations: float
     cached: bool
     """Whether all inputs fit in the device's cache."""
@@ -52,7 +52,7 @@ class Measurement:
 
 @dataclass
 class RowResult:
-    """What a row's variants took. `wrong`, `errors` and `missing` hold reasons by variant."""
+    """The times of a row's variants. `wrong`, `errors` and `missing` hold reasons by variant."""
 
     op: str
     layer: str
@@ -64,16 +64,16 @@ class RowResult:
     directions: dict[str, Measurement] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, and the directions beside them."""
+        """One dict of the fields and the directions."""
         found = {name: value for name, value in vars(self).items() if name != "directions"}
         return found | {direction: measured.to_json() for direction, measured in self.directions.items()}
 
 
 class Row(Protocol):
-    """An op at a layer, the optimizer's step, or a network: timed by this package and by baselines.
+    """An op at a layer, the optimizer's step, or a network, timed by this package and by baselines.
 
-    A row compares its variants with the definition in float64 first, and times the correct ones in turn, in one
-    process.
+    A row first compares its variants with the definition in float64, then times the correct ones in interleaved
+    rounds in one process.
     """
 
     @property
@@ -84,26 +84,30 @@ class Row(Protocol):
 
     @property
     def compiles(self) -> bool:
-        """Whether a variant is torch.compile's."""
+        """Whether torch.compile is among the variants."""
         ...
 
     def variants(self, device: torch.device) -> list[str]:
-        """Those that the device has, if nothing fails."""
+        """The variants available on the device, barring errors."""
         ...
 
     def time(
         self, device: torch.device, *, seconds: float = 1.0, rounds: int = 15, skip: Collection[str] = ()
     ) -> RowResult:
-        """`skip` names variants, "ROW by VARIANT", after which the device was lost before."""
+        """Measures the row for about `seconds`, all variants together, and at most `rounds` rounds.
+
+        `skip`: variants, as "ROW by VARIANT", after which the device was lost before.
+        """
         ...
 
 
 def is_ours(variant: str) -> bool:
+    """Whether the variant is this package's; the others are baselines."""
     return variant in ("cpu", "cuda", *OUR_NETS)
 
 
 def our_backends(op: str, device: torch.device) -> dict[str, str | None]:
-    """This package's backends for the device, each with the reason if the op lacks it."""
+    """This package's backends for the device, each with the reason if the op lacks it, else None."""
     return {backend: backends.unavailable(op, backend) for backend in OURS[device.type]}
 
 
@@ -112,5 +116,5 @@ def prefixed(label: str, name: str) -> str:
 
 
 def capturable(lr: float, device: torch.device) -> float | torch.Tensor:
-    """A learning rate for steps that CUDA graphs capture."""
+    """The learning rate in a form that CUDA graphs can capture."""
     return torch.tensor(lr, device=device) if device.type == "cuda" else lr

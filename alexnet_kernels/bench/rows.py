@@ -1,4 +1,4 @@
-"""Which rows `alexnet-kernels bench` and `pytest benchmarks/` measure."""
+"""The rows that `alexnet-kernels bench` and `pytest benchmarks/` measure."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from alexnet_kernels.op_info._record import OVERHEAD
 KINDS = ("ops", "nets")
 BATCHES = {"cpu": (1, 32), "cuda": (1, 32, 128, 256, 1024)}
 REFERENCE = {"cpu": 32, "cuda": 128}
-"""The batch at which compiled baselines are measured, too."""
+"""The batch size at which compiled baselines are measured as well."""
 SMOKE = 2
-"""The batch of a smoke run."""
+"""The batch size of a smoke run."""
 SMOKE_TIMING: dict[str, Any] = {"seconds": 0.01, "rounds": 1}
 
 
 def rows(
     device: torch.device, kinds: Collection[str] = KINDS, batches: Sequence[int] | None = None, smoke: bool = False
 ) -> list[Row]:
-    """All, in the order of what matters; `smoke`: every op, network and baseline, small."""
+    """All rows, the most important first. `smoke`: small rows of every op, network and baseline."""
     kind = device.type
     reference = SMOKE if smoke else REFERENCE[kind]
     chosen = (SMOKE,) if smoke else tuple(batches or BATCHES[kind])
@@ -43,7 +43,7 @@ def rows(
 
 def _ops(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
     every = cases()
-    if smoke:  # Each op in each dtype and format, at the layer with the least work.
+    if smoke:  # each op in each dtype and format, at the layer with the least work
         cheapest: dict[Any, Case] = {}
         for case in every:
             key = case.op, case.dtype, case.channels_last, case.layer == OVERHEAD
@@ -54,7 +54,7 @@ def _ops(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
     if smoke:
         compiles = [case for case in compiles if case.op == "max_pool2d" and case.dtype == torch.float32]
     compiled = {case.name for case in compiles}
-    matrices = ("conv2d_relu", "linear_relu_dropout")  # of which autotuning has something to choose
+    matrices = ("conv2d_relu", "linear_relu_dropout")  # ops whose kernels autotuning can choose
 
     def row(case: Case, batch: int) -> Row:
         names: tuple[str, ...] = ()
@@ -84,12 +84,12 @@ def _nets(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
                         if compiles:
                             row = dataclasses.replace(row, compile=(*COMPILED, "hardened"))
                         found.append(row)
-    if smoke:  # at the width of torchvision's model
+    if smoke:  # torchvision's model has full width
         found.append(NetRow("torchvision", 1, "inference", torch.float32))
         found += [NetRow(preset, SMOKE, "training step", width=0.05) for preset in PRESETS if preset not in main]
     return found
 
 
 def select(found: Sequence[Row], only: str | None) -> list[Row]:
-    """Those whose name the regular expression finds."""
+    """The rows whose name matches the regular expression somewhere."""
     return [row for row in found if only is None or re.search(only, row.name)]

@@ -1,4 +1,4 @@
-"""Markdown of what rows.py found, and what changed between two reports."""
+"""Markdown tables of measured rows, and the comparison of two reports."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ Results = Mapping[str, dict[str, Any]]
 
 
 def best(times: Mapping[str, dict[str, Any]], ours: bool) -> tuple[str, float] | None:
-    """The fastest of our variants, or of the others: (name, seconds)."""
+    """(name, seconds) of the fastest of our variants, or of the baselines."""
     valid = {n: t["median"] for n, t in times.items() if "median" in t and is_ours(n) == ours}
     name = min(valid, key=valid.__getitem__, default=None)
     return None if name is None else (name, valid[name])
 
 
 def ratio(measured: dict[str, Any]) -> float | None:
-    """The best peer's time to the best of ours."""
-    mine, peer = best(measured["times"], True), best(measured["times"], False)
-    return peer[1] / mine[1] if mine and peer else None
+    """The best baseline's time divided by the best of ours; None if one is missing."""
+    mine, other = best(measured["times"], True), best(measured["times"], False)
+    return other[1] / mine[1] if mine and other else None
 
 
 def floor(result: dict[str, Any], measured: dict[str, Any], ceilings: Ceilings) -> float:
-    """Seconds that it takes at least at these rates; of a network, layer after layer."""
+    """The least seconds at these rates; for a network, the sum over its layers."""
     parts = measured.get("layers") or [(measured["bytes"], measured["operations"])]
     return sum(ceilings.seconds(nbytes, operations, result["dtype"]) for nbytes, operations in parts)
 
 
 def measurements(results: Results) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """(row, direction, the row's result, what was measured)."""
+    """(row, direction, the row's result, the direction's measurement)."""
     for name, result in results.items():
         for direction in DIRECTIONS:
             if direction in result:
@@ -44,7 +44,7 @@ def full_name(name: str, direction: str) -> str:
 
 
 def problems(results: Results) -> list[str]:
-    """Of our variants: values that are wrong, and errors."""
+    """Wrong values and errors of our variants."""
     found = []
     for name, result in results.items():
         for kind in ("wrong", "errors"):
@@ -64,13 +64,13 @@ def seconds_text(seconds: float) -> str:
 
 
 def timing_text(timing: dict[str, Any], cuda: bool) -> str:
-    """The median ± half the distance of the quartiles as a part of it; * for one with the time to launch."""
+    """The median ± half the interquartile range relative to it; * marks a time with launch overhead."""
     spread = (timing["high"] - timing["low"]) / 2 / timing["median"]
     return f"{seconds_text(timing['median'])} ±{spread:.0%}{'*' if cuda and not timing['graph'] else ''}"
 
 
 def table(results: Results, ceilings: Ceilings | None, cuda: bool) -> list[str]:
-    """A line for each row and direction, and below it what was wrong or could not run."""
+    """One line for each row and direction, and below them the wrong values and errors."""
     if not results:
         return []
     variants = [variant for *_, measured in measurements(results) for variant in measured["times"]]
@@ -96,7 +96,7 @@ def table(results: Results, ceilings: Ceilings | None, cuda: bool) -> list[str]:
 
 
 def _bullets(notes: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    """Of (kind, variant, why, row): a line for each, for the rows that share it together."""
+    """One line for each (kind, variant, reason), from tuples of (kind, variant, reason, row)."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for *note, row in notes:
         rows.setdefault(tuple(note), []).append(row)  # type: ignore[arg-type]
@@ -117,14 +117,14 @@ def line(
     cuda: bool,
 ) -> str:
     times = measured["times"]
-    mine, peer = best(times, True), best(times, False)
+    mine, other = best(times, True), best(times, False)
     cells = []
     for column in columns:
         timing = times.get(column, {})
         state = "wrong" if column in result["wrong"] else "error" if column in result["errors"] else "-"
         cells.append(timing_text(timing, cuda) if "median" in timing else state)
-    cells.append(f"{timing_text(times[peer[0]], cuda)} ({peer[0]})" if peer else "-")
-    cells.append(f"{peer[1] / mine[1]:.2f}" if mine and peer else "-")
+    cells.append(f"{timing_text(times[other[0]], cuda)} ({other[0]})" if other else "-")
+    cells.append(f"{other[1] / mine[1]:.2f}" if mine and other else "-")
     if mine is None:
         cells += ["-", "-"]
     else:
@@ -147,17 +147,17 @@ def ceilings_text(ceilings: Ceilings) -> str:
 
 
 LEGEND = """\
-Medians ± half the distance of the quartiles, over rounds in which the variants took turns. **ratio** is the best peer's
-time to the best of ours: above 1, ours is faster. **% of floor** is how near ours comes to the time that the fewest
-bytes and operations take at the rates measured in the same run (of a network, layer after layer); "in cache" where they
-need not come from memory. A variant that computes wrong values has no time."""
+Medians ± half the interquartile range, over interleaved rounds of the variants. **ratio** is the time of the best
+baseline ("best peer") divided by the best of ours: above 1, ours is faster. **% of floor** is the least time for the
+bytes and operations at the rates measured in the same run (for a network, the sum over its layers), divided by ours;
+"in cache" means that the inputs fit in the cache. A variant that computes wrong values is not timed."""
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], threshold: float = 0.1) -> tuple[list[str], list[str]]:
-    """(Markdown lines, the rows that got slower) of two reports of bench.py.
+    """(Markdown lines, the rows that became slower) of two reports of `bench`.
 
-    A time counts as changed by what it changed more than the peers did, whose median change is the machine's. It is a
-    regression if that is more than `threshold` and the quartiles no longer touch.
+    Changes are relative to the median change of the baselines, which is attributed to the machine. A time is a
+    regression if it grew by more than `threshold` and the interquartile ranges do not overlap.
     """
     pairs: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
     drifts = []
@@ -174,9 +174,13 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float = 0.
                         else:
                             drifts.append(timing["median"] / old[variant]["median"])
     drift = statistics.median(drifts) if drifts else 1.0
-    lines = [f"Peers take {drift:.2f} times as long as before." if drifts else "No peer was measured in both."]
+    lines = [
+        f"Baselines take {drift:.2f} times as long as before."
+        if drifts
+        else "No baseline was measured in both reports."
+    ]
     if before.get("machine", {}).get("device") != after.get("machine", {}).get("device"):
-        lines.append("The devices differ: what follows compares devices as much as kernels.")
+        lines.append("The devices differ: the changes below are those of devices and kernels together.")
     lines += ["", "| | variant | before | after | change | |", "|---|---|---|---|---|---|"]
     slower = []
     change: Callable[[Any], float] = lambda pair: pair[3]["median"] / pair[2]["median"] / drift  # noqa: E731

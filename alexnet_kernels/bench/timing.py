@@ -1,7 +1,7 @@
-"""How long functions take on a device, side by side.
+"""Times functions on a device in interleaved rounds.
 
-Each variant is a list of calls on different inputs, so that none finds its input in the cache. On CUDA the calls are
-captured in a graph where that works, which leaves out the time to launch them. Variants take turns, round by round.
+A variant is a list of calls on different inputs, so that no input is in the cache. On CUDA the calls are captured in a
+graph where possible, which excludes launch overhead. In each round every variant runs once.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from alexnet_kernels.bench.machine import cache_bytes
 
 Call = Callable[[], object]
 
-MOST_SETS = 6  # of inputs
-LEAST_ROUNDS = 5  # so that a round that pages of fresh memory disturbed, a third of a step's time, isn't the median
-ROUND = 2e-3  # seconds that a variant takes in one round, at least
+MOST_SETS = 6  # sets of inputs, at most
+LEAST_ROUNDS = 5  # the median then excludes a round slowed down by page faults
+ROUND = 2e-3  # seconds that a variant runs in one round, at least
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one call, in seconds: the median of the rounds, and the quartiles around it."""
+    """Seconds of one call: the median of the rounds, and the lower and upper quartile."""
 
     median: float
     low: float
     high: float
     rounds: int
-    graph: bool  # whether a CUDA graph was timed
-    samples: tuple[float, ...] = ()  # of each round
+    graph: bool  # whether the calls ran as a CUDA graph
+    samples: tuple[float, ...] = ()  # one a round
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "samples"}
@@ -52,7 +52,7 @@ class Failure:
 
 
 class DeviceLost(Exception):
-    """After an error of this variant nothing runs on the device any more; a new process can go on."""
+    """The device is unusable in this process after an error of a variant."""
 
     def __init__(self, variant: str, reason: str) -> None:
         super().__init__(f"{variant}: {reason}")
@@ -64,7 +64,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def works(device: torch.device) -> bool:
-    """Whether the device still runs kernels and draws random numbers: a sticky error or a broken capture ends both."""
+    """Whether the device still runs kernels and draws random numbers, not having a sticky error or broken capture."""
     if device.type != "cuda":
         return True
     try:
@@ -78,7 +78,7 @@ def works(device: torch.device) -> bool:
 
 @contextmanager
 def guarded(variant: str, device: torch.device, failures: dict[str, str]) -> Iterator[None]:
-    """Keeps the reason of an error in `failures[variant]`; raises DeviceLost if the device is lost with it."""
+    """Stores the reason of an error in `failures[variant]`; raises DeviceLost if the device is unusable after it."""
     try:
         yield
     except Exception as error:
@@ -89,7 +89,7 @@ def guarded(variant: str, device: torch.device, failures: dict[str, str]) -> Ite
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of this many bytes exceed the device's last cache twice, MOST_SETS at most."""
+    """The number of sets of this many bytes that exceed the last-level cache twice, at most MOST_SETS."""
     return max(1, min(MOST_SETS, -(-2 * cache_bytes(device) // max(1, nbytes))))
 
 
@@ -99,7 +99,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Synchronizes(Exception):
-    """The call waits for the device, which a CUDA graph can't."""
+    """The call waits for the device, which a CUDA graph can't capture."""
 
 
 @functools.cache
@@ -109,8 +109,9 @@ def _capture_stream() -> Any:
 
 @contextmanager
 def on_capture_stream(device: torch.device) -> Iterator[None]:
-    """Runs the block, on CUDA, on the stream that calls are captured on: autograd runs a backward pass where its
-    forward pass ran, which a capture on another stream refuses.
+    """On CUDA, runs the block on the stream that calls are captured on.
+
+    Autograd runs a backward pass on the stream of its forward pass, which has to be the captured one.
     """
     if device.type != "cuda":
         yield
@@ -123,10 +124,13 @@ def on_capture_stream(device: torch.device) -> Iterator[None]:
 
 
 def captured(calls: Sequence[Call], pool: Any = None) -> Call:
-    """The calls as one CUDA graph; replaying it runs them on the memory they ran on.
+    """Captures the calls as one CUDA graph; returns its replay, which runs on the memory of the captured calls.
 
-    Graphs of one pool share what memory their calls free: nothing that one computes outlasts the next one's replay.
-    Calls that wait for the device are refused before the capture: one that breaks can't be cleaned up after.
+    Graphs of one pool share memory: the replay of one overwrites the results of another. Calls that wait for the
+    device are refused before the capture, since a failed capture leaves the device unusable.
+
+    Raises:
+        Synchronizes: a call waits for the device.
     """
     stream = _capture_stream()
     with on_capture_stream(torch.device("cuda")):
@@ -150,7 +154,7 @@ def captured(calls: Sequence[Call], pool: Any = None) -> Call:
 
 
 def run_seconds(run: Call, device: torch.device) -> float:
-    """One run, by the device's own clock where it has one."""
+    """Seconds of one run, by CUDA events on a GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -176,7 +180,7 @@ class _Variant:
             try:
                 self.run = captured(calls, pool)
                 self.graph = True
-            except Synchronizes:  # timed as it is
+            except Synchronizes:  # timed without a graph
                 torch.cuda.synchronize(device)
         self.run()
         self.repeats = max(1, min(100, int(ROUND / max(1e-7, run_seconds(self.run, device)))))
@@ -198,10 +202,16 @@ def measure(
     graphs: bool = True,
     pause: float = 0.0,
 ) -> dict[str, Timing | Failure]:
-    """Times the variants, each a list of calls, in at most about `seconds` once they are warm, or LEAST_ROUNDS.
+    """Times variants, each a list of calls, in interleaved rounds after warming up. One with an error gets a Failure.
 
-    Before a variant's turn comes a pause of that many seconds, for threads of the one before that wait in a loop for
-    more work. One that can't run has a Failure; raises DeviceLost if the others can't run after it.
+    Args:
+        seconds: no round starts after this time, but LEAST_ROUNDS are measured.
+        rounds: the largest number of rounds.
+        graphs: whether calls on CUDA are captured.
+        pause: seconds to wait before each variant, in which spinning threads of the one before go to sleep.
+
+    Raises:
+        DeviceLost: the device is unusable after an error of a variant.
     """
     failures: dict[str, str] = {}
     ready: dict[str, _Variant] = {}
@@ -229,9 +239,9 @@ def measure(
 
 
 def copy_rate(device: torch.device, nbytes: int) -> float:
-    """Bytes a second, read and written, of copying a large tensor of random numbers.
+    """Bytes per second, read and written, of copying a large tensor of random numbers.
 
-    The faster of a plain copy and a kernel that computes on the way: on an H100 the copy alone is a sixth slower.
+    The faster of a copy and a negation: on an H100 the copy is a sixth slower.
     """
     source = torch.randn(nbytes // 4, device=device)
     target = torch.empty_like(source)
@@ -245,7 +255,7 @@ def copy_rate(device: torch.device, nbytes: int) -> float:
 
 
 def gemm_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product of random numbers."""
+    """Operations per second of a square matrix product of random numbers."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = measure({"gemm": [lambda: a @ b]}, device)["gemm"]
     assert isinstance(timing, Timing)

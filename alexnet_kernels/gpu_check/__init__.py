@@ -1,14 +1,16 @@
 """Checks and times this package on the GPU present, within minutes: `python -m alexnet_kernels.gpu_check --out DIR`.
 
-__main__.py      the command's arguments
-runner.py        starts the parts in processes of their own, within the time, and keeps what they find
-plan.py          the parts, in order, and each one's share of the time
-findings.py      the file of JSON lines that every process appends to
+__main__.py      the command's options
+runner.py        runs the parts within the time, and restarts workers that crash
+programs.py      the parts that run other programs: build, tests, counters, sanitizer
 worker.py        the parts that run in a worker process
-convolutions.py  cuDNN's convolutions one by one, beside this package's
-kernel_times.py  which kernels a network's step spends its time in
-counters.py      Nsight Compute's counters of the slowest kernels
-exercise.py      every op once on small odd shapes, for memory checkers
-progress.py      a pytest plugin that keeps what a run found, wherever it ends
+processes.py     processes with a time limit, and the log
+plan.py          the parts in order, and each part's share of the time
+findings.py      the file of JSON lines that every process appends to
+convolutions.py  times of cuDNN's convolutions alone, beside this package's op
+kernel_times.py  times of the kernels of a network's step
+counters.py      Nsight Compute's counters of the kernels furthest from the memory floor
+exercise.py      runs every op once on small odd shapes, for memory checkers
+progress.py      a pytest plugin that records each test's outcome at once
 report.py        Markdown and JSON of the findings
 """

@@ -2,9 +2,9 @@
 
     python -m alexnet_kernels.gpu_check --out DIR [--minutes 8.5] [--from PART | --only PART ...]
 
-DIR then holds findings.jsonl (every finding, written as it is made), log.txt (all that was printed, with whole
-tracebacks), report.md and report.json. The exit status is 0 if all that ran passed. Without a GPU everything runs on
-the CPU, small, so that the command itself can be tested: its figures say nothing.
+DIR then holds findings.jsonl (one line for each finding, written at once), log.txt (the output of every process, with
+whole tracebacks), report.md and report.json. The exit status is 0 if every part that ran passed. Without a GPU, small
+versions of all parts run on the CPU to test the command itself: their timings mean nothing.
 """
 
 from __future__ import annotations
@@ -16,71 +16,92 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alexnet_kernels.bench import machine
-from alexnet_kernels.gpu_check import findings, report, runner
+from alexnet_kernels.gpu_check import findings, report, worker
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import IN_WORKER, PARTS, PATIENCE, Budget
+from alexnet_kernels.gpu_check.processes import Busy
+from alexnet_kernels.gpu_check.runner import Check
 
 MINUTES = 8.5
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _age() -> float:
-    """Seconds since this process began, which importing torch takes, too."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-
-
-def _device_name(kind: str) -> str:
-    """Asked of the driver: torch would take memory of the device for it."""
-    if kind == "cpu":
-        return machine.cpu()
-    return machine.output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", pattern=r"(.+)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m alexnet_kernels.gpu_check", description=(__doc__ or "").splitlines()[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    order = ", ".join(PARTS)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the findings and the report go")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="that it may take (default: %(default)s)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=default, help="default: %(default)s")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {order}; without what DIR has of them already"
-    )
-    which.add_argument(
-        "--from", dest="first", choices=PARTS, metavar="PART", help="go on at this part, without what DIR has already"
-    )
-    which.add_argument(
-        "--report", action="store_true", help="write the report of DIR's findings again, and run nothing"
-    )
-    parser.add_argument("--library", type=Path, metavar="FILE", help="a library built elsewhere, in place of building")
-    parser.add_argument("--tests", type=Path, metavar="DIR", help="the tests' folder (default: beside the package)")
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=PATIENCE,
-        help="seconds without a finding that mean a hang, unless it compiles",
-    )
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--until", nargs="+", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--since", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
+    parser = _parser()
     options = parser.parse_args(argv)
     if options.out is None:
         parser.error("--out DIR is required")
     if options.worker:
         return _work(options)
+    _check_options(parser, options)
+    earlier = Findings(options.out / findings.FILE)
+    if options.report:
+        if not earlier.size():
+            parser.error(f"--report: {earlier.path} has no findings")
+        report.write(options.out, earlier)
+        return 0
+    device = _device_name(options.device)
+    chosen = _chosen_parts(parser, options, earlier, device)
+    try:
+        check = Check(
+            options.out,
+            options.device,
+            options.minutes * 60 - _age(),
+            name=device,
+            tests=options.tests,
+            library=options.library,
+            patience=options.patience,
+        )
+    except Busy as error:
+        parser.error(str(error))
+    return _run(check, chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m alexnet_kernels.gpu_check", description=(__doc__ or "").splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the findings and the report")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default, help="default: %(default)s")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"run these of {', '.join(PARTS)}; items that DIR has results of are skipped",
+    )
+    which.add_argument(
+        "--from",
+        dest="first",
+        choices=PARTS,
+        metavar="PART",
+        help="continue at this part; items that DIR has results of are skipped",
+    )
+    which.add_argument("--report", action="store_true", help="rewrite the report of DIR's findings, and run nothing")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="install this library instead of building one")
+    parser.add_argument("--tests", type=Path, metavar="DIR", help="folder of the tests (default: beside the package)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        help="seconds after which an item that does not compile counts as hung (default: %(default)s)",
+    )
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--until", nargs="+", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
+    return parser
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exits with a message if an option is invalid; creates the folder otherwise."""
     for name in ("minutes", "patience"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name} must be positive, not {getattr(options, name)}")
@@ -92,57 +113,69 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {options.out}: {error.strerror}")
-    earlier = Findings(options.out / findings.FILE)
-    if options.report:
-        if not earlier.size():
-            parser.error(f"--report: {earlier.path} has no findings")
-        report.write(options.out, earlier)
-        return 0
+
+
+def _chosen_parts(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, earlier: Findings, device: str
+) -> list[str]:
+    """The parts to run; exits with a message if the findings in the folder do not allow it."""
     if earlier.size() and not (options.first or options.only):
-        parser.error(f"{earlier.path} has findings already: go on with --from or --only, or take another folder")
-    if options.first:
-        chosen = list(PARTS[PARTS.index(options.first) :])
-    else:
-        chosen = [name for name in PARTS if not options.only or name in options.only]
-    device = _device_name(options.device)
+        parser.error(f"{earlier.path} has findings already: continue with --from or --only, or take another folder")
     for line in earlier.lines("command"):
         if line["name"] != device:
             parser.error(
                 f"{earlier.path} has findings of another device, {line['name']}, not {device}: take another folder"
             )
-    if earlier.size() and set(chosen) & set(IN_WORKER):  # told anew: the commit, the library, the driver
-        chosen = [name for name in PARTS if name in chosen or name == "environment"]
+    chosen = set(PARTS[PARTS.index(options.first) :] if options.first else options.only or PARTS)
+    if earlier.size() and chosen & set(IN_WORKER):  # the commit, the library or the driver may have changed
+        chosen.add("environment")
+    return [name for name in PARTS if name in chosen]
+
+
+def _device_name(kind: str) -> str:
+    """The name that the driver reports: torch would allocate device memory."""
+    if kind == "cpu":
+        return machine.cpu()
+    return machine.output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", pattern=r"(.+)")
+
+
+def _age() -> float:
+    """Seconds since this process started; importing torch is part of them."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def _run(check: Check, parts: Sequence[str]) -> int:
+    """Runs the parts and prints the report; returns the exit status."""
     try:
-        check = runner.Check(
-            options.out,
-            options.device,
-            options.minutes * 60 - _age(),
-            name=device,
-            tests=options.tests,
-            library=options.library,
-            patience=options.patience,
-        )
-    except runner.Busy as error:
-        parser.error(str(error))
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        passed = check.run(chosen)
+        with _interruptible():
+            passed = check.run(parts)
     except KeyboardInterrupt:
-        check.say(f"interrupted: {options.out / report.MARKDOWN} has what was found")
+        check.log.say(f"interrupted: {check.out / report.MARKDOWN} has the findings so far")
         return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     with contextlib.suppress(OSError):
-        print((options.out / report.MARKDOWN).read_text())
-        print(f"{'passed' if passed else 'FAILED'}: {options.out / report.MARKDOWN}, {options.out / report.JSON}")
+        print((check.out / report.MARKDOWN).read_text())
+        print(f"{'passed' if passed else 'FAILED'}: {check.out / report.MARKDOWN}, {check.out / report.JSON}")
     return 0 if passed else 1
 
 
-def _work(options: argparse.Namespace) -> int:
-    """Parts in a process of their own."""
-    from alexnet_kernels.gpu_check import worker
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP act as SIGINT."""
 
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _work(options: argparse.Namespace) -> int:
+    """Runs parts in this process, a worker of the check."""
     if options.worker == ["library"]:
         reason = worker.misfit(torch.device(options.device))
         print(reason or "the library fits")

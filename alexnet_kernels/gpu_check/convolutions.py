@@ -1,8 +1,8 @@
-"""cuDNN's convolutions of each layer alone, forward, for the input and for the filters, beside this package's op.
+"""Times cuDNN's convolutions alone (forward, input gradient and filter gradient), beside this package's op.
 
-Forms of the same convolution: "grouped", as the layer is; "split", a convolution for each group, on tensors of its own
-(joining them costs extra); "space-to-depth", with stride 1 on blocks of pixels that are channels already; "fused", with
-bias and ReLU inside cuDNN's kernel. The op's time has bias, ReLU and their gradients in it.
+Forms of the same convolution: "plain" or "grouped", as the layer defines it; "split", one convolution a group, each on
+its own tensors (the time excludes joining them); "space-to-depth", stride 1 on pixel blocks already stored as channels.
+The op's time includes bias, ReLU and their gradients.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from alexnet_kernels.op_info._layers import CONVOLUTIONS
 
 ALONE = ("forward", "input gradient", "filter gradient")
 OP = ("op, forward", "op, backward")
-Operands = tuple[Tensor, Tensor, Tensor]  # input, filters, gradient of the output
+Operands = tuple[Tensor, Tensor, Tensor]  # input, filters, output gradient
 
 
 class Form:
-    """A convolution, or one for each part, of random numbers in channels_last."""
+    """A convolution of random numbers in channels_last, in one or several parts."""
 
     def __init__(self, layer: str, dtype: torch.dtype, batch: int, device: torch.device, form: str) -> None:
         filters, channels, kernel, stride, padding, groups, size = CONVOLUTIONS[layer]
@@ -74,7 +74,11 @@ class Form:
 
 
 def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device, small: bool = False) -> dict[str, Any]:
-    """{"operations", "bytes", "missing": {BACKEND: why}, DIRECTION: {VARIANT: timing}}; directions of ALONE and OP."""
+    """Times one convolution layer, in seconds.
+
+    Returns {"layer", "operations", "bytes", "cached", "missing": {BACKEND: reason}, DIRECTION: {VARIANT: timing}} for
+    each direction of ALONE and OP. `small` measures one round on one set of inputs.
+    """
     case = next(
         case
         for case in cases()
@@ -109,7 +113,9 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
 
 
 def rate(found: dict[str, Any], direction: str, seconds: float) -> float:
-    """Operations a second: each gradient takes as many as the forward pass, and the op's backward takes both."""
+    """Operations per second. Each gradient takes as many operations as the forward pass; the op's backward computes
+    both gradients, except for conv1, whose input needs none.
+    """
     passes = 1.0
     if direction == OP[1]:
         passes = 1.0 if found["layer"] == "conv1" else 2.0
@@ -117,5 +123,5 @@ def rate(found: dict[str, Any], direction: str, seconds: float) -> float:
 
 
 def floor(found: dict[str, Any], ceilings: roofline.Ceilings, dtype: str = "bf16") -> float:
-    """Seconds that one pass takes at least at the measured rates."""
+    """The least seconds of one pass at the measured rates."""
     return ceilings.seconds(found["bytes"], found["operations"], dtype)

@@ -2,7 +2,7 @@
 
     ncu ... python -m alexnet_kernels.gpu_check.counters CASE DIRECTION [CASE DIRECTION ...]
 
-runs the kernels of rows of the ops once, for ncu to watch: each row's on a stream of its own, which tells them apart.
+runs one direction of each op row once under ncu. Each row runs on a stream of its own, which identifies its kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Chosen = tuple[str, str, float]  # row, direction, share of the memory floor
 
 
 def command(ncu: str, log: Path, chosen: Sequence[Chosen]) -> list[str]:
-    """Clocks are left as they are: locking them needs rights that a container lacks."""
+    """The command line of ncu. It does not lock the clocks, which a container has no permission for."""
     words = [ncu, "--clock-control", "none", "--csv", "--page", "details", "--profile-from-start", "off"]
     words += ["--log-file", str(log), "--kernel-name-base", "demangled", "--kernel-name", "regex:alexnet_kernels"]
     for section in SECTIONS:
@@ -46,9 +46,9 @@ def command(ncu: str, log: Path, chosen: Sequence[Chosen]) -> list[str]:
 
 
 def slowest(results: dict[str, Any], rates: Ceilings, count: int = 4) -> list[Chosen]:
-    """The rows and directions of backend "cuda" that are the furthest from the memory floor, the furthest first.
+    """The (row, direction) pairs of backend "cuda" furthest from the memory floor, furthest first.
 
-    Of bfloat16 in channels_last, and of those that move enough for bandwidth to count.
+    Only bfloat16 rows in channels_last whose inputs exceed the cache.
     """
     found = []
     for name, direction, result, measured in tables.measurements(results):
@@ -60,7 +60,7 @@ def slowest(results: dict[str, Any], rates: Ceilings, count: int = 4) -> list[Ch
 
 
 def parsed(text: str) -> list[list[dict[str, Any]]]:
-    """Of each row, in order, a dict for each kernel: "kernel", and its metrics by name and unit."""
+    """One list for each row, in order: a dict for each kernel with "kernel" and its metrics by name and unit."""
     start = text.find('"ID"')
     if start < 0:
         return []
@@ -87,7 +87,7 @@ def _number(text: str) -> float | str:
 
 
 def call_of(name: str, direction: str, backend: str, device: torch.device) -> Call:
-    """One direction of a row of the ops; a backward pass belongs to a forward pass made here."""
+    """A call that runs one direction of an op row. For a backward pass, the forward pass runs here."""
     if name == SgdRow.name:
         return SgdRow().call(backend, device)
     case = next(case for case in cases() if name.startswith(f"{case.name}, batch "))

@@ -1,4 +1,4 @@
-"""Runs every op on its records' small samples, forward and backward, for memory checkers to watch.
+"""Runs every op on its record's small samples, forward and backward, under a memory checker.
 
 python -m alexnet_kernels.gpu_check.exercise [--device cuda] [--backend cuda]
 """
@@ -17,7 +17,7 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 def exercise(device: torch.device, backend: str) -> Iterator[str]:
-    """Runs each op, and yields its name when it has run."""
+    """Runs each op, and yields its name afterwards."""
     for info in OP_INFOS.values():
         for dtype in DTYPES:
             for memory_format in FORMATS if info.images else FORMATS[:1]:

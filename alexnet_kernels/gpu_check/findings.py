@@ -1,16 +1,19 @@
-"""The file that a check's processes append their findings to: a line of JSON for each, complete as soon as it is made.
+"""The findings file: every process of a check appends one line of JSON for each finding.
 
-Every line has "part". The first line of a command is {"part": "command", ...}, what it runs on. Of a part's items:
+Every line has "part". A command's first line is {"part": "command", ...} with the device. Lines of a part with items:
 
-    {"part", "items": [ITEM, ...]}         what is to be done
-    {"part", "started": ITEM, "worker"}    an item is under way in a worker
-    {"part", "item": ITEM, "result": {}}   what was found
-    {"part", "crashed": ITEM, "reason"}    its process ended, or was ended, in it
-    {"part", "worked", "worker"}           a worker has done what it could, in so many seconds
+    {"part", "items": [ITEM, ...]}         the items to run
+    {"part", "started": ITEM, "worker"}    a worker has started an item
+    {"part", "item": ITEM, "result": {}}   an item's result
+    {"part", "crashed": ITEM, "reason"}    the process ended, or was killed, during the item
+    {"part", "worked", "worker"}           a worker has finished the part; "worked" is in seconds
 
-of a part without items {"part", "ended": why its process failed}, of the tests {"part", "collected"} and
-{"part", "test", "outcome", "seconds", "reason"?}, and at the end of a part
-{"part", "state", "seconds", "commit", "error"?}.
+Other lines:
+
+    {"part", "ended": REASON}                                       a part's process failed outside its items
+    {"part": "tests", "collected"}                                  the number of tests
+    {"part": "tests", "test", "outcome", "seconds", "reason"?}      a test's outcome
+    {"part", "state", "seconds", "commit", "error"?}                the end of a part
 """
 
 from __future__ import annotations
@@ -30,17 +33,17 @@ class Findings:
         self.path = path
 
     def add(self, part: str, **values: Any) -> None:
-        """Appends a line, whole: processes that append at the same time don't mix theirs."""
+        """Appends one line in a single write, so that lines of concurrent processes do not mix."""
         text = json.dumps({"part": part, **values}) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            if self._unended():  # a process was killed in the middle of its line
+            if self._truncated():  # a process was killed while writing
                 text = "\n" + text
             os.write(descriptor, text.encode())
         finally:
             os.close(descriptor)
 
-    def _unended(self) -> bool:
+    def _truncated(self) -> bool:
         with open(self.path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             if size == 0:
@@ -49,7 +52,7 @@ class Findings:
             return file.read(1) != b"\n"
 
     def lines(self, part: str | None = None, since: int = 0, until: int | None = None) -> list[Line]:
-        """Those of a part, or all, from the byte `since` on; a line that was cut off is left out."""
+        """The lines of a part, or of all, from byte `since` to byte `until`; truncated lines are skipped."""
         if not self.path.exists():
             return []
         with open(self.path, "rb") as file:
@@ -77,7 +80,7 @@ def results(lines: Iterable[Line]) -> dict[str, Any]:
 
 
 def crashed(lines: Iterable[Line]) -> dict[str, str]:
-    """The reason of each item whose process ended in it, unless it has a result since."""
+    """The reason of each crashed item that has no later result."""
     found: dict[str, str] = {}
     for line in lines:
         if "crashed" in line:
@@ -88,7 +91,7 @@ def crashed(lines: Iterable[Line]) -> dict[str, str]:
 
 
 def unreached(lines: Iterable[Line]) -> list[str]:
-    """The items that were to be done and have neither a result nor crashed."""
+    """The items that have neither a result nor crashed."""
     lines = list(lines)
     items = dict.fromkeys(item for line in lines for item in line.get("items", ()))
     done = {*results(lines), *crashed(lines)}
@@ -96,7 +99,7 @@ def unreached(lines: Iterable[Line]) -> list[str]:
 
 
 def under_way(lines: Iterable[Line]) -> tuple[str, str] | None:
-    """(part, item) of the item or test that was started last, if it has no result."""
+    """(part, item) of the item or test started last; None if it has a result."""
     current: tuple[str, str] | None = None
     for line in lines:
         if "started" in line:

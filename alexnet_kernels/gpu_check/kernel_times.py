@@ -1,4 +1,4 @@
-"""Which kernels a network's step spends its time in, by torch.profiler."""
+"""Times of the kernels in a network's step, measured by torch.profiler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Operators(TorchDispatchMode):
-    """Numbers the operators of a step, and counts the bytes of their arguments and results, each tensor once."""
+    """Numbers a step's operators, and counts the bytes of their arguments and results, each tensor once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class _Operators(TorchDispatchMode):
 
 
 def table(row: NetRow, variant: str, device: torch.device) -> dict[str, Any]:
-    """{"step_us", "kernels": [...], "operators": [...]}, of one step, the longest first.
+    """{"step_us", "kernels": [...], "operators": [...]} of one step, longest first, times in microseconds.
 
     A kernel is {"name", "calls", "us", "share", "bytes"?}, an operator {"name", "bytes", "calls", "us", "share",
-    "kernels"}. Bytes are those of an operator's arguments and results; a kernel has its operator's if that launches no
-    other. On a CPU, operators take the place of kernels.
+    "kernels"}. Bytes are those of an operator's arguments and results; a kernel has "bytes" if its operator launches
+    only this kernel. On a CPU, operators stand in for kernels.
     """
     step = NetVariant(row, variant, device)
     for _ in range(2):
@@ -77,8 +77,8 @@ def table(row: NetRow, variant: str, device: torch.device) -> dict[str, Any]:
 def _launched(
     events: Any, steps: list[list[tuple[str, int]]], cuda: bool
 ) -> Iterator[tuple[str, int, list[tuple[str, float]]]]:
-    """(operator, bytes, [(kernel, us)]) of every call of the steps."""
-    seen: Counter[int] = Counter()  # the steps in which a call of this number was seen
+    """(operator, bytes, [(kernel, us)]) for every operator call of the steps."""
+    seen: Counter[int] = Counter()  # by call number: the steps seen so far
     for event in sorted(events, key=lambda e: e.time_range.start):
         if not event.name.startswith(MARK) or event.device_type != torch.autograd.DeviceType.CPU:
             continue
@@ -99,7 +99,7 @@ def _kernels(event: FunctionEvent) -> Iterator[tuple[str, float]]:
 
 
 def _demangled(names: Iterable[str]) -> dict[str, str]:
-    """Readable names of those that a compiler mangled, where there is a tool."""
+    """Demangled C++ names by mangled name; empty without c++filt."""
     mangled = sorted({name for name in names if name.startswith("_Z")})
     tool = shutil.which("c++filt")
     if not mangled or tool is None:
@@ -110,6 +110,7 @@ def _demangled(names: Iterable[str]) -> dict[str, str]:
 
 
 def summary(launched: list[tuple[str, int, list[tuple[str, float]]]]) -> dict[str, Any]:
+    """Means over the STEPS steps of the calls that `_launched` yields."""
     kernels: dict[tuple[str, int | None], list[float]] = {}
     operators: dict[tuple[str, int], list[tuple[float, tuple[str, ...]]]] = {}
     readable = _demangled(kernel for _, _, inside in launched for kernel, _ in inside)

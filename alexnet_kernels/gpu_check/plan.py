@@ -1,11 +1,12 @@
-"""The parts of the check in the order in which they run, and each one's share of the time."""
+"""The parts of the check in order, and each part's share of the time."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
-# Part: its share. What a part leaves goes to those after it.
+# Share of the time by part. What a part does not use goes to those after it.
 SHARES = {
     "build": 0.15,
     "environment": 0.01,
@@ -20,13 +21,14 @@ SHARES = {
     "sanitizer": 0.07,
 }
 PARTS = tuple(SHARES)
-PATIENCE = 60.0  # seconds for an item that compiles nothing
-# Parts that one worker process runs one after the other; "smoke" alone, in several. The others are programs.
+PATIENCE = 60.0  # seconds that an item without compilation may take
+RESTARTS = 12  # of a process that crashed, each without the item that it crashed in
+# Parts that one worker process runs one after the other; "smoke" has several of its own. The others run programs.
 IN_WORKER = ("environment", "ceilings", "smoke", "networks", "convolutions", "ops", "compiled")
 
 
 def stages(parts: Sequence[str]) -> list[list[str]]:
-    """The parts, those together that share a worker's start."""
+    """Groups the parts that share one worker process."""
     found: list[list[str]] = []
     for part in parts:
         together = found and all(name in IN_WORKER and name != "smoke" for name in (part, *found[-1]))
@@ -37,11 +39,17 @@ def stages(parts: Sequence[str]) -> list[list[str]]:
     return found
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 class Budget:
-    """Seconds that are left."""
+    """A deadline some seconds from now."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
+        """Seconds to the deadline; negative after it."""
         return self._end - time.monotonic()

@@ -1,13 +1,14 @@
-"""A pytest plugin that appends what a run finds to the check's findings, test by test, and prints whole tracebacks.
+"""A pytest plugin that appends each test's outcome to the check's findings at once, and prints whole tracebacks.
 
     pytest -p alexnet_kernels.gpu_check.progress [-n PROCESSES --maxschedchunk 2]
 
-What a run had found is known even if it never ends. A second run with the same findings takes only the tests that the
-first did not, and those that an earlier command found failing: `SEEN` is the size of the file up to which they are
-read, so that all of its processes agree, and `SINCE` where this command's begin. A test
-that leaves the device unusable, or takes longer than PATIENCE seconds, ends its process: xdist starts another one. A
-sample of SAMPLE cases of each test function and backend comes first, then the other cases; Triton, whose kernels
-compile first, last in each.
+A second run with the same findings selects only the tests without an outcome in this command, and those that failed in
+an earlier one. The environment variable SINCE is the file size at which this command's findings begin. SEEN is the
+size up to which findings are read, so that all processes of a run agree.
+
+A test that leaves the device unusable, or takes longer than PATIENCE seconds, ends its process; xdist starts another.
+Up to SAMPLE cases of each test function and backend run first, then the other cases; in both groups Triton's run last,
+since their kernels have to be compiled.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ STDERR = os.dup(2)  # before pytest captures it
 
 
 _failed: set[str] = set()
-_xdists = False  # whether this is a process of xdist's, whose reports come to the one that started it
+_in_xdist_worker = False  # a worker's reports reach the main process, which records them
 
 
 def pytest_configure(config: Any) -> None:
-    global _xdists
-    _xdists = hasattr(config, "workerinput")
+    global _in_xdist_worker
+    _in_xdist_worker = hasattr(config, "workerinput")
 
 
 def _findings() -> Findings | None:
     path = os.environ.get(VARIABLE)
-    return Findings(Path(path)) if path and not _xdists else None
+    return Findings(Path(path)) if path and not _in_xdist_worker else None
 
 
 def _write(**values: Any) -> None:
@@ -62,9 +63,10 @@ def _reason(report: Any) -> str:
     return text.strip().partition("\n")[0][:300]
 
 
-def _place(item: Any) -> tuple[bool, str]:
+def _group(item: Any) -> tuple[bool, str]:
+    """(whether it runs Triton, its test function, op and backend)."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    # The contract tests have one parameter, a case of an op.
+    # A contract test has one parameter, a Case.
     case: Any = params.get("case")
     op, values = (case.info.name, [case.setting.backend]) if hasattr(case, "setting") else ("", [*params.values()])
     backend = next((name for name in ("cuda", "triton", "native") if name in values), "")
@@ -72,19 +74,19 @@ def _place(item: Any) -> tuple[bool, str]:
 
 
 def ordered(items: list[Any]) -> list[Any]:
-    """The sample, spread over each function's cases, then the rest."""
+    """A sample spread evenly over each group's cases, then the rest."""
     groups: dict[str, list[Any]] = {}
     for item in items:
-        groups.setdefault(_place(item)[1], []).append(item)
+        groups.setdefault(_group(item)[1], []).append(item)
     first = set()
     for group in groups.values():
         step = max(1, len(group) // SAMPLE)
         first |= {id(item) for item in group[::step][:SAMPLE]}
-    return sorted(items, key=lambda item: (id(item) not in first, _place(item)[0]))
+    return sorted(items, key=lambda item: (id(item) not in first, _group(item)[0]))
 
 
 def _done() -> set[str]:
-    """The tests that need not run again."""
+    """The tests that are not run again."""
     if VARIABLE not in os.environ:
         return set()
     found = Findings(Path(os.environ[VARIABLE]))
@@ -105,13 +107,13 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_collection_finish(session: Any) -> None:
-    if session.items:  # xdist's first process collects none
+    if session.items:  # the main process of xdist collects none
         _write(collected=len(session.items) + len(_done()))
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
-    """Test by test, in order; the one scheduler of xdist's whose crashed processes can be replaced at any moment."""
+    """Schedules tests in order: the only scheduler of xdist that can replace a crashed process at any time."""
     from xdist.scheduler import LoadScheduling
 
     return LoadScheduling(config, log)
@@ -143,14 +145,14 @@ def pytest_runtest_protocol(item: Any, nextitem: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: Any) -> None:
-    session.config.option.tbstyle = "no"  # printed already
+    session.config.option.tbstyle = "no"  # already printed
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: Any) -> None:
     if report.when != "call" and report.outcome == "passed":
         return
-    if report.when == "???" and report.nodeid in _failed:  # xdist's word for the end of its process
+    if report.when == "???" and report.nodeid in _failed:  # the end of its process, as xdist reports it
         return
     outcome = report.outcome if report.when in ("call", "???") or report.outcome == "skipped" else "error"
     line = {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 3)}

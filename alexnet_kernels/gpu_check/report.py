@@ -1,4 +1,4 @@
-"""The report of a check's findings: Markdown to read, JSON with every figure."""
+"""The report of a check's findings, as Markdown and as JSON with every number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alexnet_kernels.gpu_check.findings import Findings, Line
 from alexnet_kernels.gpu_check.plan import PARTS
 
 MARKDOWN, JSON = "report.md", "report.json"
-KERNELS = 14  # of a network's step, that the Markdown shows
+KERNELS = 14  # of a network's step, in the Markdown
 FACTS = ("device", "driver", "torch", "cuda", "cudnn", "triton", "nvcc", "python", "host", "commit", "date")
 
 
@@ -52,9 +52,9 @@ def gathered(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def state(part: str, lines: Sequence[Line], now: Sequence[Line], interrupted: bool) -> tuple[str, str]:
-    """(state, why) of a part by all of its lines, and those of this command.
+    """(state, reason) of a part, from all of its lines and from `now`, those of this command.
 
-    "passed", "failed", "interrupted", "unfinished" (what was reached passed), "not reached".
+    The states: "passed", "failed", "interrupted", "unfinished" (every item reached has passed), "not reached".
     """
     if part == "tests":
         found = _tests(lines)
@@ -95,7 +95,7 @@ def _tests(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def problems(part: str, results: dict[str, Any]) -> list[str]:
-    """What is wrong with this package in a part's results: wrong values and errors."""
+    """Wrong values and errors of this package in a part's results."""
     if part == "smoke":
         return [f"{item}: {r['wrong'] or r['error']}" for item, r in results.items() if r["wrong"] or r["error"]]
     if part == "environment":
@@ -114,12 +114,12 @@ def problems(part: str, results: dict[str, Any]) -> list[str]:
 
 
 def sound(part: str, lines: Sequence[Line]) -> dict[str, Any]:
-    """The results that nothing is wrong in."""
+    """The results without problems."""
     return {item: r for item, r in findings.results(lines).items() if not problems(part, {item: r})}
 
 
 def _rows(results: dict[str, Any]) -> dict[str, Any]:
-    """Those that are rows of rows.py."""
+    """The results of benchmark rows."""
     return {name: result for name, result in results.items() if "missing" in result}
 
 
@@ -127,7 +127,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = report["parts"]
     cuda = report["device"] == "cuda"
     results = {name: section.get("results", {}) for name, section in parts.items()}
-    lines = ["# GPU check" if cuda else "# GPU check, run on a CPU: its figures say nothing", ""]
+    lines = ["# GPU check" if cuda else "# GPU check on a CPU: its timings mean nothing", ""]
     facts = results.get("environment", {}).get("facts", {})
     lines += [", ".join(f"{key} {facts[key]}" for key in FACTS if key in facts), ""]
     if "capability" in facts:
@@ -148,11 +148,11 @@ def markdown(report: dict[str, Any]) -> str:
             lines.append(f"- Not reached in the time, of {name}: {'; '.join(late)}")
     lines.append("")
     lines += _smoke_lines(results.get("smoke", {}))
-    legend = f"{tables.LEGEND}\n* without a CUDA graph, the time to launch included." if cuda else tables.LEGEND
+    legend = f"{tables.LEGEND}\n* without a CUDA graph: the time includes launch overhead." if cuda else tables.LEGEND
     lines += [legend, ""] if any(name in parts for name in ("networks", "ops", "compiled")) else []
     for title, name in (
         ("Networks", "networks"),
-        ("Beside compiled peers, and torchvision", "compiled"),
+        ("Networks and ops beside compiled baselines and torchvision", "compiled"),
         ("Ops", "ops"),
     ):
         if found := tables.table(_rows(results.get(name, {})), rates, cuda):
@@ -186,7 +186,7 @@ def _smoke_lines(results: dict[str, Any]) -> list[str]:
         return []
     wrong = {item: r for item, r in results.items() if r["wrong"] or r["error"]}
     lines = ["## Every op at AlexNet's layers, against float64", ""]
-    lines += [f"{len(results) - len(wrong)} of {len(results)} right, outputs and gradients.", ""]
+    lines += [f"{len(results) - len(wrong)} of {len(results)} are correct, outputs and gradients.", ""]
     for item, result in wrong.items():
         lines.append(f"- {'WRONG' if result['wrong'] else 'ERROR'} {item}: {_cell(result['wrong'] or result['error'])}")
     return [*lines, ""]
@@ -197,7 +197,7 @@ def _convolution_lines(results: dict[str, Any], rates: roofline.Ceilings | None)
         return []
     lines = ["## Convolutions one by one", ""]
     lines += [
-        "Microseconds, TFLOP/s in brackets. cuDNN's alone, without bias and ReLU, in several forms; then the op.",
+        "Microseconds (TFLOP/s): cuDNN's convolution alone in several forms, then the op with bias and ReLU.",
         "",
     ]
     directions = [*convolutions.ALONE, *convolutions.OP]
@@ -222,7 +222,10 @@ def _kernel_lines(results: dict[str, Any]) -> list[str]:
     if not found:
         return []
     lines = ["## Where a step's time goes", ""]
-    lines += ["Of one step, eagerly launched, by torch.profiler: the sum of its kernels, and the longest of them.", ""]
+    lines += [
+        "One step launched eagerly, by torch.profiler: the total time of its kernels, and the longest kernels.",
+        "",
+    ]
     for item, result in found.items():
         lines += [f"**{item.removeprefix('kernels of ')}**: {result['step_us']:.0f} us in kernels", ""]
         lines += ["| kernel | calls | us | share | MB | GB/s |", "|---|---|---|---|---|---|"]
@@ -252,7 +255,7 @@ def _tests_lines(tests: dict[str, Any] | None) -> list[str]:
     return [*lines, ""]
 
 
-# Of Nsight Compute's metrics, those that tell what binds a kernel.
+# The metrics of Nsight Compute that show what limits a kernel.
 METRICS = (
     "Duration",
     "DRAM Throughput",

@@ -1,7 +1,7 @@
 """The parts that run in a worker process, each a list of items.
 
-A worker appends its findings itself. It ends itself, with every thread's stack on standard error, if an item takes
-longer than it may: the runner then starts another, which goes on with the next item.
+A worker appends its findings itself. If an item exceeds its time limit, the worker prints every thread's stack on
+standard error and exits; the runner then starts another worker, which continues with the next item.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from alexnet_kernels.op_info._layers import CONVOLUTIONS
 
 BATCH = 128
 LARGE = 1024
-GRACE = 5.0  # seconds that an item may go on after its part's time
+GRACE = 5.0  # seconds that an item may run after the end of its part's time
 
 
 @dataclass(frozen=True)
 class Item:
     name: str
-    run: Callable[[Collection[str]], dict[str, Any]]  # without these variants, which lost the device
-    least: float = 1.0  # seconds for which it is worth starting
+    run: Callable[[Collection[str]], dict[str, Any]]
+    """Takes the variants to skip, because the device was lost after them."""
+    least: float = 1.0
+    """The item is not started with fewer seconds left."""
     compiles: bool = False
 
 
@@ -65,7 +67,7 @@ def environment(device: torch.device) -> list[Item]:
 
 
 def misfit(device: torch.device) -> str | None:
-    """Why the installed library isn't the one to check on this device; None if it is."""
+    """Why the installed library can't be checked on this device; None if it can."""
     status = _library.status()
     if not status["loaded"]:
         return str(status["reason"])
@@ -73,12 +75,12 @@ def misfit(device: torch.device) -> str | None:
         return "it has no CUDA kernels"
     csrc = machine.PACKAGE.parent / "csrc"
     if csrc.is_dir() and (wanted := _sources.digest(csrc)) != status["sources"]:
-        return f"it was built from other sources: {status['sources'] or 'unknown'}, and those here are {wanted}"
+        return f"it was built from sources {status['sources'] or 'unknown'}, but the sources here are {wanted}"
     return missing_arch(status, device)
 
 
 def missing_arch(library: dict[str, Any], device: torch.device) -> str | None:
-    """Why the library has no machine code of its own for the device; None if it has, or has no CUDA kernels at all."""
+    """Why the library has no machine code for exactly this device; None if it has, or has no CUDA kernels."""
     if device.type != "cuda" or not library["archs"]:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -98,9 +100,9 @@ def ceilings(device: torch.device) -> list[Item]:
 
 
 def smoke(device: torch.device) -> list[Item]:
-    """Every op at AlexNet's layers, output and gradients, against its definition in float64.
+    """Compares every op at AlexNet's layers, output and gradients, with its definition in float64.
 
-    Several workers share the items: Triton compiles its kernels one by one.
+    Several workers share the items, because Triton compiles one kernel at a time in a process.
     """
     every = [case for case in cases() if case.core]
     if _small(device):
@@ -140,7 +142,7 @@ def _timed(device: torch.device, rows: Sequence[Row], seconds: float, rounds: in
 
 
 def networks(device: torch.device) -> list[Item]:
-    """Training steps and inference of preset paper, and where the time of a step goes, by kernel."""
+    """Times training steps and inference of preset "paper", and the kernels of each."""
     if _small(device):
         rows = [NetRow("paper", 2, purpose, width=0.1) for purpose in PURPOSES[::-1]]
     else:
@@ -158,6 +160,7 @@ def networks(device: torch.device) -> list[Item]:
 
 
 def convolutions_alone(device: torch.device) -> list[Item]:
+    """Times cuDNN's convolutions of each layer, beside this package's op."""
     small = _small(device)
     batch = 2 if small else BATCH
 
@@ -171,8 +174,8 @@ def convolutions_alone(device: torch.device) -> list[Item]:
 
 
 def ops(device: torch.device) -> list[Item]:
-    """The elementwise ops and the optimizer, forward and backward apart; those of bfloat16 in channels_last first."""
-    if _small(device):  # one case of each op shows that the command works
+    """Times the ops except conv2d_relu, and the optimizer; forward and backward apart, bfloat16 channels_last first."""
+    if _small(device):  # one case of each op is enough to test the command
         every = {case.op: case for case in cases() if case.core and case.dtype == torch.bfloat16}
         rows: list[Row] = [*(OpRow(case, 2, apart=True) for case in every.values()), SgdRow(small=True)]
     else:
@@ -185,13 +188,13 @@ def ops(device: torch.device) -> list[Item]:
 
 
 def compiled(device: torch.device) -> list[Item]:
-    """Networks beside torch.compile's of the same, then torchvision's, then single ops."""
+    """Times networks beside torch.compile, torchvision's network, then single ops beside torch.compile."""
 
     def beside(preset: str, compilation: str) -> list[Row]:
-        """A row for each compilation: one that outlasts the time costs no other."""
+        """One row for each compilation, so that one that exceeds the time affects no other."""
         return [NetRow(preset, BATCH, purpose, compile=(compilation,), label=compilation) for purpose in PURPOSES[::-1]]
 
-    if _small(device):  # without a compilation, which takes long
+    if _small(device):  # compilations would take too long
         return _timed(device, [NetRow("torchvision", 2, PURPOSES[0], width=0.05)], seconds=0.1, rounds=1)
     rows = beside("paper", f"{HARDENED}, compiled") + beside("paper", "compiled")
     rows += [NetRow("torchvision", n, purpose) for n in (BATCH, LARGE) for purpose in PURPOSES[::-1]]
@@ -215,9 +218,12 @@ WORK: dict[str, Callable[[torch.device], list[Item]]] = {
 
 
 class Worker:
-    """One process's work: those of a part's items whose number is `index` modulo `count`.
+    """Runs the items of parts whose number is `index` modulo `count`.
 
-    `since` is where this command's findings begin: what earlier ones found wrong, or crashed in, is tried again.
+    Args:
+        since: byte at which this command's findings begin. Items that were wrong or crashed in earlier commands run
+            again.
+        patience: seconds that an item without compilation may take.
     """
 
     def __init__(
@@ -238,7 +244,7 @@ class Worker:
         self.findings.add(part, worked=round(time.monotonic() - start, 1), worker=self.index)
 
     def _done(self, part: str) -> tuple[set[str], set[str]]:
-        """The items that need not run again, and the variants that lost the device."""
+        """The items that are not run again, and the variants after which the device was lost."""
         now = self.findings.lines(part, self.since)
         crashed = set(findings.crashed(now))
         done = {*findings.results(now), *crashed}
@@ -247,7 +253,7 @@ class Worker:
         return done, crashed
 
     def _run(self, part: str, item: Item, left: float, skip: Collection[str]) -> None:
-        # Compiling takes as long as it takes: silence is no sign of a hang.
+        # A compilation may be slow without hanging.
         limit = left + GRACE if item.compiles else min(self.patience, left + GRACE)
         overtime = item.compiles or limit < self.patience
         self.findings.add(part, started=item.name, worker=self.index, overtime=overtime)
@@ -255,7 +261,7 @@ class Worker:
         try:
             result = item.run(skip)
         except DeviceLost as lost:
-            # The item itself goes on, in another process, without this variant.
+            # The next process runs the item again without this variant.
             self.findings.add(part, started=f"{item.name} by {lost.variant}", worker=self.index)
             raise
         self.findings.add(part, item=item.name, result=result)
@@ -263,7 +269,7 @@ class Worker:
 
 
 def prepare(count: int) -> None:
-    """The process, of `count` that run at the same time."""
+    """Configures this process, one of `count` that run at the same time."""
     faulthandler.enable()
     torch.manual_seed(0)
     configure()
