@@ -29,7 +29,7 @@ from alexnet_kernels.bench.timing import DeviceLost, Failure, Timing, copy_rate,
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS, count_macs
 from alexnet_kernels.nn import fusion
-from alexnet_kernels.op_info import Baseline
+from alexnet_kernels.op_info import OP_INFOS, Baseline
 from alexnet_kernels.op_info._record import OVERHEAD
 
 pytestmark = pytest.mark.slow
@@ -434,12 +434,12 @@ class TestCommand:
     def test_a_wrong_op_fails_the_command(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        right = alexnet_kernels.ops.max_pool2d
-        monkeypatch.setattr(
-            alexnet_kernels.ops,
-            "max_pool2d",
-            lambda x, backend: right(x, backend=backend) * (1.1 if backend == "cpu" else 1),
-        )
+        right = OP_INFOS["max_pool2d"]
+
+        def wrong(input: torch.Tensor, backend: str) -> torch.Tensor:
+            return right.op(input, backend=backend) * (1.1 if backend == "cpu" else 1)
+
+        monkeypatch.setitem(OP_INFOS, "max_pool2d", dataclasses.replace(right, op=wrong))
         assert main(["bench", "--smoke", "--only", "^max_pool2d, overhead"]) == 1
         output = capsys.readouterr()
         assert "max_pool2d, overhead, fp32, batch 1, cpu: output: " in output.err
@@ -491,13 +491,13 @@ class TestPytest:
 
     def test_hands_the_rounds_to_pytest_benchmark(self, tmp_path: Path) -> None:
         found = tmp_path / "found.json"
-        status, text = self.run(tmp_path, "--smoke", "-k", "overhead and local_response", f"--benchmark-json={found}")
+        status, text = self.run(tmp_path, "--smoke", "-k", "local_response_norm-overhead", f"--benchmark-json={found}")
         assert status == 0, text
-        assert "4 passed" in text
+        assert "6 passed" in text
         measured = json.loads(found.read_text())["benchmarks"]
         name = "local_response_norm, overhead, fp32, batch 1"
         groups = [f"{name}, {direction}" for direction in ("forward", "forward and backward")]
-        assert sorted(entry["group"] for entry in measured) == sorted(2 * groups)
+        assert sorted(entry["group"] for entry in measured) == sorted(3 * groups)
         for entry in measured:
             assert entry["stats"]["rounds"] == 1
             assert 1e-7 < entry["stats"]["median"] < 1

@@ -107,7 +107,7 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
     row = OpRow(case, batch, apart=True).time(device, **timing).to_json()
     found["missing"] = row["missing"]
     for direction, passed in zip(OP, ("forward", "backward"), strict=True):
-        found[direction] = {name: value.to_json() for name, value in row[passed]["times"].items()}
+        found[direction] = dict(row[passed]["times"])
         found[direction] |= {name: {"error": why} for name, why in (row["wrong"] | row["errors"]).items()}
     return found
 

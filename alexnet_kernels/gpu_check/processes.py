@@ -60,6 +60,22 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def _open(command: Sequence[str], env: dict[str, str], cwd: Path | None) -> subprocess.Popen[str]:
+    """Starts a process in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=env,
+        cwd=cwd,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+
+
 def _kill(group: int) -> None:
     """Kills a process group."""
     with contextlib.suppress(ProcessLookupError):
@@ -213,18 +229,7 @@ class Processes:
         with self._lock:
             if self.stopped:
                 raise Stopped
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=env,
-                cwd=cwd,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+            process = _open(command, env, cwd)
             self._running.add(process.pid)
             if self._reaper is not None:
                 self._reaper.add(process.pid)
