@@ -43,7 +43,7 @@ class Backend:
     devices: the device types whose tensors it takes.
     float64: whether it takes float64.
     missing: why this installation has no kernel of an op for it, whatever the device; None if it has one.
-    automatic: whether "auto" may choose it for an op.
+    automatic: whether "auto" may choose it for an op; None for every op.
     load: registers its operators, at their first use; torch.compile doesn't trace it.
     """
 
@@ -52,16 +52,16 @@ class Backend:
     devices: tuple[str, ...]
     float64: bool
     missing: Callable[[str], str | None]
-    automatic: Callable[[str], bool]
+    automatic: Callable[[str], bool] | None = None
     load: Callable[[], Any] | None = None
 
 
 def _library_missing(key: str) -> Callable[[str], str | None]:
     def missing(op: str) -> str | None:
-        if not _library.LOADED:
-            return str(_library.REASON)
         if (op, key) in _library.KERNELS:
             return None
+        if not _library.LOADED:
+            return str(_library.REASON)
         return "the native library holds no CUDA kernels" if key == "CUDA" else "there is no such kernel"
 
     return missing
@@ -73,17 +73,13 @@ def _triton_missing(op: str) -> str | None:
     return None if _library.TRITON_INSTALLED else "triton is not installed"
 
 
-def _always(op: str) -> bool:
-    return True
-
-
 def _triton_automatic(op: str) -> bool:
     return CONTRACTS[op].auto_triton and not _library.INTERPRETED
 
 
 _REGISTERED: dict[str, Backend] = {
-    "cpu": Backend("cpu", _library.NAMESPACE, ("cpu",), True, _library_missing("CPU"), _always),
-    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA"), _always),
+    "cpu": Backend("cpu", _library.NAMESPACE, ("cpu",), True, _library_missing("CPU")),
+    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA")),
     "triton": Backend(
         "triton",
         _library.TRITON_NAMESPACE,
@@ -161,7 +157,7 @@ def unavailable(op: str, backend: str) -> str | None:
 
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
-    name = get_backend() if backend is None else _check(backend)
+    name = _chosen.get() or _default if backend is None else _check(backend)
     if name == "native" or is_transformed():
         return "native"
     chosen = _automatic(op, tensor) if name == "auto" else _checked(op, tensor, _REGISTERED[name])
@@ -175,9 +171,10 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
 def _automatic(op: str, tensor: Tensor) -> Backend | None:
     device, wide = tensor.device.type, tensor.dtype == torch.float64
     for backend in _REGISTERED.values():
-        takes = device in backend.devices and (backend.float64 or not wide)
-        if takes and backend.automatic(op) and backend.missing(op) is None:
-            return backend
+        if device in backend.devices and (backend.float64 or not wide):
+            automatic = backend.automatic
+            if (automatic is None or automatic(op)) and backend.missing(op) is None:
+                return backend
     return None
 
 

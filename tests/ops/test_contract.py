@@ -29,6 +29,7 @@ from platforms import BACKENDS, INTERPRETED, emulation
 from alexnet_kernels import _library, ops
 from alexnet_kernels._dispatch.contracts import CONTRACTS
 from alexnet_kernels.op_info import OP_INFOS, Maker, Setting, operator_calls
+from alexnet_kernels.op_info._record import OVERHEAD
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 pytestmark = pytest.mark.slow
@@ -75,7 +76,9 @@ def test_auto_equals_the_definition(case: Case) -> None:
     Case(info, None, setting, layer.name)
     for info in OP_INFOS.values()
     for layer in info.layers
-    for setting in settings(info, (F32, BF16) if info.images else (F32,), auto)
+    if layer.timed and layer.name != OVERHEAD
+    # Products take float64 a second each.
+    for setting in settings(info, (F32, BF16) if info.images and not info.casts else (F32,), auto)
 )
 def test_alexnets_layers(case: Case) -> None:
     layer = next(layer for layer in case.info.layers if layer.name == case.layout)
