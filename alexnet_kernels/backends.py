@@ -16,6 +16,8 @@ torch.func's transforms (vmap, grad, jvp) and forward-mode differentiation every
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +30,7 @@ from torch import Tensor
 from alexnet_kernels import _library
 from alexnet_kernels._dispatch.contracts import CONTRACTS, public_ops
 from alexnet_kernels._dispatch.eager import operators
-from alexnet_kernels._torch_private import constant_when_compiled, is_transformed
+from alexnet_kernels._torch_private import constant_when_compiled, in_transform
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
 GPUS = ("cuda", "xpu")
@@ -117,10 +119,24 @@ _default = _check(os.environ.get("ALEXNET_KERNELS_BACKEND", "auto"), "ALEXNET_KE
 _chosen: ContextVar[str | None] = ContextVar("alexnet_kernels_backend", default=None)
 """By the innermost `use_backend` block."""
 
+# torch.compile guards on the value of a ContextVar from torch 2.14 on; before, it can't trace one. There, functions
+# that it compiled follow the block that was entered last, in whatever thread.
+_TRACES_CONTEXT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_traced: str | None = None
+"""What functions compiled by torch.compile read: the backend of a block inside them, or, where they can't read
+`_chosen`, of the last block that is open."""
+_entered: list[tuple[int, str]] = []
+"""(thread, backend) of every open block, where compiled functions can't read `_chosen`."""
+_lock = threading.Lock()
+
 
 def get_backend() -> str:
     """The backend of ops called here without `backend=`."""
-    return _chosen.get() or _default
+    return _backend_in_graphs() if torch.compiler.is_compiling() else _chosen.get() or _default
+
+
+def _backend_in_graphs() -> str:
+    return _traced or (_chosen.get() if _TRACES_CONTEXT else None) or _default
 
 
 def set_backend(name: str) -> None:
@@ -134,13 +150,48 @@ def use_backend(name: str) -> Iterator[None]:
     """Makes `name` the backend of every op that this thread, or async task, calls inside the `with` block.
 
     Other threads are not affected, nor are threads that the block starts. A backward pass runs on the backend of its
-    forward pass.
+    forward pass. Before torch 2.14, functions compiled by torch.compile follow the block that was entered last in any
+    thread; a warning says so where threads differ.
     """
-    token = _chosen.set(_check(name))
+    global _traced
+    _check(name)
+    if torch.compiler.is_compiling():
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    token, entry = _chosen.set(name), (threading.get_ident(), name)
+    if not _TRACES_CONTEXT:
+        _open_block(entry)
     try:
         yield
     finally:
+        if not _TRACES_CONTEXT:
+            _close_block(entry)
         _chosen.reset(token)
+
+
+def _open_block(entry: tuple[int, str]) -> None:
+    global _traced
+    with _lock:
+        if any(thread != entry[0] and name != entry[1] for thread, name in _entered):
+            warnings.warn(
+                f"threads are in use_backend blocks of different backends: with torch {torch.__version__}, functions "
+                "compiled by torch.compile follow the block that was entered last; torch 2.14 keeps threads apart",
+                stacklevel=4,
+            )
+        _entered.append(entry)
+        _traced = entry[1]
+
+
+def _close_block(entry: tuple[int, str]) -> None:
+    global _traced
+    with _lock:
+        # The last one that is equal.
+        del _entered[len(_entered) - 1 - _entered[::-1].index(entry)]
+        _traced = _entered[-1][1] if _entered else None
 
 
 def unavailable(op: str, backend: str) -> str | None:
@@ -157,8 +208,14 @@ def unavailable(op: str, backend: str) -> str | None:
 
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
-    name = _chosen.get() or _default if backend is None else _check(backend)
-    if name == "native" or is_transformed():
+    compiling = torch.compiler.is_compiling()
+    if backend is not None:
+        name = _check(backend)
+    elif compiling:
+        name = _backend_in_graphs()
+    else:
+        name = _chosen.get() or _default
+    if name == "native" or (not compiling and in_transform()):
         return "native"
     chosen = _automatic(op, tensor) if name == "auto" else _checked(op, tensor, _REGISTERED[name])
     if chosen is None:
