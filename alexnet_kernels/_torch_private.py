@@ -16,11 +16,14 @@ BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
-def is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active."""
-    if torch.compiler.is_compiling():
-        return False
+def in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active. torch.compile can't trace it."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """`in_transform`; False inside torch.compile."""
+    return not torch.compiler.is_compiling() and in_transform()
 
 
 def is_observed() -> bool:

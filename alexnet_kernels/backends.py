@@ -16,6 +16,8 @@ torch.func's transforms (vmap, grad, jvp) and forward-mode differentiation every
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +30,7 @@ from torch import Tensor
 from alexnet_kernels import _library
 from alexnet_kernels._dispatch.contracts import CONTRACTS, public_ops
 from alexnet_kernels._dispatch.eager import operators
-from alexnet_kernels._torch_private import constant_when_compiled, is_transformed
+from alexnet_kernels._torch_private import constant_when_compiled, in_transform
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
 GPUS = ("cuda", "xpu")
@@ -43,7 +45,7 @@ class Backend:
     devices: the device types whose tensors it takes.
     float64: whether it takes float64.
     missing: why this installation has no kernel of an op for it, whatever the device; None if it has one.
-    automatic: whether "auto" may choose it for an op.
+    automatic: whether "auto" may choose it for an op; None for every op.
     load: registers its operators, at their first use; torch.compile doesn't trace it.
     """
 
@@ -52,16 +54,16 @@ class Backend:
     devices: tuple[str, ...]
     float64: bool
     missing: Callable[[str], str | None]
-    automatic: Callable[[str], bool]
+    automatic: Callable[[str], bool] | None = None
     load: Callable[[], Any] | None = None
 
 
 def _library_missing(key: str) -> Callable[[str], str | None]:
     def missing(op: str) -> str | None:
-        if not _library.LOADED:
-            return str(_library.REASON)
         if (op, key) in _library.KERNELS:
             return None
+        if not _library.LOADED:
+            return str(_library.REASON)
         return "the native library holds no CUDA kernels" if key == "CUDA" else "there is no such kernel"
 
     return missing
@@ -73,17 +75,13 @@ def _triton_missing(op: str) -> str | None:
     return None if _library.TRITON_INSTALLED else "triton is not installed"
 
 
-def _always(op: str) -> bool:
-    return True
-
-
 def _triton_automatic(op: str) -> bool:
     return CONTRACTS[op].auto_triton and not _library.INTERPRETED
 
 
 _REGISTERED: dict[str, Backend] = {
-    "cpu": Backend("cpu", _library.NAMESPACE, ("cpu",), True, _library_missing("CPU"), _always),
-    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA"), _always),
+    "cpu": Backend("cpu", _library.NAMESPACE, ("cpu",), True, _library_missing("CPU")),
+    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA")),
     "triton": Backend(
         "triton",
         _library.TRITON_NAMESPACE,
@@ -121,10 +119,24 @@ _default = _check(os.environ.get("ALEXNET_KERNELS_BACKEND", "auto"), "ALEXNET_KE
 _chosen: ContextVar[str | None] = ContextVar("alexnet_kernels_backend", default=None)
 """By the innermost `use_backend` block."""
 
+# torch.compile guards on the value of a ContextVar from torch 2.14 on; before, it can't trace one. There, functions
+# that it compiled follow the block that was entered last, in whatever thread.
+_TRACES_CONTEXT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_traced: str | None = None
+"""What functions compiled by torch.compile read: the backend of a block inside them, or, where they can't read
+`_chosen`, of the last block that is open."""
+_entered: list[tuple[int, str]] = []
+"""(thread, backend) of every open block, where compiled functions can't read `_chosen`."""
+_lock = threading.Lock()
+
 
 def get_backend() -> str:
     """The backend of ops called here without `backend=`."""
-    return _chosen.get() or _default
+    return _backend_in_graphs() if torch.compiler.is_compiling() else _chosen.get() or _default
+
+
+def _backend_in_graphs() -> str:
+    return _traced or (_chosen.get() if _TRACES_CONTEXT else None) or _default
 
 
 def set_backend(name: str) -> None:
@@ -138,13 +150,48 @@ def use_backend(name: str) -> Iterator[None]:
     """Makes `name` the backend of every op that this thread, or async task, calls inside the `with` block.
 
     Other threads are not affected, nor are threads that the block starts. A backward pass runs on the backend of its
-    forward pass.
+    forward pass. Before torch 2.14, functions compiled by torch.compile follow the block that was entered last in any
+    thread; a warning says so where threads differ.
     """
-    token = _chosen.set(_check(name))
+    global _traced
+    _check(name)
+    if torch.compiler.is_compiling():
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    token, entry = _chosen.set(name), (threading.get_ident(), name)
+    if not _TRACES_CONTEXT:
+        _open_block(entry)
     try:
         yield
     finally:
+        if not _TRACES_CONTEXT:
+            _close_block(entry)
         _chosen.reset(token)
+
+
+def _open_block(entry: tuple[int, str]) -> None:
+    global _traced
+    with _lock:
+        if any(thread != entry[0] and name != entry[1] for thread, name in _entered):
+            warnings.warn(
+                f"threads are in use_backend blocks of different backends: with torch {torch.__version__}, functions "
+                "compiled by torch.compile follow the block that was entered last; torch 2.14 keeps threads apart",
+                stacklevel=4,
+            )
+        _entered.append(entry)
+        _traced = entry[1]
+
+
+def _close_block(entry: tuple[int, str]) -> None:
+    global _traced
+    with _lock:
+        # The last one that is equal.
+        del _entered[len(_entered) - 1 - _entered[::-1].index(entry)]
+        _traced = _entered[-1][1] if _entered else None
 
 
 def unavailable(op: str, backend: str) -> str | None:
@@ -161,8 +208,14 @@ def unavailable(op: str, backend: str) -> str | None:
 
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
-    name = get_backend() if backend is None else _check(backend)
-    if name == "native" or is_transformed():
+    compiling = torch.compiler.is_compiling()
+    if backend is not None:
+        name = _check(backend)
+    elif compiling:
+        name = _backend_in_graphs()
+    else:
+        name = _chosen.get() or _default
+    if name == "native" or (not compiling and in_transform()):
         return "native"
     chosen = _automatic(op, tensor) if name == "auto" else _checked(op, tensor, _REGISTERED[name])
     if chosen is None:
@@ -175,9 +228,10 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
 def _automatic(op: str, tensor: Tensor) -> Backend | None:
     device, wide = tensor.device.type, tensor.dtype == torch.float64
     for backend in _REGISTERED.values():
-        takes = device in backend.devices and (backend.float64 or not wide)
-        if takes and backend.automatic(op) and backend.missing(op) is None:
-            return backend
+        if device in backend.devices and (backend.float64 or not wide):
+            automatic = backend.automatic
+            if (automatic is None or automatic(op)) and backend.missing(op) is None:
+                return backend
     return None
 
 

@@ -17,8 +17,8 @@ class SGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay, one pass over all parameters a step.
 
     rule="paper" (the default) is the paper's, `v <- momentum * v - weight_decay * lr * w - lr * g; w <- w + v`: lr is
-    inside v, so a change of lr acts on the past gradients only as they fade. rule="torch" is torch.optim.SGD's, in
-    which it rescales them at once. At a constant lr the two agree.
+    inside v, so a change of lr affects only later gradients. rule="torch" is torch.optim.SGD's, in which it also
+    rescales the accumulated ones. At a constant lr the two agree.
 
     Args:
         params: tensors or groups of them, as for every optimizer; groups may override any of the following.
@@ -58,7 +58,7 @@ class SGD(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
-            # An empty list: only the settings are checked.
+            # With empty lists, only the settings are checked.
             ops.sgd_step([], [], [], **self._settings(group))
 
     @staticmethod
@@ -100,7 +100,7 @@ class SGD(torch.optim.Optimizer):
         return loss
 
     def _start(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Makes the state of a parameter that has none; whether it did."""
+        """Creates the state of a parameter that has none; returns whether it did."""
         state = self.state[param]
         if state:
             return False

@@ -82,7 +82,7 @@ def max_pool2d(
     """Maximum of each window: `out[p, q] = max_{r, s} x[p * stride + r - padding, q * stride + s - padding]`.
 
     input [N, C, H, W]; r and s count the window's rows and columns; x is input, or max(0, input) with `relu`;
-    places outside the input take no part. Of equal maxima the first in row-major order takes the gradient.
+    positions outside the input take no part. Of equal maxima the first in row-major order takes the gradient.
     NaN counts as larger than any number, and a later NaN as larger than an earlier one: torch's rule. Source:
     Krizhevsky et al. 2012, section 3.4 (3x3 windows, stride 2, overlapping).
     """
@@ -106,7 +106,7 @@ def max_pool2d(
 
 
 def _window_sum(x: Tensor, dim: int, size: int) -> Tensor:
-    """Sum of the places `i - size // 2 ... i + (size - 1) // 2` along dim, cut at the ends."""
+    """Sum of the positions `i - size // 2 ... i + (size - 1) // 2` along dim, cut at the ends."""
     length = x.shape[dim]
     before, after = x.shape[:dim], x.shape[dim + 1 :]
     padded = torch.cat([x.new_zeros(*before, size // 2, *after), x, x.new_zeros(*before, (size - 1) // 2, *after)], dim)
@@ -261,9 +261,9 @@ def dropout_keep(
 ) -> Tensor:
     """Which elements dropout keeps: a bool tensor of this shape, contiguous.
 
-    An element is dropped when its Philox word is below `round(p * 2^32)`. Its index is its place in row-major
-    (N, C, H, W) order, whatever the memory format; with shard = (dim, start, size), or several of them, its place
-    in the whole tensor whose dimension dim has that size, of which this one is `[start, start + shape[dim])`.
+    An element is dropped when its Philox word is below `round(p * 2^32)`. Its index is its position in
+    row-major (N, C, H, W) order, whatever the memory format; with shard = (dim, start, size), or several of them, its
+    position in the whole tensor whose dimension dim has that size, of which this one is `[start, start + shape[dim])`.
     """
     shape = tuple(shape)
     whole, start = list(shape), [0] * len(shape)
@@ -394,8 +394,8 @@ def augment(
 
     images uint8 [N, H, W, 3]; crops int64 [N, 2], each (top, left); size (h, w) or one number; flips bool
     [N], left to right; color_shift [N, 3], in the images' units of 0..255; scale a number or [3]. mean is
-    [3], or [3, H, W], subtracted at the image's own places, or [3, h, w], subtracted at the output's: the two
-    differ under a flip, and the former is meant where H = h and W = w. out [N, 3, h, w] of `dtype` in
+    [3], or [3, H, W], subtracted at positions of the image, or [3, h, w], at positions of the output: the
+    two differ under a flip, and the former is assumed where H = h and W = w. out [N, 3, h, w] of `dtype` in
     `memory_format`.
     Source: Krizhevsky et al. 2012, section 4.1.
     """

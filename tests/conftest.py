@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import interpreter
 import pytest
 import torch
 from platforms import BACKENDS, DEVICES, INTERPRETED, emulation
@@ -13,6 +12,8 @@ from platforms import BACKENDS, DEVICES, INTERPRETED, emulation
 from alexnet_kernels import backends, ops
 
 if INTERPRETED:
+    import interpreter
+
     interpreter.mend()
 
 # Processes of `pytest -n 2` share the cores: threads beyond them would wait for each other.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,26 @@ class TestBackends:
             "native, after": "auto",
         }
 
+    @pytest.mark.parametrize("traces", [False, True], ids=["old torch", "new torch"])
+    def test_different_blocks_warn_where_compiled_code_cannot_tell_threads(
+        self, traces: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backends, "_TRACES_CONTEXT", traces)
+
+        def other() -> None:
+            with alexnet_kernels.use_backend("native"):
+                pass
+
+        with alexnet_kernels.use_backend("cpu"), alexnet_kernels.use_backend("native"):
+            pass  # one thread may nest them
+        with warnings.catch_warnings(record=True) as caught, alexnet_kernels.use_backend("cpu"):
+            warnings.simplefilter("always")
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join(10)
+        assert ["entered last" in str(warning.message) for warning in caught] == ([] if traces else [True])
+        assert backends._entered == []
+
     def test_async_tasks_have_their_own(self) -> None:
         async def inside(name: str) -> list[str]:
             found = []
@@ -154,6 +175,25 @@ class TestBackends:
             with alexnet_kernels.use_backend(name):
                 assert torch.equal(compiled(x), ops.max_pool2d(x))
         assert ["alexnet_kernels" in graph for graph in graphs] == [True, False]
+
+    def test_compiled_code_may_hold_a_block(self, fresh_dynamo: None) -> None:
+        def function(x: torch.Tensor) -> torch.Tensor:
+            with alexnet_kernels.use_backend("native"):
+                y = ops.max_pool2d(x)
+            return ops.local_response_norm(y)
+
+        graphs = []
+
+        def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+            graphs.append(str(graph.graph))
+            return graph.forward
+
+        x = torch.randn(1, 4, 5, 5)
+        assert torch.equal(torch.compile(function, backend=compiler, fullgraph=True)(x), function(x))
+        (graph,) = graphs
+        assert "local_response_norm" in graph
+        assert "alexnet_kernels.max_pool2d" not in graph
+        assert backends.get_backend() == "auto"
 
     def test_environment(self, tmp_path: Path) -> None:
         code = "from alexnet_kernels import backends; print(backends.get_backend())"

@@ -89,8 +89,8 @@ class Dropout(nn.Dropout):
 
     scale_at="training" is inverted dropout: kept elements times 1 / (1 - p) in training, the input itself in
     evaluation. scale_at="inference" is the paper's: kept elements as they are in training, the input times
-    1 - p in evaluation (Krizhevsky et al. 2012, section 4.2). The mask is drawn from torch's generator, by
-    the op's own stream: the same seed gives another mask than torch.nn.Dropout's.
+    1 - p in evaluation (Krizhevsky et al. 2012, section 4.2). The mask comes from torch's generator through
+    the op's own stream: the same seed gives a different mask than torch.nn.Dropout.
     """
 
     scale_at: str

@@ -97,7 +97,7 @@ INFO = OpInfo(
         sample(1, lr=1.0, momentum=1.0, weight_decay=1.0, first_step=True),
     ),
     make=_make,
-    takes=lambda sample, dtype: fits(sample.options["mixture"], dtype),
+    takes=lambda sample, dtype: fits(sample.options.get("mixture", "plain"), dtype),
     functional=_functional,
     comparison=lambda setting: Comparison(absolute=1e-15 if setting.dtype == torch.float64 else 2**-22),
     images=False,

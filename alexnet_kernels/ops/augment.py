@@ -1,7 +1,7 @@
 """Crop, mirror, colour shift, mean subtraction, scaling, cast and layout of a batch of images in one pass.
 
 See: schema in csrc/library.cpp, csrc/cpu/augment.cpp, csrc/cuda/augment.cu, alexnet_kernels/triton/augment.py,
-reference.augment, tests/ops/test_augment.py.
+reference.augment, op_info/augment.py, tests/ops/test_augment.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def augment(
         size: (h, w) of the crops, or one int.
         flips: bool [N], mirror the crop left to right; None for none.
         color_shift: [N, 3], added to every pixel of an image, in the images' units of 0..255; None for none.
-        mean: [3]; or [3, h, w], subtracted from the crop after mirroring; or [3, H, W], subtracted at each pixel's own
-            place in the image (which is meant when both fit); None for none.
+        mean: [3]; or [3, h, w], subtracted from the crop after mirroring; or [3, H, W], subtracted at each pixel's
+            position in the image (assumed when both fit); None for none.
         scale: a number or [3]; None for 1.
         dtype: of the result: float32, float64, bfloat16 or float16; computed in float32.
         memory_format: of the result: torch.channels_last or torch.contiguous_format.
@@ -62,7 +62,7 @@ def augment(
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"{OP}: memory_format must be channels_last or contiguous_format, not {memory_format}")
     if crops.numel() and images.device.type != "cpu":
-        # Asynchronous: a look at the values would wait for the device.
+        # Asynchronous: reading the values would wait for the device.
         last = [whole - part for whole, part in zip(images.shape[1:3], size, strict=True)]
         inside = (crops.amin() >= 0) & (crops[:, 0].amax() <= last[0]) & (crops[:, 1].amax() <= last[1])
         torch._assert_async(inside, f"{OP}: a crop of {size} leaves its image of {list(images.shape[1:3])}")

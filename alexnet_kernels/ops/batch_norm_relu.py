@@ -1,7 +1,8 @@
 """Batch normalisation and ReLU in one pass.
 
 See: schema in csrc/library.cpp, csrc/cpu/batch_norm_relu.cpp, csrc/cuda/batch_norm_relu.cu,
-alexnet_kernels/triton/batch_norm_relu.py, reference.batch_norm_relu, tests/ops/test_batch_norm_relu.py.
+alexnet_kernels/triton/batch_norm_relu.py, reference.batch_norm_relu, op_info/batch_norm_relu.py,
+tests/ops/test_batch_norm_relu.py.
 Autocast: the input's dtype is kept; statistics and parameters are float32 (float64 for float64).
 """
 
@@ -35,14 +36,14 @@ def batch_norm_relu(
 ) -> Tensor:
     """`max(0, (input - mean) / sqrt(var + eps) * weight + bias)`, channel by channel.
 
-    What relu(torch.nn.functional.batch_norm(...)) computes. Backward recomputes ReLU's mask, and stores the input only.
+    What relu(torch.nn.functional.batch_norm(...)) computes. Only the input is stored: backward recomputes ReLU's mask.
 
     Args:
         input: [N, C, H, W]; float32, float64, bfloat16 or float16; any memory format.
         running_mean, running_var: [C]; training updates them in place, `(1 - momentum) * running + momentum * batch`
             with the unbiased variance; inference normalises by them. May be None in training.
         weight, bias: [C] or None; float32 may go with a bfloat16 or float16 input.
-        training: normalise by the batch's own mean and biased variance.
+        training: normalise by the batch mean and biased variance.
         eps: added to the variance.
         backend: see `alexnet_kernels.backends`.
 

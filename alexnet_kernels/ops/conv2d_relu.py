@@ -1,7 +1,8 @@
 """Convolution, bias and ReLU.
 
 See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu.cu,
-alexnet_kernels/triton/conv2d_relu.py, reference.conv2d_relu, tests/ops/test_conv2d_relu.py.
+alexnet_kernels/triton/conv2d_relu.py and conv2d_relu_backward.py, reference.conv2d_relu, op_info/conv2d_relu.py,
+tests/ops/test_conv2d_relu.py; ops/space_to_depth.py for strided convolutions of few channels.
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's conv2d.
 """
 
@@ -34,16 +35,16 @@ def conv2d_relu(
     relu: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """`max(0, conv2d(input, weight) + bias)`; ReLU's mask in backward comes from the output, nothing else is stored.
+    """`max(0, conv2d(input, weight) + bias)`; backward takes ReLU's mask from the output; nothing else is stored.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any memory format, channels_last is the
-            fast one.
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any memory format, channels_last is
+            the fast one.
         weight: [K, C / groups, R, S] in the input's dtype (autocast casts both).
         bias: [K] or None.
         stride, padding: pixels, an int or (rows, columns); zeros are padded on all sides.
-        groups: input and output channels are split in `groups` towers that do not see each other.
-        relu: False leaves ReLU to the op that follows, which can take it for nothing (`max_pool2d`, `lrn_max_pool2d`).
+        groups: input and output channels are split into `groups` independent towers.
+        relu: False leaves ReLU out, for a following op that applies it at no cost (`max_pool2d`, `lrn_max_pool2d`).
         backend: see `alexnet_kernels.backends`.
 
     Returns:
@@ -61,7 +62,7 @@ def conv2d_relu(
     _check(images, weight, bias, stride, padding, groups)
     chosen = select(OP, images, backend)
     if chosen == "native":
-        # cuDNN gives float64 back in NCHW.
+        # cuDNN returns float64 in NCHW.
         memory_format = memory_format_of(images)
         output = F.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
         output = F.relu(output) if relu else output
@@ -88,11 +89,11 @@ def _gains_by_space_to_depth(
     """Whether a strided convolution of few channels, AlexNet's first, is faster with its blocks of pixels as channels.
 
     Measured on two AVX512-BF16 cores with torch 2.14, 11x11 kernels, stride 4, on [N, 3, 224, 224], channels last,
-    bfloat16: forward 13.0 -> 10.8 ms at N = 16, forward and backward 26.2 -> 23.5; below 6 images arranging the weight
-    costs more than that. In float32 the weight gradient loses more than the rest gains. A GPU's matrix units want runs
-    of 16 channels or more, in any dtype, and the input's gradient with stride 1.
+    bfloat16: forward 13.0 -> 10.8 ms at N = 16, forward and backward 26.2 -> 23.5; below 6 images rearranging the
+    weight costs more than it saves. In float32 the weight gradient loses more than the rest gains. A GPU's tensor
+    cores need runs of 16 channels or more, in any dtype, and the input's gradient needs stride 1.
     """
-    # A compiled graph isn't of one batch size.
+    # A compiled graph serves any batch size.
     many = torch.compiler.is_compiling() or input.shape[0] >= 6
     return (
         (backend in ("cuda", "triton") or (backend == "cpu" and dtype == torch.bfloat16 and many))
@@ -106,7 +107,7 @@ def _gains_by_space_to_depth(
 
 @checks.cache_validation
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int) -> list:
-    """Checks the arguments; the output's shape."""
+    """Checks the arguments; returns the output's shape."""
     checks.check_images(OP, input)
     checks.check_device(OP, "weight", weight, input)
     checks.check_floating(OP, "weight", weight)

@@ -1,7 +1,7 @@
-"""Dropout whose mask is a function of a seed and each element's place.
+"""Dropout whose mask is a function of a seed and each element's index.
 
 See: schema in csrc/library.cpp, csrc/cpu/dropout.cpp, csrc/cuda/dropout.cu, alexnet_kernels/triton/dropout.py,
-reference.dropout, tests/ops/test_dropout.py.
+reference.dropout, op_info/dropout.py, tests/ops/test_dropout.py.
 Autocast: the input's dtype is kept.
 """
 
@@ -36,11 +36,11 @@ def dropout(
     shard: Shard | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Zeroes each element with probability p. No mask is stored: backward draws it again.
+    """Zeroes each element with probability p. No mask is stored: backward recomputes it.
 
     An element is dropped when its word of Philox4x32-10, keyed by the seed and counted by the offset and the element's
     index in row-major order, is below p * 2^32. The same seed and offset drop the same elements on every device, in
-    every memory format and dtype, however the tensor is sharded or the work split over threads.
+    every memory format and dtype, however the tensor is sharded or the work is split over threads.
 
     Args:
         input: any shape; float32, float64, bfloat16 or float16; any memory format.
@@ -86,7 +86,7 @@ def dropout(
     return kernels_of(chosen).dropout(input, drop, scale, key, offset, *layout_of(input.shape, shards))
 
 
-# An op of its own, because compilers inline the generator's arithmetic without end.
+# An op of its own: compilers would inline the generator's arithmetic, which takes minutes.
 @torch.library.custom_op("alexnet_kernels::dropout_keep", mutates_args=())
 def _keep(shape: Sequence[int], p: float, seed: Tensor, offset: int, shard: Sequence[int]) -> Tensor:
     where = [(shard[i], shard[i + 1], shard[i + 2]) for i in range(0, len(shard), 3)]
@@ -99,7 +99,7 @@ def _(shape: Sequence[int], p: float, seed: Tensor, offset: int, shard: Sequence
 
 
 def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, float]:
-    """The probability of dropping now, and what kept elements are multiplied by."""
+    """The probability of dropping in this mode, and the factor of the elements that are kept."""
     checks.check_probability(op, p)
     if scale_at not in ("training", "inference"):
         raise ValueError(f"{op}: scale_at must be 'training' or 'inference', not {scale_at!r}")
@@ -109,7 +109,7 @@ def factor_of(op: str, p: float, training: bool, scale_at: str) -> tuple[float, 
 
 
 def shards_of(op: str, shape: torch.Size, shard: Shard | None) -> list[tuple[int, int, int]]:
-    """The shards, their dimensions counted from 0 and rising."""
+    """The shards, in ascending order of their dimensions, which are counted from 0."""
     if not shard:
         return []
     if not len(shape):
@@ -154,7 +154,7 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
             raise TypeError(f"{op}: seed must be int64 with one element, not {seed.dtype} {list(seed.shape)}")
         if seed.device == device or seed.device.type != "cpu" or torch.compiler.is_compiling():
             return seed.to(device)
-        seed = int(seed)  # passed along with a launch: copying from the CPU's memory would wait for the device
+        seed = int(seed)  # becomes an argument of a launch: copying from the CPU's memory would wait for the device
     if not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, not {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:

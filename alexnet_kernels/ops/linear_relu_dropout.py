@@ -1,7 +1,8 @@
 """A fully-connected layer with its ReLU and dropout: the library's GEMM and one pass over its output.
 
 See: schema in csrc/library.cpp, csrc/cpu/linear_relu_dropout.cpp, csrc/cuda/linear_relu_dropout.cu,
-alexnet_kernels/triton/linear_relu_dropout.py, reference.linear_relu_dropout, tests/ops/test_linear_relu_dropout.py.
+alexnet_kernels/triton/linear_relu_dropout.py, reference.linear_relu_dropout, op_info/linear_relu_dropout.py,
+tests/ops/test_linear_relu_dropout.py.
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's linear.
 """
 
@@ -66,7 +67,7 @@ def linear_relu_dropout(
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     row, row_stride, base = layout_of(shape, shards_of(OP, shape, shard))
     if row == row_stride or shape.numel() == row:
-        # One run of elements: the kernel takes it a row of the output at a time.
+        # One contiguous run of elements: the kernel processes it a row of the output at a time.
         row = row_stride = shape[-1]
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     output = kernels_of(chosen).linear_relu_dropout(
@@ -77,7 +78,7 @@ def linear_relu_dropout(
 
 @checks.cache_validation
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
-    """Checks the arguments; the output's shape."""
+    """Checks the arguments; returns the output's shape."""
     checks.check_tensor(OP, "input", input)
     checks.check_floating(OP, "input", input)
     checks.check_device(OP, "weight", weight, input)

@@ -1,7 +1,8 @@
 """Local response normalisation across channels.
 
 See: schema in csrc/library.cpp, csrc/cpu/local_response_norm.cpp, csrc/cuda/local_response_norm.cu,
-alexnet_kernels/triton/local_response_norm.py, reference.local_response_norm, tests/ops/test_local_response_norm.py.
+alexnet_kernels/triton/local_response_norm.py, reference.local_response_norm, op_info/local_response_norm.py,
+tests/ops/test_local_response_norm.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 
@@ -34,7 +35,7 @@ def local_response_norm(
 
     The convention of torch.nn.LocalResponseNorm, Caffe and cuDNN, in which alpha is divided by size. The paper prints
     the sum undivided: its k = 2, n = 5, alpha = 1e-4, beta = 0.75 is `size=5, alpha=5e-4, beta=0.75, k=2` here; the
-    network that was run is `alpha=1e-4, k=2`.
+    network of the 2012 code is `alpha=1e-4, k=2`.
 
     Args:
         input: [N, C, *], at least three dimensions; float32, float64, bfloat16 or float16; any memory format.

@@ -1,7 +1,8 @@
 """Local response normalisation and the max-pooling after it, fused; optionally with the ReLU before them.
 
 See: schema in csrc/library.cpp, csrc/cpu/lrn_max_pool2d.cpp, csrc/cuda/lrn_max_pool2d.cu,
-alexnet_kernels/triton/lrn_max_pool2d.py, reference.lrn_max_pool2d, tests/ops/test_lrn_max_pool2d.py.
+alexnet_kernels/triton/lrn_max_pool2d.py, reference.lrn_max_pool2d, op_info/lrn_max_pool2d.py,
+tests/ops/test_lrn_max_pool2d.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 
@@ -40,8 +41,8 @@ def lrn_max_pool2d(
 ) -> Tensor:
     """`max_pool2d(local_response_norm(x))`, where x is input, or max(0, input) with `relu`.
 
-    The normalised activations, the largest tensor of an AlexNet, are never stored: backward recomputes them, applies
-    ReLU's mask, and saves only the input and a byte for each window. Arguments, result and errors are those of
+    The normalised activations, the largest tensor of an AlexNet, are never stored: forward saves the input and one byte
+    for each window, and backward recomputes them and applies ReLU's mask. Arguments, result and errors are those of
     `local_response_norm` and `max_pool2d`; input is [N, C, H, W]. bfloat16 and float16 are rounded once, after pooling.
 
     Source: Krizhevsky et al. 2012, section 3.5.

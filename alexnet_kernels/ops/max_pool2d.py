@@ -1,7 +1,7 @@
 """Overlapping max-pooling with a one-byte argmax, optionally of the ReLU of its input.
 
-See: schema in csrc/library.cpp, csrc/cpu/max_pool2d.cpp, csrc/cuda/max_pool2d.cu,
-alexnet_kernels/triton/max_pool2d.py, reference.max_pool2d, tests/ops/test_max_pool2d.py.
+See: schema in csrc/library.cpp, csrc/cpu/max_pool2d.cpp, csrc/cuda/max_pool2d.cu, alexnet_kernels/triton/max_pool2d.py,
+reference.max_pool2d, op_info/max_pool2d.py, tests/ops/test_max_pool2d.py.
 Autocast: the input's dtype is kept.
 """
 
@@ -45,13 +45,13 @@ def max_pool2d(
     """The maximum of each window; with `relu`, of max(0, input), at no cost.
 
     What torch.nn.functional.max_pool2d computes, NaN and ties included; backward is bitwise repeatable, because each
-    input pixel gathers its windows.
+    input pixel gathers from its windows.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any memory format.
-        kernel_size, stride, padding: pixels, an int or (rows, columns). A window holds at most 256 pixels; the padding,
-            which never wins, is at most half the kernel.
-        ceil_mode: windows may hang over the bottom and right edges.
+        kernel_size, stride, padding: pixels, an int or (rows, columns). A window holds at most 256 pixels. Padding
+            takes no part in the maximum; it is at most half the kernel.
+        ceil_mode: windows may extend beyond the bottom and right edges.
         backend: see `alexnet_kernels.backends`.
 
     Returns:
@@ -60,8 +60,8 @@ def max_pool2d(
 
     Raises:
         TypeError: input isn't a floating-point tensor, or a size isn't integer.
-        ValueError: another rank, or an image smaller than the window (with ceil_mode, than the least part of one that
-            torch takes).
+        ValueError: another rank, or an image smaller than the window (with ceil_mode, than the smallest part of a
+            window that torch accepts).
 
     Source: Krizhevsky et al. 2012, section 3.4.
     """
@@ -102,7 +102,7 @@ def _window(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
 
 
 def check_pool(op: str, input: Tensor, window: Window, ceil_mode: bool) -> list:
-    """Checks the arguments; the output's shape."""
+    """Checks the arguments; returns the output's shape."""
     return _check(op, input, *window, ceil_mode)
 
 

@@ -1,7 +1,7 @@
 """One step of stochastic gradient descent with momentum over a list of tensors, in one pass.
 
 See: schema in csrc/library.cpp, csrc/cpu/sgd_step.cpp, csrc/cuda/sgd_step.cu, alexnet_kernels/triton/sgd_step.py,
-reference.sgd_step, tests/ops/test_sgd_step.py; the optimizer is alexnet_kernels.optim.SGD.
+reference.sgd_step, op_info/sgd_step.py, tests/ops/test_sgd_step.py; the optimizer is alexnet_kernels.optim.SGD.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sgd_step(
         momentum_buffers: shaped like params, of their dtype or float32.
         masters: empty, or float32 copies of bfloat16 and float16 params that the step is taken on and rounded from.
         lr: a number, or a floating-point tensor of one element. On the params' device it is read there, so that a CUDA
-            graph that captured the step follows its changes; on the CPU it is read now.
+            graph that captured the step follows its changes; on the CPU it is read at the call.
         backend: see `alexnet_kernels.backends`.
 
     Raises:
@@ -103,7 +103,7 @@ def _learning_rate(lr: float | Tensor, params: Sequence[Tensor]) -> tuple[float,
 
 
 def _alike_and_dense(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors can be walked as arrays: the same strides, without gaps."""
+    """Whether the tensors can be processed as flat arrays: equal strides, no gaps."""
     first = tensors[0]
     channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
     if not (channels_last or first.is_contiguous()):

@@ -1,7 +1,7 @@
 """Blocks of pixels as channels: a strided convolution of few channels as one with stride 1 and many.
 
 See: schema in csrc/library.cpp, csrc/cpu/space_to_depth.cpp, csrc/cuda/space_to_depth.cu,
-alexnet_kernels/triton/space_to_depth.py, tests/ops/test_conv2d_relu.py. It is a part of conv2d_relu.
+alexnet_kernels/triton/space_to_depth.py, tests/ops/test_conv2d_relu.py. Part of conv2d_relu.
 """
 
 from __future__ import annotations

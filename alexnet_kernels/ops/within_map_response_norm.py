@@ -2,7 +2,7 @@
 
 See: schema in csrc/library.cpp, csrc/cpu/within_map_response_norm.cpp, csrc/cuda/within_map_response_norm.cu,
 alexnet_kernels/triton/within_map_response_norm.py, reference.within_map_response_norm,
-tests/ops/test_within_map_response_norm.py.
+op_info/within_map_response_norm.py, tests/ops/test_within_map_response_norm.py.
 Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for float64).
 """
 
