@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,8 @@ class NetRow(Network):
     ) -> RowResult:
         result = RowResult("net", self.preset, SHORT[self.dtype], self.batch)
         result.missing = {name: reason for name, reason in self._known(device).items() if reason}
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # releases what earlier rows compiled
+            torch._dynamo.reset()
         expected = NetExpectation(self, device)
         calls: dict[str, list[Call]] = {}
         for name in self.variants(device):

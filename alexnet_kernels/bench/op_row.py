@@ -13,7 +13,7 @@ from torch import Tensor
 from alexnet_kernels.bench.cases import Case, Expectation, backward_of
 from alexnet_kernels.bench.machine import cache_bytes
 from alexnet_kernels.bench.row import COMPILED, SHORT, Measurement, RowResult, our_backends, prefixed
-from alexnet_kernels.bench.timing import Call, guarded, input_sets, measure, on_capture_stream
+from alexnet_kernels.bench.timing import MOST_SETS, Call, guarded, input_sets, measure, on_capture_stream
 from alexnet_kernels.op_info import Baseline, with_gradients
 from alexnet_kernels.op_info._record import OUTLIERS, OVERHEAD, PEER_OUTLIERS, Inputs
 
@@ -33,6 +33,7 @@ class OpRow:
     compile: Collection[str] = ()  # of COMPILED
     apart: bool = False  # times the backward pass alone, in place of both passes
     label: str = ""  # distinguishes rows of the same case
+    most_sets: int = MOST_SETS  # sets of inputs that the calls rotate through, at most
 
     @property
     def name(self) -> str:
@@ -105,7 +106,7 @@ class OpRow:
         for direction in self.directions:
             backward = direction != "forward"
             moved, done = self._work(direction)
-            count = input_sets(int(moved), device)
+            count = min(self.most_sets, input_sets(int(moved), device))
             inputs = [with_gradients(case.make(batch, device), case.wrt) for _ in range(count)]
             calls: dict[str, list[Call]] = {}
             for name, variant in variants.items():

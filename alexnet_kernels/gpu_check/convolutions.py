@@ -104,7 +104,7 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
         times = measure(calls, device, **timing)
         found[direction] = {name: value.to_json() for name, value in times.items()}
     del made
-    row = OpRow(case, batch, apart=True).time(device, **timing).to_json()
+    row = OpRow(case, batch, apart=True, most_sets=sets).time(device, **timing).to_json()
     found["missing"] = row["missing"]
     for direction, passed in zip(OP, ("forward", "backward"), strict=True):
         found[direction] = dict(row[passed]["times"])

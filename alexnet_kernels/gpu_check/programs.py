@@ -111,7 +111,7 @@ def _pytest_command(context: Context) -> list[str]:
     if context.device == "cuda":
         chosen = [str(context.tests / "test_gpu.py"), str(context.tests / "ops"), "-m", "gpu"]
     else:
-        chosen = [str(context.tests / "ops" / "test_contract.py"), "-k", "test_auto"]
+        chosen = [str(context.tests / "ops" / "test_contract.py"), "-k", "test_auto_"]
     words = [sys.executable, "-m", "pytest", "-q", "--tb=long", "-p", "no:cacheprovider", "-p", progress.__name__]
     processes = min(PYTEST_PROCESSES, plan.cores() - 2)
     if processes > 1 and importlib.util.find_spec("xdist") is not None:

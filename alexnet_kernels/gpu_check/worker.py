@@ -50,6 +50,13 @@ def _small(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
+def _small_cases() -> list[Case]:
+    """The bfloat16 case of each op with the least work: enough to test the command on a CPU."""
+    core = [case for case in cases() if case.core and case.dtype == torch.bfloat16]
+    core.sort(key=lambda case: case.work.moved(1, True), reverse=True)
+    return list({case.op: case for case in core}.values())
+
+
 def environment(device: torch.device) -> list[Item]:
     def facts(_: Collection[str]) -> dict[str, Any]:
         library = _library.status()
@@ -104,9 +111,7 @@ def smoke(device: torch.device) -> list[Item]:
 
     Several workers share the items, because Triton compiles one kernel at a time in a process.
     """
-    every = [case for case in cases() if case.core]
-    if _small(device):
-        every = list({case.op: case for case in every if case.dtype == torch.bfloat16}.values())
+    every = _small_cases() if _small(device) else [case for case in cases() if case.core]
 
     def item(case: Case | SgdRow, backend: str) -> Item:
         return Item(f"{case.name} by {backend}", lambda _: _compared(case, backend, device), least=2.0)
@@ -132,6 +137,9 @@ def _compared(case: Case | SgdRow, backend: str, device: torch.device) -> dict[s
 
 
 def _timed(device: torch.device, rows: Sequence[Row], seconds: float, rounds: int, least: float = 2.0) -> list[Item]:
+    if _small(device):
+        seconds, rounds = 0.05, 1
+
     def item(row: Row) -> Item:
         def run(skip: Collection[str]) -> dict[str, Any]:
             return row.time(device, seconds=seconds, rounds=rounds, skip=skip).to_json()
@@ -144,7 +152,7 @@ def _timed(device: torch.device, rows: Sequence[Row], seconds: float, rounds: in
 def networks(device: torch.device) -> list[Item]:
     """Times training steps and inference of preset "paper", and the kernels of each."""
     if _small(device):
-        rows = [NetRow("paper", 2, purpose, width=0.1) for purpose in PURPOSES[::-1]]
+        rows = [NetRow("paper", 2, purpose, width=0.1, size=99) for purpose in PURPOSES[::-1]]
     else:
         sizes = [(purpose, n) for purpose in PURPOSES[::-1] for n in (BATCH, LARGE)]
         rows = [NetRow("paper", n, purpose, more=(f"{HARDENED}, eager",)) for purpose, n in sizes]
@@ -175,9 +183,9 @@ def convolutions_alone(device: torch.device) -> list[Item]:
 
 def ops(device: torch.device) -> list[Item]:
     """Times the ops except conv2d_relu, and the optimizer; forward and backward apart, bfloat16 channels_last first."""
-    if _small(device):  # one case of each op is enough to test the command
-        every = {case.op: case for case in cases() if case.core and case.dtype == torch.bfloat16}
-        rows: list[Row] = [*(OpRow(case, 2, apart=True) for case in every.values()), SgdRow(small=True)]
+    if _small(device):
+        rows: list[Row] = [OpRow(case, 2, apart=True, most_sets=1) for case in _small_cases()]
+        rows.append(SgdRow(small=True))
     else:
         chosen = [case for case in cases() if case.core and case.op != "conv2d_relu"]
         main = [case for case in chosen if case.dtype == torch.bfloat16 and case.channels_last]
@@ -195,7 +203,7 @@ def compiled(device: torch.device) -> list[Item]:
         return [NetRow(preset, BATCH, purpose, compile=(compilation,), label=compilation) for purpose in PURPOSES[::-1]]
 
     if _small(device):  # compilations would take too long
-        return _timed(device, [NetRow("torchvision", 2, PURPOSES[0], width=0.05)], seconds=0.1, rounds=1)
+        return _timed(device, [NetRow("torchvision", 2, PURPOSES[0], width=0.05, size=99)], seconds=1.5, rounds=10)
     rows = beside("paper", f"{HARDENED}, compiled") + beside("paper", "compiled")
     rows += [NetRow("torchvision", n, purpose) for n in (BATCH, LARGE) for purpose in PURPOSES[::-1]]
     rows += beside("torchvision", "compiled")
