@@ -1,14 +1,14 @@
-"""Builds the native library: CPU kernels always, CUDA kernels where nvcc is found.
+"""Builds the native library: CPU kernels always, CUDA kernels if nvcc is found.
 
-The library uses LibTorch's stable ABI only, so that one build loads in every torch from 2.11 on, whatever its Python
-and whether or not it has CUDA. It is no Python extension module but an operator library, built by a ninja file written
-here.
+The library uses only LibTorch's stable ABI: one build loads in every torch >= 2.11, for any Python, with or without
+CUDA. It is an operator library, not a Python extension module, and is built by a ninja file written here.
 
 Environment:
-    ALEXNET_KERNELS_CUDA    1: CUDA kernels or an error; 0: none; unset: if nvcc is found
-    ALEXNET_KERNELS_ARCHS   default "8.0;9.0;10.0+PTX"
+    ALEXNET_KERNELS_CUDA    1: build CUDA kernels, or fail; 0: build none; unset: build them if nvcc is found
+    ALEXNET_KERNELS_ARCHS   CUDA architectures (default "8.0;9.0;10.0+PTX")
     CUDA_HOME               the CUDA toolkit, if nvcc isn't on PATH
-    CXX, CXXFLAGS, MAX_JOBS as usual
+    CXX, CXXFLAGS           the C++ compiler and additional flags
+    MAX_JOBS                number of parallel compilations
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ARCHS = "8.0;9.0;10.0+PTX"
 LIBRARY = "alexnet_kernels._C"
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
-# Extra flags of each instruction set the CPU kernels are compiled for; csrc/cpu/isa.h tells how one is chosen.
-# Linking them in this order makes the linker keep the plainest copy of any inline function they share.
+# Compiler flags of each instruction set of the CPU kernels; csrc/cpu/isa.h describes the selection at run time.
+# In this link order, the linker keeps the generic copy of every inline function that they share.
 ISAS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {
@@ -41,16 +41,16 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def find_nvcc() -> str | None:
-    wish = os.environ.get("ALEXNET_KERNELS_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"ALEXNET_KERNELS_CUDA={wish!r}: 0, 1 or nothing expected")
-    if wish == "0":
+    requested = os.environ.get("ALEXNET_KERNELS_CUDA", "")
+    if requested not in ("", "0", "1"):
+        raise SystemExit(f"ALEXNET_KERNELS_CUDA={requested!r}: 0, 1 or nothing expected")
+    if requested == "0":
         return None
     home = os.environ.get("CUDA_HOME")
     candidates = [f"{home}/bin/nvcc"] if home else []
     candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
     nvcc = next((path for path in candidates if path and Path(path).exists()), None)
-    if nvcc is None and wish == "1":
+    if nvcc is None and requested == "1":
         raise SystemExit("ALEXNET_KERNELS_CUDA=1, but there is no nvcc: install the CUDA toolkit or set CUDA_HOME")
     return nvcc
 
@@ -74,7 +74,7 @@ def cuda_archs() -> str:
 
 
 def toolkit_root(nvcc: str) -> Path:
-    """The toolkit that an nvcc, or a wrapper script of it, belongs to."""
+    """The CUDA toolkit of an nvcc, which may be a wrapper script."""
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     for line in dry_run.splitlines():
         name, _, value = line.removeprefix("#$ ").partition("=")
@@ -95,31 +95,27 @@ def ninja_path() -> str:
         return found
 
 
-def write_ninja(build: Path, output: Path) -> None:
-    """Writes build.ninja: csrc/library.cpp, csrc/cpu/*.cpp once for each instruction set, csrc/cuda/*.cu."""
+def compiler_flags() -> tuple[list[str], list[str], list[str]]:
+    """Flags of every compiler, of the C++ compiler, and of the linker."""
     import torch.utils.cpp_extension as torch_build
 
-    nvcc = find_nvcc()
-    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
     include += [f"-isystem {path}" for path in torch_build.include_paths()]
     common = ["-O3", "-std=c++20", *TARGET, *include]
-    cxx = [
-        *common,
-        "-fvisibility=hidden",
-        "-fPIC",
-        "-g0",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-    ]
-    cxx += ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+    cxx = [*common, "-fvisibility=hidden", "-fPIC", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+    cxx += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
     cxx += os.environ.get("CXXFLAGS", "").split()
     link = [f"-L{path}" for path in torch_build.library_paths()]
     link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     link += ["-Wl,--exclude-libs,ALL", "-s"]
+    return common, cxx, link
 
+
+def write_ninja(build: Path, output: Path) -> None:
+    """Writes build.ninja: csrc/library.cpp, csrc/cpu/*.cpp once for each instruction set, csrc/cuda/*.cu."""
+    nvcc = find_nvcc()
+    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []
+    common, cxx, link = compiler_flags()
     objects: list[str] = []
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
@@ -145,7 +141,6 @@ def write_ninja(build: Path, output: Path) -> None:
             once = ["-DALEXNET_REGISTER"] if isa == "generic" else []
             compile_("cxx", source, f"{source.stem}.{isa}.o", [*cxx, f"-DALEXNET_ISA={isa}", *once, *flags])
     if cuda_sources:
-        toolkit = toolkit_root(nvcc)
         archs = gencode(cuda_archs())
         lines += [f"nvcc = {nvcc}", "rule nvcc", "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = compiling $out"]
@@ -153,6 +148,7 @@ def write_ninja(build: Path, output: Path) -> None:
         host += ["-Xfatbin=-compress-all"]
         for source in cuda_sources:
             compile_("nvcc", source, f"{source.stem}.cu.o", [*common, *host, *archs])
+        toolkit = toolkit_root(nvcc)
         lib = next(p for p in (toolkit / "lib64", toolkit / "lib", toolkit / "targets/x86_64-linux/lib") if p.exists())
         link += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {' '.join(link)}", f"default {output}", ""]
@@ -175,7 +171,7 @@ class NinjaBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library holds no Python symbol: one wheel for every Python 3 of the platform."""
+    """The library uses no Python symbols: one wheel serves every Python 3 on a platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -1,11 +1,11 @@
-"""What the parts that the paper argues for are worth, on images of CIFAR-10's size.
+"""Measures the effect of each part that the paper argues for, on images of CIFAR-10's size.
 
     python benchmarks/ablation.py DATA [--runs FOLDER] [--seeds N] [--epochs N] [--width X] [--threads N] [--out FILE]
 
-Trains recipe `cifar` whole, and with one part changed at a time, from several seeds; DATA as for `alexnet-kernels
-train`. Each network has the learning rate of --rates that gives it the lowest validation error in a run of a tenth of
-the epochs, as the paper chose its rates. Each run is in a folder of its own below --runs: what was begun is gone on
-with, what is finished is not repeated. Writes OUT.json and OUT.md. The figures are those after the last epoch.
+Trains recipe `cifar` unchanged, and with one part changed at a time, from several seeds; DATA is as for
+`alexnet-kernels train`. Each network uses the learning rate of --rates with the lowest validation error in a run of a
+tenth of the epochs, as the paper chose its rates. Each run has its own folder below --runs: unfinished runs are
+resumed, finished ones are not repeated. Writes OUT.json and OUT.md with the results after the last epoch.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ VARIATIONS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("data", help="the image set, as for `alexnet-kernels train`")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0025, 0.005, 0.01, 0.02])
     parser.add_argument("--width", type=float, default=0.25)
@@ -100,11 +100,11 @@ def _run(settings: Settings, data: str, folder: Path) -> list[dict[str, float]]:
             return saved.history.epochs
         result = train(resumed_run(folder, data=data))
     else:
-        # What a kill before the first checkpoint or a diverging run left.
+        # Remains of a run that was killed before its first checkpoint, or that diverged.
         shutil.rmtree(folder, ignore_errors=True)
         result = train(new_run(settings, data, folder))
     if result.stopped:
-        sys.exit(f"{result.stopped}; the same command goes on")
+        sys.exit(f"{result.stopped}; run the same command to continue")
     return result.history
 
 
@@ -123,7 +123,7 @@ def _write(
     for variation in VARIATIONS:
         runs = histories[variation.name]
         errors = [100 * (1 - run[-1]["val_top1"]) for run in runs]
-        # Of the same seed: the same order, crops and, but for what differs, initial values.
+        # Runs of the same seed have the same order, crops and, where the networks agree, initial values.
         whole = [100 * (1 - run[-1]["val_top1"]) for run in histories[WHOLE]]
         rows.append(
             {
@@ -142,9 +142,9 @@ def _write(
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
         "",
-        "Top-1 error on the validation images after the last epoch, mean and range of the seeds; the difference from",
-        "the whole network, seed by seed; the training error of the last epoch, with its crops and dropout; and the",
-        "first epoch with less than 50% validation error.",
+        "Top-1 error on the validation images after the last epoch, mean and range over the seeds; its difference from the",
+        "whole network, seed by seed; the training error in the last epoch, with crops and dropout; and the first epoch",
+        "with less than 50% validation error.",
         "",
         "| | rate | validation error | difference | training error | epochs to 50% | the paper |",
         "|---|---|---|---|---|---|---|",

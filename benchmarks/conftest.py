@@ -1,8 +1,8 @@
 """`pytest benchmarks/`: every op and network beside its baselines, through pytest-benchmark.
 
-The variants of a row are measured together, in turn, by the first test of the row, as `alexnet-kernels bench` does;
-each variant's own test hands its rounds to pytest-benchmark, whose tables, --benchmark-json and --benchmark-compare
-then work as ever. A variant that computes wrong values fails.
+The first test of a row measures all of its variants in interleaved rounds, as `alexnet-kernels bench` does. Each
+variant's test replays its rounds to pytest-benchmark, so that tables, --benchmark-json and --benchmark-compare work as
+usual. A variant that computes wrong values fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alexnet_kernels.bench.timing import Failure, Timing
 
 
 class Replay:
-    """A timer that gives back what was measured: of each round, 0 and then its seconds."""
+    """A timer that replays measured rounds: for each, 0 and then its seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -33,15 +33,15 @@ REPLAY = Replay()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("alexnet_kernels")
-    group.addoption("--smoke", action="store_true", help="every op, network and baseline once, small")
-    group.addoption("--batches", help="N,N (default: 1,32; on a GPU 1,32,128,256,1024)")
+    group.addoption("--smoke", action="store_true", help="measure every op, network and baseline once, small")
+    group.addoption("--batches", help="batch sizes N,N (default: 1,32; on a GPU 1,32,128,256,1024)")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    group.addoption("--seconds", type=float, default=1.0, help="of a row's variants together (default: 1)")
+    group.addoption("--seconds", type=float, default=1.0, help="time limit of a row's variants together (default: 1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
-        raise pytest.UsageError("benchmarks are measured one at a time: leave -n out")
+        raise pytest.UsageError("benchmarks must run one at a time: leave -n out")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[Row], RowResult]:
-    """A row's result, measured once; only the last one is kept."""
+    """Measures a row, or returns its result if it was the last one measured."""
     config = request.config
     device, smoke = torch.device(config.getoption("--device")), config.getoption("--smoke")
     report.configure()

@@ -2,9 +2,9 @@
 
     python benchmarks/cuda_resources.py [--library PATH] [--out benchmarks/results/cuda_resources]
 
-Needs no GPU. cuobjdump, of the CUDA toolkit or the triton package, reads registers, stack and shared memory as ptxas
-recorded them, and the machine code, whose instructions are counted. Writes OUT.json and OUT.md. Fails if a kernel uses
-local memory (spills, or arrays outside registers), or if a kernel for vectors lacks 128-bit loads or stores.
+Needs no GPU. cuobjdump, from the CUDA toolkit or the triton package, prints the registers, stack and shared memory
+that ptxas recorded, and the machine code, whose instructions are counted. Writes OUT.json and OUT.md. Fails if a kernel
+uses local memory (spills, or arrays outside of registers), or if a vectorised kernel lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32", "double
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture. Sizes are in bytes, of a thread or (shared) of a block."""
+    """One kernel for one architecture. Sizes are bytes per thread; shared memory is per block."""
 
     source: str
     name: str
-    arguments: list[str]  # of the template
+    arguments: list[str]  # template arguments
     arch: str
     registers: int
     stack: int
     local: int
     shared: int
-    # Counts of global memory instructions by the bits that a thread moves; the keys are text, as in JSON.
+    # Number of global memory instructions by bits per thread; JSON requires text as keys.
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
     local_accesses: int = 0
@@ -69,7 +69,7 @@ def find_cuobjdump() -> str | None:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """The C++ names of mangled names, by c++filt."""
+    """Demangles C++ names by c++filt."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
@@ -87,7 +87,7 @@ def split_arguments(text: str) -> list[str]:
 
 def parse_name(mangled: str, demangled: str) -> tuple[str, str, list[str]]:
     """(source file, kernel, template arguments)."""
-    # <hash>_<length>_<file>_cu_<hash>: a hash may consist of digits, a file's name begins with a letter.
+    # <hash>_<length>_<file>_cu_<hash>: a hash may be all digits, but a file name starts with a letter.
     source = re.search(r"_\d+_([a-z]\w*?)_cu_", mangled)
     plain = demangled.replace("(anonymous namespace)::", "")
     plain = re.sub(r"_GLOBAL__N__\w+?::|_NV_ANON_NAMESPACE::|_INTERNAL_\w+?::", "", plain)
@@ -103,7 +103,7 @@ def run(*command: str) -> str:
 
 
 def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
-    """All kernels of the library, for each architecture that it has machine code for."""
+    """All kernels of the library, for each architecture with machine code."""
     found: dict[tuple[str, str], Kernel] = {}
     arch = ""
     usage = run(cuobjdump, "-res-usage", str(library)).splitlines()

@@ -1,11 +1,11 @@
-"""The least time that each layer of a network takes on this device, from what the device reaches.
+"""Prints the least time of each layer of a network at the measured rates of the device.
 
     python benchmarks/roofline.py [--preset paper] [--batch N] [--dtype bf16|fp32] [--device cpu|cuda]
                                   [--copy GB/s] [--gemm TFLOP/s]
 
-Measures the rates at which the device copies memory and multiplies matrices (--copy and --gemm give those of another
-one), and prints, layer by layer, the longer of the times for the fewest bytes and for the operations at these rates:
-forward, which is inference, and forward and backward; with the optimizer's step, a training step.
+Measures the rates at which the device copies memory and multiplies matrices; --copy and --gemm give those of another
+device. A layer's least time is the longer of the times to move its bytes and to compute its operations at these rates:
+forward (inference), and forward and backward. The total of the latter includes the optimizer's step.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--copy", type=float, metavar="GB/s")
-    parser.add_argument("--gemm", type=float, metavar="TFLOP/s")
+    parser.add_argument("--copy", type=float, metavar="GB/s", help="rate of copying memory")
+    parser.add_argument("--gemm", type=float, metavar="TFLOP/s", help="rate of matrix products")
     options = parser.parse_args()
     if options.batch < 1:
         parser.error(f"--batch must be at least 1, not {options.batch}")

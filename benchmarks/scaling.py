@@ -1,8 +1,8 @@
-"""Communication against compute on 2, 16 and 1024 GPUs for each plan: arithmetic, nothing is run.
+"""Estimates communication and compute of each plan on 2, 16 and 1024 GPUs, by arithmetic alone.
 
     python benchmarks/scaling.py > benchmarks/results/scaling.md
 
-Bytes are those of `parallel.step_traffic`, FLOPs those of `count_macs`. Rates are assumptions: options change them.
+Bytes are those of `parallel.step_traffic`, FLOPs those of `count_macs`. The rates are assumptions, set by options.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from alexnet_kernels.models import count_macs, count_parameters
 MESHES = ((1, 2), (8, 2), (512, 2))
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 NODE = 8
-"""GPUs of a node; towers are neighbours in one."""
+"""GPUs of a node; the towers of a network are in the same node."""
 
 
 @dataclass(frozen=True)
 class Rates:
     flops: float
-    """FLOP/s of bfloat16 products, as reached."""
+    """FLOP/s achieved by bfloat16 matrix products."""
     memory: float
-    """Bytes/s of the device's memory."""
+    """Bytes/s of device memory."""
     node: float
-    """Bytes/s that a GPU sends to its node's others."""
+    """Bytes/s that a GPU sends to others in its node."""
     network: float
     """Bytes/s that a GPU sends to other nodes."""
     latency: float
-    """Seconds of an empty collective inside a node; each doubling of the nodes adds as much."""
+    """Seconds of an empty collective inside a node; each doubling of the number of nodes adds the same."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Step:
 
     @property
     def whole(self) -> float:
-        """With nothing overlapped."""
+        """The step's time without overlap."""
         return self.compute + self.sent
 
 
 def step(model: AlexNet, plan: str, images: int, data: int, towers: int, rates: Rates) -> Step:
-    """Of a plan with so many images a GPU. Memory traffic of activations is left out: the plans share it."""
+    """A step of a plan at `images` a GPU. Omits the memory traffic of activations, which is the same in all plans."""
     ranks = data * towers
     traffic = parallel.step_traffic(model, plan, images * ranks, data, towers, activation_bytes=2)
     gradients = traffic.pop("gradients", 0)
@@ -58,7 +58,7 @@ def step(model: AlexNet, plan: str, images: int, data: int, towers: int, rates: 
     parameters = count_parameters(model)
     features = count_parameters(model.features)
     own = {"towers": parameters / towers, "hybrid": features + (parameters - features) / towers, "data": parameters}
-    # A weight, its gradient and its momentum are float32: three are read, two written.
+    # Weight, gradient and momentum are float32: three are read, and two written.
     compute = 6 * count_macs(model) * images / rates.flops + 20 * own[plan] / rates.memory
     exchanges = 2 * len(traffic) * rates.latency
     reductions = len(list(model.parameters())) * rates.latency * (1 + math.log2(nodes)) if gradients else 0.0
@@ -67,20 +67,20 @@ def step(model: AlexNet, plan: str, images: int, data: int, towers: int, rates: 
 
 
 def crossover(model: AlexNet, first: str, second: str, data: int, towers: int, rates: Rates) -> int | None:
-    """Images a GPU from which the second plan's step is not slower than the first's; None up to 65536."""
+    """The fewest images a GPU, up to 65536, at which the second plan is not slower than the first; None without any."""
     low, high = 1, 65536
 
-    def ahead(images: int) -> bool:
+    def not_slower(images: int) -> bool:
         one, other = (step(model, plan, images, data, towers, rates).whole for plan in (first, second))
         return other <= one
 
-    if ahead(low):
+    if not_slower(low):
         return low
-    if not ahead(high):
+    if not not_slower(high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if ahead(middle) else (middle, high)
+        low, high = (low, middle) if not_slower(middle) else (middle, high)
     return high
 
 
@@ -129,11 +129,11 @@ def report(rates: Rates) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=float, default=400.0, help="reached in products (default: 400)")
-    parser.add_argument("--memory", type=float, default=4.3, help="TB/s (default: 4.3)")
+    parser.add_argument("--tflops", type=float, default=400.0, help="achieved by matrix products (default: 400)")
+    parser.add_argument("--memory", type=float, default=4.3, help="TB/s of device memory (default: 4.3)")
     parser.add_argument("--node", type=float, default=450.0, help="GB/s inside a node (default: 450)")
     parser.add_argument("--network", type=float, default=50.0, help="GB/s a GPU between nodes (default: 50)")
-    parser.add_argument("--latency", type=float, default=10.0, help="us a collective (default: 10)")
+    parser.add_argument("--latency", type=float, default=10.0, help="us for each collective (default: 10)")
     options = parser.parse_args()
     rates = Rates(
         options.tflops * 1e12, options.memory * 1e12, options.node * 1e9, options.network * 1e9, options.latency * 1e-6

@@ -1,13 +1,13 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reports what the compiler made of them.
+"""Compiles every Triton kernel for several GPUs, none of which is needed, and reports the compiler's results.
 
     python benchmarks/triton_resources.py [--only PATTERN] [--out benchmarks/results/triton_resources]
 
-Each op is called at AlexNet's layers (`alexnet_kernels.op_info`). The launches of its operators compile for
-every architecture; nothing runs. Registers, spills and stack are what ptxas reports, instructions are counted in PTX.
-Writes OUT.json and OUT.md. Fails if a kernel spills, takes more shared memory than the GPU has, or multiplies
-half-precision matrices without tensor cores.
+Each op is called at AlexNet's layers (`alexnet_kernels.op_info`). The launches of its operators are compiled for every
+architecture, but not run. ptxas reports registers, spills and stack; instructions are counted in PTX. Writes OUT.json
+and OUT.md. Fails if a kernel spills, needs more shared memory than the GPU has, or multiplies half-precision matrices
+without tensor cores.
 
-A few bytes are no spill: ptxas moves a register or two to memory where the rest then lets one more warp run at a time.
+A few spilled bytes are accepted: ptxas moves one or two registers to memory where that raises the occupancy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Triton reads it when a kernel is defined, and compiles nothing then.
+# Triton reads the variable when a kernel is defined; the interpreter compiles nothing.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
@@ -43,7 +43,7 @@ from alexnet_kernels.op_info._record import OVERHEAD
 
 # Compute capability, and the shared memory in bytes that a block may have there.
 ARCHS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SPILL = 16  # bytes a thread, stores or loads, that ptxas may trade for occupancy
+SPILL = 16  # bytes a thread, stored or loaded, that ptxas may spill to raise occupancy
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 MATRIX_OPERATORS = ("conv2d_relu", "conv2d_relu_backward_input", "conv2d_relu_backward_weight")
 
@@ -64,7 +64,7 @@ class Case:
         return f"{self.op}, {self.layer}, {name_of(self.dtype)}"
 
     def calls(self) -> list[OperatorCall]:
-        """Of Triton's operators, forward and backward, each once."""
+        """One call of each of Triton's operators, forward and backward."""
         info = OP_INFOS[self.op]
         layer = next(layer for layer in info.layers if layer.name == self.layer)
         make = Maker(self.dtype, torch.channels_last, initialize=False)
@@ -79,7 +79,7 @@ class Row:
     operator: str
     layer: str
     dtype: str
-    launch: int  # of the operator's, from 1
+    launch: int  # number of the operator's launch, from 1
     kernel: str
     arch: str
     registers: int
@@ -89,12 +89,12 @@ class Row:
     shared: int
     warps: int
     stages: int
-    dots: int  # of the kernel's source, after inlining and unrolling
-    tensor_cores: dict[str, int]  # the instructions, and how many
-    # Instructions on global memory: how many bytes a thread moves (as text: JSON's keys are), how many instructions.
+    dots: int  # tl.dot operations after inlining and unrolling
+    tensor_cores: dict[str, int]  # number of instructions by name
+    # Number of global memory instructions by bytes per thread; JSON requires text as keys.
     loads: dict[str, int]
     stores: dict[str, int]
-    copies: dict[str, int]  # straight to shared memory
+    copies: dict[str, int]  # asynchronous, to shared memory
 
     @property
     def name(self) -> str:
@@ -106,7 +106,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def cases() -> Iterator[Case]:
-    """float16 takes the tiles of bfloat16, and a convolution's in float32 are alike: conv2 is enough of both."""
+    """float16 uses the tiles of bfloat16, and float32 convolutions share their tiles: conv2 alone covers both."""
     for dtype in (BF16, FP32, FP16):
         for info in OP_INFOS.values():
             for layer in info.layers:
@@ -117,7 +117,7 @@ def cases() -> Iterator[Case]:
 
 
 class Driver:
-    """Stands for a GPU to compile for."""
+    """Names the GPU to compile for."""
 
     arch = 0
 
@@ -132,11 +132,11 @@ class Driver:
 
 
 def start_worker(cache: str) -> None:
-    """Makes launches compile, into `compiled`, instead of run."""
+    """Makes launches compile without running; the kernels go to `compiled`."""
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
     triton.knobs.nvidia.dump_ptxas_log = True
-    # A cache of its own: what another worker compiled would come without the log.
+    # A cache of its own: a kernel cached by another worker would lack the log of ptxas.
     triton.knobs.cache.dir = os.path.join(cache, str(os.getpid()))
     launch = JITFunction.run
 
@@ -151,11 +151,11 @@ def start_worker(cache: str) -> None:
 
 
 compiled: list[tuple[str, Any]] = []
-logs: dict[str, str] = {}  # of ptxas, by the kernel's hash
+logs: dict[str, str] = {}  # output of ptxas, by kernel hash
 
 
 def compile_case(index: int, arch: int) -> tuple[list[Row], str | None]:
-    """The rows of a case's launches, and what went wrong, if anything."""
+    """The rows of a case's launches, and an error message or None."""
     case = next(itertools.islice(cases(), index, None))
     Driver.arch = arch
     rows: list[Row] = []
@@ -172,7 +172,7 @@ def compile_case(index: int, arch: int) -> tuple[list[Row], str | None]:
 
 
 def origin(error: BaseException) -> str:
-    """What happened in the innermost of the kernel's functions: Triton wraps the error of each in its caller's."""
+    """The message of the innermost function's error, which Triton wraps once for each caller."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error)
@@ -221,11 +221,13 @@ def problems(rows: list[Row]) -> list[str]:
             found.append(f"{row.name} spills: {row.spill_stores} bytes of stores, {row.spill_loads} bytes of loads")
         limit = ARCHS[int(row.arch.removeprefix("sm_"))]
         if row.shared > limit:
-            found.append(f"{row.name} takes {row.shared} bytes of shared memory, of which a block may have {limit}")
+            found.append(f"{row.name} uses {row.shared} bytes of shared memory; a block may have {limit}")
         if row.dots and row.dtype != name_of(FP32):
             wanted = TENSOR_CORES[1:2] if row.arch == "sm_90" else TENSOR_CORES
             if not set(wanted) & set(row.tensor_cores):
-                found.append(f"{row.name} has no {' or '.join(wanted)}, but {row.tensor_cores or 'none at all'}")
+                found.append(
+                    f"{row.name} has no {' or '.join(wanted)}, but {row.tensor_cores or 'no tensor-core instruction'}"
+                )
     calls: dict[tuple[str, ...], int] = {}
     for row in rows:
         if row.operator in MATRIX_OPERATORS:
@@ -282,20 +284,25 @@ def markdown(about: dict[str, str], rows: list[Row]) -> str:
 
 
 def sizes_of(accesses: dict[str, int]) -> str:
-    """Such as `2 x 16 + 8 x 2`: two of sixteen bytes, eight of two."""
+    """For example `2 x 16 + 8 x 2`: two instructions of 16 bytes and eight of 2 bytes."""
     return " + ".join(f"{count} x {size}" for size, count in reversed(accesses.items())) or "-"
 
 
 def report(about: dict[str, str], rows: list[Row]) -> str:
-    """JSON, a line a row."""
+    """JSON with one line for each row."""
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
     return f'{{\n "versions": {json.dumps(about)},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="compile the cases whose name this regular expression finds")
-    parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes")
+    parser.add_argument("--only", default="", help="compile the cases whose name matches this regular expression")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(8, len(os.sched_getaffinity(0))),
+        help="number of processes (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     chosen = [i for i, case in enumerate(cases()) if re.search(args.only, case.name)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the library in place for the GPU present, then checks and times everything on it: scripts/gpu_check.sh OUT
 # Needs nvcc, a C++ compiler, torch and ninja; no network, no installation. Without a GPU it runs on the CPU.
-# More arguments go to python -m alexnet_kernels.gpu_check; scripts/gpu_check.sh --help tells them.
+# Other arguments are passed to python -m alexnet_kernels.gpu_check; scripts/gpu_check.sh --help lists them.
 set -euo pipefail
 case "${1:-}" in
   "")

@@ -14,13 +14,13 @@ from alexnet_kernels import backends, ops
 if INTERPRETED:
     import interpreter
 
-    interpreter.mend()
+    interpreter.patch()
 
-# Processes of `pytest -n 2` share the cores: threads beyond them would wait for each other.
+# Processes of `pytest -n 2` share the cores: more threads than cores would slow each other down.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
-# A shell starts what it runs in the background with SIGINT ignored, which processes of tests would inherit.
+# A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,9 +31,9 @@ torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that take `device` on each device, and those that take `backend` on each of its backends.
+    """Parametrizes tests with `device` over the devices, and tests with `backend` over the backends of each device.
 
-    Of tests/ops/test_<op>.py, a CUDA backend that the installation lacks is skipped, with the reason.
+    In tests/ops/test_<op>.py, CUDA backends that the installation lacks are skipped with the reason.
     """
     op = metafunc.module.__name__.rpartition("test_")[2]
 
@@ -58,7 +58,7 @@ def needs_float64(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def impossible(item: pytest.Item) -> bool:
-        """In float64, which GPU kernels don't take; by several threads, which Triton's interpreter doesn't have."""
+        """Whether the backend can't run it: GPU kernels lack float64, and Triton's interpreter lacks threads."""
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("backend") not in ("cuda", "triton"):
             return False
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if not impossible(item)]
-    # Files with slow tests first: of several processes none is left with one in the end.
+    # Files with slow tests first, so that no process starts one last.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives whole files to the processes of `pytest -n 2`: each makes the fixtures of a file once."""
+    """Distributes whole files over the processes of `pytest -n 2`, so that each file's fixtures are made once."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -88,7 +88,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, name = nodeid.partition("::")
-            # The contract tests are many: a part for each op.
+            # The many contract tests are split by op.
             return f"{file}::{name.partition('[')[2].partition('-')[0]}" if "test_contract" in file else file
 
     config.option.loadscopereorder = False
@@ -97,7 +97,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def emulated_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Backend "cuda" on the CPU is the emulation, which the first test of it builds."""
+    """On the CPU, backend "cuda" is the emulation; its first test builds it."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     setting = params["case"].setting if "case" in params and hasattr(params["case"], "setting") else None
     device, backend = (setting.device, setting.backend) if setting else (params.get("device"), params.get("backend"))
@@ -115,7 +115,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """What torch allocates without a value holds NaN (or the largest integer) until it is written."""
+    """Uninitialised memory of torch holds NaN, or the largest integer."""
     mode = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()

@@ -1,4 +1,4 @@
-"""What every op must do, on every backend, from its record in `alexnet_kernels.op_info`."""
+"""Checks that every op must pass on every backend, from its record in `alexnet_kernels.op_info`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT_IDS = {memory_format: name for name, memory_format in FORMATS.items()}
 
 
 class Case(NamedTuple):
-    """An op, its arguments, and where it runs."""
+    """An op, its arguments, and the setting that it runs in."""
 
     info: OpInfo
     sample: Sample | None
@@ -59,7 +59,7 @@ def wanted(info: OpInfo, inputs: dict[str, Any]) -> list[str]:
 
 
 def runs(setting: Setting) -> bool:
-    """GPU kernels don't take float64."""
+    """Whether a backend supports the dtype: GPU kernels do not support float64."""
     return setting.dtype != torch.float64 or setting.backend not in ("cuda", "triton")
 
 
@@ -68,7 +68,7 @@ def settings(
     dtypes: Iterable[torch.dtype] = EVERY_DTYPE,
     chosen: Callable[[str], Sequence[str | None]] = BACKENDS.__getitem__,
 ) -> Iterator[Setting]:
-    """Every dtype, memory format, device and backend; backends change first, so that they share inputs."""
+    """Every dtype, memory format, device and backend. Backends vary fastest, so that they share inputs."""
     for dtype in dtypes:
         for memory_format in FORMATS.values() if info.images else [torch.contiguous_format]:
             for device in DEVICES:
@@ -78,7 +78,7 @@ def settings(
 
 
 def parametrize(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """A test for each case; one whose backend is missing is skipped with the reason."""
+    """Parametrizes a test over cases; those of a missing backend are skipped with the reason."""
     params, ids = [], set()
     for case in cases:
         device, backend = case.setting.device, case.setting.backend
@@ -100,7 +100,7 @@ def typical_cases(layouts: Sequence[str] = ("",), **options: Any) -> Iterator[Ca
 
 @dataclass
 class Expectation:
-    """Arguments, and what the definition makes of them in float64."""
+    """Arguments, and the definition's outputs for them in float64."""
 
     inputs: dict[str, Any]
     exact: dict[str, Any]
@@ -111,7 +111,7 @@ class Expectation:
 def expectation(
     name: str, sample_id: str, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> Expectation:
-    """Shared by the backends of a case."""
+    """The expectation of a case, cached for its other backends."""
     info = OP_INFOS[name]
     sample = next(sample for sample in info.samples if sample.id == sample_id)
     return expected(info, info.inputs(sample, Maker(dtype, memory_format, device)))
@@ -133,7 +133,7 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def check(case: Case, expectation: Expectation) -> None:
-    """Compares outputs, and gradients, with the definition; arguments must be left alone."""
+    """Compares outputs and gradients with the definition; the arguments must be unchanged."""
     info, _, setting, _ = case
     comparison = info.comparison(setting)
     if comparison.skip:
@@ -205,7 +205,7 @@ def check_formats(input: Tensor, output: Tensor, grad_input: Tensor, setting: Se
     for memory_format in FORMATS.values():
         if input.is_contiguous(memory_format=memory_format):
             assert_format(output, memory_format, "output")
-            # PyTorch's own operators choose the format of their gradients. One of 1x1 pixels has both.
+            # PyTorch's own operators choose the format of their gradients. Images of 1x1 pixels have both formats.
             pixel = output.shape[2:].numel() == 1 and is_channels_last(input)
             if setting.backend != "native" and grad_input.shape == input.shape and not pixel:
                 assert_format(grad_input, memory_format, "gradient of the first argument")
@@ -215,7 +215,7 @@ LAYOUTS = ("sliced", "transposed", "expanded", "offset")
 
 
 def restride(tensor: Tensor, layout: str) -> Tensor:
-    """The tensor with other strides; the values are the same, those of "expanded" the first along a dimension."""
+    """The same values with other strides; "expanded" repeats the first element along the first dimension."""
     if not tensor.dim() or not tensor.numel():
         return tensor
     if layout == "expanded":

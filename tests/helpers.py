@@ -1,4 +1,4 @@
-"""What the tests share: inputs, tolerances, and comparison with the definitions in float64."""
+"""Shared by the tests: inputs, tolerances, and the comparison with the definitions in float64."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ every_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FO
 
 
 def benchmark(name: str) -> ModuleType:
-    """The script benchmarks/<name>.py as a module."""
+    """Imports the script benchmarks/<name>.py."""
     path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
+    sys.modules[name] = module  # dataclasses look the module up
     spec.loader.exec_module(module)
     return module
 
@@ -51,8 +51,11 @@ def random(
 def assert_close(
     actual: Tensor, expected: Tensor, *, slack: str = "sums", what: str = "", allowed: float = 0.0
 ) -> None:
-    """Compare with a float64 value; NaN and infinities must agree. slack names the Tolerance for sums; an error of
-    `allowed` is none.
+    """Asserts closeness to a float64 tensor; NaN and infinities must agree.
+
+    Args:
+        slack: the field of Tolerance that bounds the error relative to the largest element.
+        allowed: an absolute error that is always accepted.
     """
     tolerance = TOLERANCES[actual.dtype]
     finite = expected[expected.isfinite()]
@@ -68,7 +71,7 @@ def assert_close(
 
 
 def assert_same(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor], what: str = "") -> None:
-    """The same numbers, NaN for NaN."""
+    """Asserts equal values; NaN equals NaN."""
     if not isinstance(actual, Tensor):
         for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
             assert_same(a, b, f"{what}[{i}]")
@@ -95,14 +98,14 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float64, step: float = 0.01) -> Tensor:
-    """A shuffled arithmetic sequence around zero, no two elements closer than step, none near zero."""
+    """A shuffled arithmetic sequence around zero: elements differ by at least `step`, and none is near zero."""
     count = torch.Size(shape).numel()
     values = (torch.arange(count, dtype=dtype) - count // 2 + 0.5) * step
     return values[torch.randperm(count)].reshape(tuple(shape))
 
 
 def check_gradients(function: Callable[..., Any], inputs: Iterable[Tensor], *, twice: bool = True) -> None:
-    """Numerical first and second derivatives, in float64."""
+    """Compares first, and with `twice` second, derivatives with numerical ones in float64."""
     leaves = tuple(x.detach().double().requires_grad_() for x in inputs)
     assert torch.autograd.gradcheck(function, leaves)
     if twice:
@@ -110,7 +113,7 @@ def check_gradients(function: Callable[..., Any], inputs: Iterable[Tensor], *, t
 
 
 def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The output, and every input's gradient for an output gradient that depends only on its shape."""
+    """The output, and every input's gradient for an output gradient that depends on the output's shape alone."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     grad = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
@@ -124,7 +127,7 @@ def check_repeatable(
     *,
     across: bool = True,
 ) -> None:
-    """Bitwise the same output and gradients in every run; with `across`, by one thread and by two."""
+    """Asserts bitwise identical outputs and gradients in every run; with `across`, for one thread and for two."""
     threads(1)
     alone = forward_backward(function, *inputs)
     assert_same(forward_backward(function, *inputs), alone, "one thread, second run")
@@ -141,8 +144,10 @@ def check_compiled(
     *,
     dynamic: bool = True,
 ) -> None:
-    """torch.compile takes the whole function and computes the same bits (inductor, which fuses torch's own
-    operators, the same to rounding); with `dynamic`, also where sizes may vary, for two batch sizes.
+    """Asserts that torch.compile captures the whole function, and computes bitwise identical results.
+
+    inductor fuses torch's own operators, so that its results may differ by rounding. With `dynamic`, checks dynamic
+    shapes for two batch sizes as well.
     """
 
     def same(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
@@ -166,7 +171,7 @@ def raises(error: type[Exception], match: str, call: Callable[[], Any]) -> None:
 
 
 def check_network(preset: str, backend: str) -> None:
-    """An AlexNet's logits and gradients by a backend, against those by PyTorch's own operators."""
+    """Compares an AlexNet's logits and gradients by a backend with those by PyTorch's own operators."""
     model = AlexNet(num_classes=5, preset=preset, width=0.17).eval()
     images = random((2, 3, 71, 71), memory_format=torch.channels_last)
     results = []

@@ -1,11 +1,12 @@
-"""Mends Triton's interpreter where it computes something else than a GPU (bfloat16), where it is slow, and where it
-looks away: a kernel that reads or writes outside its tensors is an error.
+"""Patches Triton's interpreter: bfloat16 as on a GPU, an error for accesses outside of tensors, and less overhead.
 
-The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw bits, multiplies those in `tl.dot`, and truncates where a GPU
-rounds to the nearest. It also patches `triton.language` anew for every call of a function from a kernel, milliseconds
-each time, though the launch has done so; computes for each sum and product of integers whether it overflows, which it
-tells nobody as long as its assertions are off; and looks at shapes that are equal one dimension at a time. That of 3.6
-can't count loops with numpy 2.4, which no longer turns an array of one element into a number.
+The interpreter of Triton 3.6 to 3.9
+
+- stores bfloat16 as raw bits, multiplies those bits in `tl.dot`, and truncates where a GPU rounds to nearest;
+- patches `triton.language` again for each function that a kernel calls, which takes milliseconds;
+- checks every integer sum and product for overflow even while device assertions are off;
+- compares equal shapes one dimension at a time;
+- in version 3.6, fails on loop bounds with numpy 2.4, which does not convert an array of one element to an index.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def float32_values(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-# The launch constants that `mend` replaces.
+# The launch constants that `patch` replaces.
 SHIPPED: dict[str, object] = {}
-# The memory of the current launch's tensors: first address, and the one after the last.
+# The memory of the current launch's tensors, as (first address, end address).
 allowed: list[tuple[int, int]] = []
-# Triton's own modules whose functions the current launch has called, and thereby patched.
+# Triton's own modules that the current launch has patched by calling their functions.
 patched: set[str] = set()
 
 
@@ -52,7 +53,7 @@ def memory_of(argument: object) -> list[tuple[int, int]]:
 
 
 def check_inside(pointers, mask, size: int) -> None:
-    """All elements of one access, of `size` bytes each, lie in one tensor."""
+    """Raises IndexError unless all elements of an access, `size` bytes each, lie in one tensor of the launch."""
     addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
     if addresses.size:
         low, high = int(addresses.min()), int(addresses.max()) + size
@@ -85,7 +86,7 @@ def check_memory() -> None:
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
 
 
-def save_time() -> None:
+def reduce_overhead() -> None:
     options = interpreter.interpreter_builder.options
     if not options.debug:
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
@@ -105,15 +106,15 @@ def save_time() -> None:
     TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype = broadcast_unequal, cached_numpy_dtype
 
 
-def mend() -> None:
+def patch() -> None:
     check_memory()
-    save_time()
+    reduce_overhead()
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
     original = interpreter.InterpretedFunction.__call__
 
     @wraps(cast)
-    def mended_cast(self, src, dst_type):
+    def patched_cast(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.float32 and target == tl.bfloat16:
             return interpreter.TensorHandle(bfloat16_bits(src.data), target)
@@ -122,7 +123,7 @@ def mend() -> None:
         return cast(self, src, dst_type)
 
     @wraps(dot)
-    def mended_dot(self, a, b, *rest):
+    def patched_dot(self, a, b, *rest):
         def wide(handle):
             if handle.dtype.scalar != tl.bfloat16:
                 return handle
@@ -133,7 +134,7 @@ def mend() -> None:
     @wraps(original)
     def call(self, *args, **kwargs):
         module = self.fn.__module__
-        if module.startswith("triton.") and module not in patched:  # sees other modules than the launch has patched
+        if module.startswith("triton.") and module not in patched:  # the launch has not patched this module
             patched.add(module)
             return original(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
@@ -146,12 +147,12 @@ def mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
-    # A program takes as long whatever its size: few large ones, two or more in the larger tests.
+    # Interpreting a program takes the same time for any block size: use few, large programs.
     SHIPPED.update({name: getattr(_config, name) for name in ("VECTORS", "SCALARS", "CONV_FLOAT")})
     _config.VECTORS = replace(_config.VECTORS, block=1024)
     _config.SCALARS = replace(_config.SCALARS, block=4096)
     _config.CONV_FLOAT = replace(_config.CONV_HALF, terms=128)
-    builder.cast_impl, builder.create_dot = mended_cast, mended_dot
+    builder.cast_impl, builder.create_dot = patched_cast, patched_dot
     interpreter.InterpretedFunction.__call__ = call
 
 

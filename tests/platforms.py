@@ -1,5 +1,5 @@
-"""The devices and backends of this machine that tests run on. Import this before the package: Triton's interpreter has
-to be asked for before kernels are defined.
+"""The devices and backends that tests run on. Import this before the package: TRITON_INTERPRET must be set before
+kernels are defined.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from alexnet_kernels import _library
 
 try:
-    import emulation  # of CUDA, where there is a compiler and pybind11
+    import emulation  # of CUDA; needs a compiler and pybind11
 except ImportError:
     emulation = None
 

@@ -1,4 +1,4 @@
-"""`alexnet-kernels bench` and its parts: rows, protocol, tables, comparison, pictures; and `pytest benchmarks/`."""
+"""`alexnet-kernels bench`: rows, protocol, tables, comparison and plots; and `pytest benchmarks/`."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class TestCases:
     def test_peers_compute_the_definition(self) -> None:
         for name in ("lrn_max_pool2d, layer 2, fp32", "local_response_norm, layer 2, fp32"):
             case = case_named(name)
-            (peer,) = case.baselines.values()
-            assert cases.Expectation(case, 1, CPU).problem(peer.call) is None
+            (baseline,) = case.baselines.values()
+            assert cases.Expectation(case, 1, CPU).problem(baseline.call) is None
 
 
 class TestRoofline:
@@ -83,7 +83,7 @@ class TestRoofline:
         return benchmark("roofline").floors(preset, 128, "bf16", self.RATES)
 
     def test_the_papers_network_on_an_h200(self) -> None:
-        """Microseconds worked out by hand for this network at these rates."""
+        """Microseconds computed by hand for this network at these rates."""
         found = {layer: (forward * 1e6, both * 1e6) for layer, forward, both, _ in self.floors()}
         by_hand = {"conv1": (34, 68), "conv2": (73, 219), "norm1, pool1": (23.5, 64.5), "norm2, pool2": (15, 41)}
         by_hand |= {"conv3": (48.5, 145.5), "conv4": (36, 108), "conv5": (24, 72), "pool5": (3.4, 6.8)}
@@ -173,9 +173,9 @@ class TestOps:
             return graph.forward
 
         x = torch.rand(2, 3)
-        for i in range(12):  # more than dynamo's limit for one function
-            peer = op_row.compiled(Baseline(lambda inputs, i=i: inputs["input"] * i), backend=compiler)
-            assert torch.equal(peer.call({"input": x}), x * i)
+        for i in range(12):  # exceeds dynamo's recompilation limit
+            baseline = op_row.compiled(Baseline(lambda inputs, i=i: inputs["input"] * i), backend=compiler)
+            assert torch.equal(baseline.call({"input": x}), x * i)
             assert len(graphs) == i + 1
 
     def test_a_wrong_optimizer_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,30 +195,30 @@ class TestNets:
         for module in model.modules():
             if isinstance(module, alexnet_kernels.nn.Dropout):
                 module.scale_at = "training"
-        peer = baselines.stock(model)
-        assert not any(type(module).__module__.startswith("alexnet") for module in peer.modules())
+        stock = baselines.stock(model)
+        assert not any(type(module).__module__.startswith("alexnet") for module in stock.modules())
         x = torch.randn(2, 3, 71, 71)
-        torch.testing.assert_close(model(x), peer(x), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("preset", ["paper", "caffenet", "batchnorm"])
     def test_the_hardened_network_equals_the_stock_one(self, preset: str) -> None:
         model = AlexNet(preset=preset, width=0.05).eval()
         x = torch.randn(2, 3, 99, 99)
         results = []
-        for peer in (baselines.stock(model), baselines.hardened(model)):
-            out = peer(x)
-            gradients = torch.autograd.grad(out.square().sum(), list(peer.parameters()))
+        for network in (baselines.stock(model), baselines.hardened(model)):
+            out = network(x)
+            gradients = torch.autograd.grad(out.square().sum(), list(network.parameters()))
             results.append([out, *gradients])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
-        assert any(isinstance(module, baselines.NativePool) for module in peer.modules())
+        assert any(isinstance(module, baselines.NativePool) for module in network.modules())
 
     @pytest.mark.parametrize("preset", ["paper", "caffe", "caffenet", "torchvision", "batchnorm"])
     def test_the_onnx_network_equals_ours(self, preset: str) -> None:
         onnx = pytest.importorskip("onnx")
         reference = pytest.importorskip("onnx.reference")
         model = self.row(preset=preset, width=0.03).model(CPU).eval()
-        # ONNX's own evaluator normalises only as many channels as there are images.
+        # ONNX's reference evaluator of LRN handles only as many channels as there are images.
         images = max(layer.out_channels for layer in list(model.features)[:5] if isinstance(layer, torch.nn.Conv2d))
         graph = baselines.to_onnx(model, images, model.input_size)
         onnx.checker.check_model(graph, full_check=True)
@@ -261,7 +261,7 @@ class TestNets:
 
     def test_a_compiled_step_is_judged_by_its_loss(self, monkeypatch: pytest.MonkeyPatch) -> None:
         factor = 1.0
-        # As if torch.compile computed something else.
+        # Stands in for a torch.compile that computes wrong values.
         monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x: factor * model(x))
         row = self.row(purpose="training step", width=0.05, size=99, compile=("compiled",))
         assert timed(row)["wrong"] == {}
@@ -323,7 +323,7 @@ class TestTiming:
 
 
 def report_of(**medians: float) -> dict[str, Any]:
-    """A report of one op with these variants."""
+    """A report of one op with these medians by variant, in seconds."""
     times = {
         name: {"median": m, "low": 0.99 * m, "high": 1.01 * m, "rounds": 9, "graph": False}
         for name, m in medians.items()

@@ -1,4 +1,4 @@
-"""The CUDA kernels as a backend, emulated on the CPU: launches, orders of threads, networks, unaligned memory."""
+"""The CUDA kernels emulated on the CPU: launches, thread order, networks, unaligned memory."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def on_images(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: info.op(**info.on_images(x))
 
 
-# Those whose kernels are all this package's.
+# Ops that run this package's kernels only.
 OPS = {name: on_images(name) for name, info in OP_INFOS.items() if info.on_images and not info.casts}
 OPS["even window"] = lambda x: ops.local_response_norm(x, 4, alpha=0.1)
 

@@ -1,4 +1,4 @@
-"""benchmarks/cuda_resources.py: the resources of the built library's CUDA kernels, and the committed report."""
+"""benchmarks/cuda_resources.py: resources of the built CUDA kernels, and whether the committed report agrees."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestKernels:
         assert {f"{op}.cu" for op in _library.OPS} <= sources | {"headers"}
 
     def test_every_one_leaves_room_for_a_quarter_of_the_threads(self, kernels: list) -> None:
-        # 65,536 registers to 2,048 threads of a multiprocessor.
+        # 65,536 registers for 512 of a multiprocessor's 2,048 threads.
         assert [kernel.title for kernel in kernels if kernel.registers > 128] == []
 
     def test_the_committed_report_names_them_all(self, kernels: list) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, devices, tensors past 2^31 elements, compilation, cuDNN."""
+"""Tests that need a GPU: graphs, streams, devices, tensors of more than 2^31 elements, compilation, cuDNN."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def images(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def assert_agree(actual: Sequence[Tensor], expected: Sequence[Tensor], op: str) -> None:
-    """The same bits, unless a library may have chosen another algorithm for each of the two."""
+    """Asserts bitwise identity, or closeness for ops whose libraries may choose different algorithms."""
     if op.startswith(("conv2d_relu", "linear_relu_dropout")):
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0.02, atol=0.01 * e.abs().max().item())
@@ -68,7 +68,7 @@ def forward_backward(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of the function, and the tensors that replaying it fills."""
+    """A CUDA graph of the function, and the tensors that its replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -175,7 +175,7 @@ def test_runs_on_the_current_stream(op: str, chosen: str) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # cycles: a kernel on another stream would read what x held before
+            torch.cuda._sleep(20_000_000)  # cycles; a kernel on another stream would read the old x
             with torch.no_grad():
                 x.copy_(new)
             results = forward_backward(op, x)
@@ -211,7 +211,7 @@ def test_repeats_bitwise_at_full_size(op: str, chosen: str) -> None:
 
 @pytest.fixture
 def memory_alone() -> Iterator[None]:
-    """One test at a time, of all processes, that fills much of the device's memory."""
+    """Serialises tests of all processes that fill much of the device's memory."""
     with open(Path(tempfile.gettempdir()) / "alexnet_kernels_memory.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

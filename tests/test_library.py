@@ -24,7 +24,7 @@ from alexnet_kernels.op_info import OP_INFOS, Maker, operator_calls, with_gradie
 
 PACKAGE = Path(alexnet_kernels.__file__).parent
 
-# Compares every op with its definition on the CPU's kernels, in every dtype and memory format; prints what differs.
+# Compares every op with its definition on the CPU kernels, in every dtype and memory format; prints the differences.
 EVERY_KERNEL = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -255,7 +255,7 @@ except ValueError as error:
 
 
 class TestTransforms:
-    """torch.func and forward-mode differentiation know PyTorch's own operators only."""
+    """torch.func and forward-mode differentiation support PyTorch's own operators only."""
 
     def test_forward_mode(self) -> None:
         x, v = torch.randn(1, 4, 5, 5, dtype=torch.float64), torch.randn(1, 4, 5, 5, dtype=torch.float64)
@@ -278,7 +278,7 @@ class TestTransforms:
 
 
 class TestEagerCalls:
-    """Eager calls skip the dispatcher's Python; what observes operators there still sees them."""
+    """Eager calls bypass the dispatcher's Python layer; observers of operators still see them."""
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
     @pytest.mark.parametrize("op", [info.name for info in OP_INFOS.values() if info.wrt])

@@ -1,4 +1,4 @@
-"""The build and what it installs: symbols, wheels, source distributions, other releases of torch."""
+"""The build and its products: symbols, wheels, source distributions, other releases of torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TestSymbols:
         assert defined == []
 
 
-# Runs under another torch: every op of the library once, forward, on the tensors given.
+# Runs under another torch: the forward pass of every op, on given tensors.
 ELSEWHERE = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The Triton backend as a whole: registration, choice, and what torch.compile sees of it."""
+"""The Triton backend as a whole: registration, selection, and tracing by torch.compile."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ pytestmark = [
 ]
 interpreted = pytest.mark.skipif(not _library.INTERPRETED, reason="TRITON_INTERPRET is not set")
 
-# Traces each operator on fake CUDA tensors as torch.compile does, and prints what is left of it in the graph. Triton
-# finds out which arguments a kernel writes for the GPU of its driver: here one that only has a name.
+# Traces each operator on fake CUDA tensors as torch.compile does, and prints its nodes in the graph. Triton's analysis
+# of the arguments that a kernel writes needs a driver: this one names a GPU without having one.
 TRACE = """
 import json, torch
 from torch._functorch.aot_autograd import aot_function
@@ -87,8 +87,8 @@ with FakeTensorMode():
 print(json.dumps([found, choices]))
 """
 
-# Compiles every operator's kernels for tensors and arguments of one: Triton makes a constant of an argument that is 1,
-# which the interpreter doesn't. Prints what failed, and the kernels that were launched.
+# Compiles every operator's kernels for sizes and arguments of one: Triton turns an argument of 1 into a constant, which
+# the interpreter does not. Prints the failures, and the kernels that were launched.
 ONES = """
 import json, torch
 from triton.backends.compiler import GPUTarget
@@ -285,7 +285,7 @@ def test_the_size_of_programs_changes_no_bit(op, memory_format, monkeypatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("op", OP_INFOS)
 def test_the_launch_constants_that_ship(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other tests run larger programs, of which the interpreter needs fewer."""
+    """The other tests run larger programs, which the interpreter executes faster."""
     from alexnet_kernels.triton import _config
 
     info = OP_INFOS[op]

@@ -1,4 +1,4 @@
-"""What benchmarks/triton_resources.py reports of the Triton kernels, and that the committed report is still true."""
+"""The report of benchmarks/triton_resources.py on the Triton kernels, and whether the committed report agrees."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alexnet_kernels import _library
 PACKAGE = Path(alexnet_kernels.__file__).parent
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 COMMITTED = BENCHMARKS / "results" / "triton_resources.json"
-ONLY = "(bfloat16|float32)$"  # float16 takes as long again, and differs in the conversions only
+ONLY = "(bfloat16|float32)$"  # float16 would double the time, and differs in conversions only
 KEY = ("operator", "layer", "dtype", "launch", "kernel", "arch")
 
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Run:
-    """What the script said of this package."""
+    """The script's exit status, errors and report."""
 
     status: int
     errors: str
@@ -58,7 +58,7 @@ def rows_of(report: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def launched_kernels() -> set[str]:
-    """Every function of the package under @triton.jit that no other one calls."""
+    """Every @triton.jit function of the package that no other one calls."""
     jitted, used = set(), set()
     for path in (PACKAGE / "triton").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -73,7 +73,7 @@ def test_the_script_finds_no_problem(run: Run) -> None:
 
 
 def test_no_kernel_spills(run: Run) -> None:
-    # 16 bytes a thread are what ptxas may trade for occupancy.
+    # ptxas may spill up to 16 bytes a thread to raise occupancy.
     spilling = [k for k, row in rows_of(run.report).items() if max(row["spill_stores"], row["spill_loads"]) > 16]
     assert spilling == []
 

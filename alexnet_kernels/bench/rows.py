@@ -14,7 +14,6 @@ from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
 from alexnet_kernels.bench.optimizer_row import SgdRow
 from alexnet_kernels.bench.row import COMPILED, PURPOSES, Row
-from alexnet_kernels.bench.timing import MOST_SETS
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.op_info._record import OVERHEAD
 
@@ -61,7 +60,7 @@ def _ops(batches: Sequence[int], reference: int, smoke: bool) -> list[Row]:
         names: tuple[str, ...] = ()
         if batch == reference and case.name in compiled and case.op != "augment":
             names = tuple(COMPILED) if case.op in matrices or smoke else ("compiled",)
-        return OpRow(case, batch, names, most_sets=1 if smoke else MOST_SETS)
+        return OpRow(case, batch, names)
 
     found: list[Row] = [row(case, batch) for case in every if case.layer != OVERHEAD for batch in batches]
     found.append(SgdRow(small=smoke))
