@@ -142,9 +142,9 @@ def _write(
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
         "",
-        "Top-1 error on the validation images after the last epoch, mean and range over the seeds; its difference from the",
-        "whole network, seed by seed; the training error in the last epoch, with crops and dropout; and the first epoch",
-        "with less than 50% validation error.",
+        "Top-1 error on the validation images after the last epoch, mean and range over the seeds; its difference",
+        "from the whole network, seed by seed; the training error in the last epoch, with crops and dropout; and the",
+        "first epoch with less than 50% validation error.",
         "",
         "| | rate | validation error | difference | training error | epochs to 50% | the paper |",
         "|---|---|---|---|---|---|---|",

@@ -221,17 +221,24 @@ def test_what_32_bits_cannot_count_is_refused() -> None:
 
 
 class TestChoice:
-    def test_on_the_cpu_without_the_interpreter(self, tmp_path: Path) -> None:
+    @pytest.fixture(scope="class")
+    def printed(self, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+        """The output of a process without the interpreter: whether the package imports Triton, and an error."""
         code = """
+import sys
 import torch
 from alexnet_kernels import ops
+print("alexnet_kernels.triton" in sys.modules)
 try:
     ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend="triton")
 except ValueError as error:
     print(error)
 """
+        return run(code, tmp_path_factory.mktemp("choice")).splitlines()
+
+    def test_on_the_cpu_without_the_interpreter(self, printed: list[str]) -> None:
         expected = "max_pool2d: backend 'triton' needs tensors on a GPU, but the input is on cpu (TRITON_INTERPRET=1 "
-        assert run(code, tmp_path).startswith(expected)
+        assert printed[1].startswith(expected)
 
     @interpreted
     def test_float64_is_refused(self) -> None:
@@ -251,9 +258,8 @@ except ValueError as error:
             ops.max_pool2d(torch.zeros(1, 1, 5, 5), backend="triton")
         assert backends.unavailable("max_pool2d", "triton") == "triton is not installed"
 
-    def test_the_package_does_not_import_triton_unasked(self, tmp_path: Path) -> None:
-        code = "import alexnet_kernels, sys; print('alexnet_kernels.triton' in sys.modules)"
-        assert run(code, tmp_path).strip() == "False"
+    def test_the_package_does_not_import_triton_unasked(self, printed: list[str]) -> None:
+        assert printed[0] == "False"
 
     def test_environment_and_context(self, tmp_path: Path) -> None:
         code = "from alexnet_kernels import backends; print(backends.get_backend())"

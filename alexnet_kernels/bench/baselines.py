@@ -33,7 +33,7 @@ def stock(model: AlexNet) -> nn.Sequential:
     return nn.Sequential(features, average, nn.Flatten(), classifier).train(model.training)
 
 
-@torch.library.custom_op("alexnet_kernels_peers::max_pool2d", mutates_args=())
+@torch.library.custom_op("alexnet_kernels_baselines::max_pool2d", mutates_args=())
 def _pool(input: Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.max_pool2d_with_indices(input, [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], ceil_mode)
 
@@ -43,7 +43,7 @@ def _(input: Tensor, kernel_size: int, stride: int, ceil_mode: bool) -> tuple[Te
     return torch.ops.aten.max_pool2d_with_indices(input, [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], ceil_mode)
 
 
-@torch.library.custom_op("alexnet_kernels_peers::max_pool2d_backward", mutates_args=())
+@torch.library.custom_op("alexnet_kernels_baselines::max_pool2d_backward", mutates_args=())
 def _pool_backward(
     grad: Tensor, input: Tensor, indices: Tensor, kernel_size: int, stride: int, ceil_mode: bool
 ) -> Tensor:

@@ -34,7 +34,7 @@ def check_augment(backend, images, crops, size, dtype=torch.float32, memory_form
     expected = reference.augment(images, crops, size, **options, dtype=torch.float64)
     assert out.dtype == dtype
     assert_format(out, memory_format, "output")
-    # Computed in float32, whatever the result's dtype.
+    # Computed in float32 for every dtype of the result.
     assert_close(out.float() if dtype == torch.float64 else out, expected)
     for name, copy in copies.items():
         assert_same(given[name], copy, f"{name} after the call")

@@ -42,14 +42,14 @@ def tensors(shape, dtype, memory_format, device, affine=True):
 @every_format
 def test_large_mean_does_not_cancel(memory_format, device, backend, request):
     if backend == "native":
-        # On one thread PyTorch's own kernel adds up the values of a channel one after the other, and loses more.
+        # On one thread PyTorch's own kernel sums a channel sequentially, which loses more precision.
         request.getfixturevalue("threads")(2)
     values = tensors((4, 18, 9, 7), torch.float32, memory_format, device)
     values["input"] += 300.0
     options = {"running_mean": None, "running_var": None, "training": True}
     out = batch_norm_relu(**values, **options, backend=backend)
     expected = definition(**{k: v.double() for k, v in values.items()}, **options)
-    # The rounding of the mean itself: 300 * 2^-24 against a deviation of 1.
+    # The rounding error of the mean itself: 300 * 2^-24, for a deviation of 1.
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-4)
 
 
@@ -95,11 +95,11 @@ def test_compiles(memory_format, training, device, backend, fresh_dynamo):
     inputs = list(values.values())
     expected = forward_backward(run, *inputs)
     actual = forward_backward(torch.compile(fresh, fullgraph=True, backend="aot_eager"), *inputs)
-    if backend == "native" and device == "cuda":  # where cuDNN's kernel becomes a composition of plain ones
+    if backend == "native" and device == "cuda":  # cuDNN's kernel is decomposed into others
         torch.testing.assert_close(actual, expected)
     else:
         assert_same(actual, expected)
-    # torch 2.11 rounds the update once more where it is compiled.
+    # torch 2.11 rounds the update once more when compiled.
     torch.testing.assert_close((compiled_mean, compiled_var), (mean, var))
 
 

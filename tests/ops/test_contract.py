@@ -1,4 +1,4 @@
-"""The contract of every op, on every backend, from the ops' records."""
+"""The contract of every op on every backend, from the op records."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_records_call_every_operator() -> None:
     if setting.backend != "native" or info.native_compiles
 )
 def test_compiles(case: Case, fresh_dynamo: None) -> None:
-    """torch.compile takes the whole function, of any batch size, and computes the same bits."""
+    """torch.compile captures the whole function, for any batch size, with bitwise identical results."""
     inputs = case.inputs()
     call, names = case.function(inputs), wanted(case.info, inputs)
     dynamic = case.setting.backend != "native"
@@ -227,7 +227,7 @@ def test_compiles(case: Case, fresh_dynamo: None) -> None:
     for setting in settings(info, (F32, BF16))
 )
 def test_autocast(case: Case) -> None:
-    """An op that casts computes what it computes of bfloat16 tensors; any other ignores autocast."""
+    """An op that casts has the results of bfloat16 tensors; any other op ignores autocast."""
     inputs = case.inputs()
     call, tensors = case.function(inputs), [inputs[name] for name in wanted(case.info, inputs)]
 

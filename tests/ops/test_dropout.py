@@ -20,7 +20,7 @@ KEYED = {"seed": 1234, "offset": 5}
 
 
 def kept(shape, p=0.5, device="cpu", **options):
-    """Which of the elements of a tensor of ones are left."""
+    """The elements of a tensor of ones that dropout keeps."""
     return dropout(torch.ones(shape, device=device), p, **options) != 0
 
 
@@ -165,7 +165,7 @@ def test_errors(choice):
 
 
 def test_a_seed_on_the_cpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copying it to a GPU would wait for the device, and is refused while a CUDA graph captures."""
+    """Copying the seed to a GPU would wait for the device, and is not allowed during the capture of a CUDA graph."""
     monkeypatch.setattr(torch.Tensor, "to", lambda *_: pytest.fail("copied"), raising=False)
     seed = seed_tensor("dropout", torch.tensor(-(2**63)), torch.device("meta"))
     assert seed.device.type == "meta"

@@ -49,7 +49,7 @@ def test_nan_and_infinity(device, backend):
     assert out[4].isinf().any()
 
 
-# The largest batches that csrc/cpu/linear_relu_dropout.cpp takes itself.
+# The largest batch sizes that csrc/cpu/linear_relu_dropout.cpp computes without a library.
 LIMITS = {torch.float32: 16, torch.float64: 16, torch.bfloat16: 4, torch.float16: 64}
 
 

@@ -14,7 +14,7 @@ from helpers import (
 from alexnet_kernels import reference
 from alexnet_kernels.ops import local_response_norm
 
-STRONG = {"alpha": 0.5, "k": 1.5}  # so that the normalisation shows
+STRONG = {"alpha": 0.5, "k": 1.5}  # makes the normalisation visible
 
 
 @every_dtype

@@ -36,7 +36,7 @@ def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
     out = max_pool2d(x, relu=relu, backend=backend)
     assert_same(out.double(), expected)
     assert out.isnan().sum() == 5
-    if not relu and not (x.is_cuda and backend == "native"):  # whose gradient goes to another NaN of a window
+    if not relu and not (x.is_cuda and backend == "native"):  # its gradient goes to another NaN of the window
         check_op("max_pool2d", {"input": x}, backend)
 
 
@@ -44,7 +44,7 @@ def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 def test_every_half_precision_number(relu, dtype, memory_format, device, backend):
-    """Both zeros, infinities and NaNs among them win and lose as they do in float32, in values and gradients."""
+    """Values and gradients are those of float32, also for signed zeros, infinities and NaNs."""
     generator = torch.Generator().manual_seed(0)
     few = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0]).to(dtype).view(torch.int16)
     every = torch.arange(2**16).sub(2**15).to(torch.int16)[torch.randperm(2**16, generator=generator)]

@@ -1,4 +1,4 @@
-"""The definitions themselves, against torch's built-ins, published vectors and arithmetic spelled out."""
+"""The definitions themselves, against torch's functions, published test vectors and explicit formulas."""
 
 from __future__ import annotations
 

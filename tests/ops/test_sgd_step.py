@@ -171,7 +171,7 @@ def test_a_learning_rate_in_a_tensor(mixture, dtype, settings, device, backend):
 @pytest.mark.parametrize("which", ["params", "grads", "momentum", "masters"])
 @pytest.mark.parametrize("mixture", ["fp32", "bf16_master"])
 def test_arrays_that_are_not_aligned(mixture, which, device, backend):
-    """Views into a bucket: 16-byte accesses of one array are impossible, and those of the others are not."""
+    """Views into a bucket: one array is not aligned to 16 bytes, the others are."""
     given = state(MIXTURES[mixture], device, [(10,), (64, 50), (1003,)])
     index = ("params", "grads", "momentum", "masters").index(which)
     if not given[index]:
@@ -189,7 +189,7 @@ def test_arrays_that_are_not_aligned(mixture, which, device, backend):
 
 
 def test_autograd_sees_the_change(device, backend):
-    """A saved tensor that the step changed may not be used by a later backward."""
+    """A later backward pass may not use a saved tensor that the step changed."""
     w = random((4,), device=device).requires_grad_()
     loss = (w * w).sum()
     sgd_step([w], [torch.ones(4, device=device)], [torch.zeros(4, device=device)], lr=0.1, backend=backend)
