@@ -50,6 +50,13 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
 _CONTEXT = _fork_server()
 
 
+def start_fork_server() -> None:
+    """Makes the server import the package now, rather than in the first process's time."""
+    process = _CONTEXT.Process(target=int)
+    process.start()
+    process.join()
+
+
 class ForkedPython:
     """Stands in for subprocess.Popen([sys.executable, "-m", MODULE, ...]) or [sys.executable, SCRIPT, ...].
 
