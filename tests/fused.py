@@ -10,18 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alexnet_kernels import ops
 from alexnet_kernels.nn import fusion, modules
-
-OPS = (
-    "batch_norm_relu",
-    "conv2d_relu",
-    "dropout",
-    "linear_relu_dropout",
-    "local_response_norm",
-    "lrn_max_pool2d",
-    "max_pool2d",
-    "within_map_response_norm",
-)
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -39,7 +29,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in OPS:
+    for name in ops.__all__:
         for module in (fusion, modules):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, spy(name, getattr(module, name)))

@@ -36,7 +36,7 @@ SOURCES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".sh", ".toml", ".yaml")
 # Not written by hand, or a history.
 EXEMPT = ("CHANGELOG.md", "benchmarks/results/", "build/")
 # A module over the op and its test, documents, and this file.
-USERS = ("alexnet_kernels/nn/modules.py", "tests/test_fuse.py", "docs/", "CONTRIBUTING.md", "tests/test_structure.py")
+USERS = ("alexnet_kernels/nn/modules.py", "tests/test_fuse", "docs/", "CONTRIBUTING.md", "tests/test_structure.py")
 
 
 def modules() -> dict[str, Path]:
