@@ -13,6 +13,8 @@ from alexnet_kernels import _torch_private
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+INTEGERS = (int, torch.SymInt)
+"""SymInt: torch.compile gives fakes the integers that it keeps variable as such."""
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN_VALUES = frozenset((int, bool, str, type(None)))
 
@@ -49,7 +51,7 @@ def check_same_dtype(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def check_groups(op: str, groups: int, channels: int, name: str = "channels") -> None:
-    if not isinstance(groups, int) or groups < 1:
+    if not isinstance(groups, INTEGERS) or groups < 1:
         raise ValueError(f"{op}: groups must be a positive int, not {groups!r}")
     if channels % groups:
         raise ValueError(f"{op}: groups={groups} does not divide the {channels} {name}")
@@ -64,10 +66,10 @@ def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int
     """Two integers of at least `least`, from one or two."""
     if type(value) is int and value >= least:
         return [value, value]
-    values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    values = [value, value] if isinstance(value, INTEGERS) else list(value) if isinstance(value, Sequence) else []
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    if len(values) != 2 or not all(isinstance(v, INTEGERS) for v in values):
         raise TypeError(f"{op}: {name} must be an int or two ints, not {value!r}")
     if min(values) < least:
         raise ValueError(f"{op}: {name} must be at least {least}, not {value!r}")

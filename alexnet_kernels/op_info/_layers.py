@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from alexnet_kernels.op_info._record import OVERHEAD
+import torch
+
+from alexnet_kernels.op_info._record import OVERHEAD, Inputs, Maker
 
 LRN: dict[str, Any] = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 MAPS = {"layer 1": (96, 55, 55), "layer 2": (256, 27, 27), "layer 5": (256, 13, 13), OVERHEAD: (16, 3, 3)}
@@ -37,3 +39,12 @@ def pooled(layer: str) -> int:
     """Of an image's maps after 3x3 pooling with stride 2."""
     channels, height, width = MAPS[layer]
     return channels * ((height - 3) // 2 + 1) * ((width - 3) // 2 + 1)
+
+
+MAP_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+"""In which ops on maps are timed."""
+
+
+def map_inputs(layer: str, make: Maker, batch: int, **options: object) -> Inputs:
+    """The arguments of an op on maps at one of AlexNet's layers."""
+    return {"input": make(batch, *MAPS[layer]), **options}

@@ -191,6 +191,17 @@ def make_images(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
     return {"input": make(*shape), **options}
 
 
+def make_distinct(make: Maker, shape: tuple[int, ...], options: Inputs, step: float = 0.01) -> Inputs:
+    """Images for ops with corners, such as maxima: a shuffled arithmetic sequence around zero.
+
+    No two elements are closer than step, none is near zero.
+    """
+    count = torch.Size(shape).numel()
+    values = (torch.arange(count, dtype=torch.float64) - count // 2 + 0.5) * step
+    x = values[torch.randperm(count)].reshape(shape).to(make.device, make.dtype)
+    return {"input": x.contiguous(memory_format=make.memory_format), **options}
+
+
 def _default_comparison(setting: Setting) -> Comparison:
     return Comparison()
 
@@ -222,7 +233,7 @@ class OpInfo:
     """The arguments that get a gradient; none for an op that is not differentiable."""
     comparison: Callable[[Setting], Comparison] = _default_comparison
     derivatives: Sequence[Sample] = ()
-    """Tiny samples for numerical derivatives in float64."""
+    """Tiny samples for numerical derivatives in float64; an op with gradients has some."""
     make_derivative: Callable[[Maker, tuple[int, ...], Inputs], Inputs] | None = None
     """Their arguments, if not those of `make`: away from where the op has no derivative."""
     native_compiles: bool = True
@@ -234,9 +245,10 @@ class OpInfo:
     repeats_across_threads: Callable[[str | None], bool] = lambda backend: True
     """Whether a backend's results are bitwise the same for any number of threads."""
     on_images: Callable[[Tensor], Inputs] | None = None
-    """Arguments for given images [N, C, H, W], of any size."""
+    """Arguments for given images [N, C, H, W], of any size; an op on one tensor has them."""
 
     layers: Sequence[Layer] = ()
+    """For benchmarks and reports of resources; an op that AlexNet lacks has maps of its."""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     half_baselines_on_cuda_only: bool = False
     """Whether PyTorch has the baselines in bfloat16 and float16 on CUDA only."""
@@ -250,7 +262,13 @@ class OpInfo:
     core: Callable[[torch.dtype, bool], bool] = lambda dtype, channels_last: channels_last
     """Whether a dtype and format is one that AlexNet runs in fast."""
     order: int = 0
-    """Its place in tables: what matters most to AlexNet comes first."""
+    """Its place in tables, from 0: what matters most to AlexNet comes first."""
+
+    def __post_init__(self) -> None:
+        if self.wrt and not self.derivatives:
+            raise ValueError(f"{self.name}: an op with gradients needs samples for numerical derivatives")
+        if self.wrt == ("input",) and self.on_images is None:
+            raise ValueError(f"{self.name}: an op on one tensor needs on_images")
 
     def call(self, **arguments: Any) -> Any:
         """The op's result; of one that changes its arguments, what `functional` returns."""

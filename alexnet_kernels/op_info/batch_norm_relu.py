@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import MAPS, elements
+from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs
 from alexnet_kernels.op_info._record import Comparison, Inputs, Layer, Maker, OpInfo, Setting, Work, copy, sample
-from alexnet_kernels.op_info.local_response_norm import MAP_DTYPES, map_inputs
 
 
 def work(elements: int, e: int) -> Work:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import LRN, MAPS, elements
-from alexnet_kernels.op_info._record import Baseline, Inputs, Layer, Maker, OpInfo, Work, sample
+from alexnet_kernels.op_info._layers import LRN, MAP_DTYPES, MAPS, elements, map_inputs
+from alexnet_kernels.op_info._record import Baseline, Layer, OpInfo, Work, sample
 
 STRONG = {"alpha": 0.5, "k": 1.5}  # so strong that a wrong window shows
-MAP_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-
-
-def map_inputs(layer: str, make: Maker, batch: int, **options: object) -> Inputs:
-    """An image op's arguments at one of AlexNet's layers."""
-    return {"input": make(batch, *MAPS[layer]), **options}
 
 
 def work(elements: int, e: int) -> Work:

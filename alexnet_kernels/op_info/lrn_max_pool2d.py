@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import LRN, MAPS, elements, pooled
+from alexnet_kernels.op_info._layers import LRN, MAP_DTYPES, MAPS, elements, map_inputs, pooled
 from alexnet_kernels.op_info._record import (
     TOLERANCES,
     Baseline,
@@ -20,10 +20,11 @@ from alexnet_kernels.op_info._record import (
     OpInfo,
     Setting,
     Work,
+    make_distinct,
     sample,
 )
-from alexnet_kernels.op_info.local_response_norm import MAP_DTYPES, STRONG, map_inputs
-from alexnet_kernels.op_info.max_pool2d import clear_winner, distinct
+from alexnet_kernels.op_info.local_response_norm import STRONG
+from alexnet_kernels.op_info.max_pool2d import clear_winner
 
 _LRN_OPTIONS = ("size", "alpha", "beta", "k", "groups")
 
@@ -46,7 +47,7 @@ def _comparison(setting: Setting) -> Comparison:
 
 
 def _distinct(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
-    return distinct(make, shape, options, step=0.02)
+    return make_distinct(make, shape, options, step=0.02)
 
 
 def _torch(x: Inputs) -> Tensor:

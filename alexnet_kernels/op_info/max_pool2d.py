@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import MAPS, elements, pooled
-from alexnet_kernels.op_info._record import Comparison, Inputs, Layer, Maker, OpInfo, Work, sample
-from alexnet_kernels.op_info.local_response_norm import MAP_DTYPES, map_inputs
+from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs, pooled
+from alexnet_kernels.op_info._record import Comparison, Layer, OpInfo, Work, make_distinct, sample
 
 
 def work(elements: int, pooled: int, e: int) -> Work:
@@ -43,14 +42,6 @@ def clear_winner(x: Tensor, margin: float, **pool: Any) -> Tensor:
         return torch.ones_like(elements[..., 0], dtype=torch.bool)
     largest, second = elements.topk(2, dim=-1).values.unbind(-1)
     return largest - second > margin * largest.abs()
-
-
-def distinct(make: Maker, shape: tuple[int, ...], options: Inputs, step: float = 0.01) -> Inputs:
-    """Images of a shuffled arithmetic sequence around zero: no two elements closer than step, none near zero."""
-    count = torch.Size(shape).numel()
-    values = (torch.arange(count, dtype=torch.float64) - count // 2 + 0.5) * step
-    x = values[torch.randperm(count)].reshape(shape).to(make.device, make.dtype)
-    return {"input": x.contiguous(memory_format=make.memory_format), **options}
 
 
 INFO = OpInfo(
@@ -86,7 +77,7 @@ INFO = OpInfo(
     ),
     comparison=lambda setting: Comparison(exact=True),
     derivatives=(sample(1, 2, 5, 5), sample(1, 2, 5, 5, relu=True)),
-    make_derivative=distinct,
+    make_derivative=make_distinct,
     on_images=lambda x: {"input": x, "relu": True},
     layers=tuple(
         Layer(layer, partial(map_inputs, layer), partial(work, elements(layer), pooled(layer))) for layer in MAPS

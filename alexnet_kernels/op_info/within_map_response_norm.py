@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import MAPS, elements
+from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs
 from alexnet_kernels.op_info._record import OVERHEAD, Layer, OpInfo, sample
-from alexnet_kernels.op_info.local_response_norm import MAP_DTYPES, map_inputs, work
+from alexnet_kernels.op_info.local_response_norm import work
 
 STRONG = {"alpha": 2.0, "k": 1.5}  # so strong that a wrong window shows
 

@@ -67,7 +67,7 @@ def check_lrn(op: str, input: Tensor, size: int, groups: int) -> None:
     checks.check_floating(op, "input", input)
     if input.dim() < 3:
         raise ValueError(f"{op}: input must be [N, C, *] with at least three dimensions, not {list(input.shape)}")
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, checks.INTEGERS) or size < 1:
         raise ValueError(f"{op}: size must be a positive int, not {size!r}")
     checks.check_groups(op, groups, input.shape[1])
 

@@ -58,7 +58,7 @@ def within_map_response_norm(
 @checks.cache_validation
 def _check(input: Tensor, size: int) -> None:
     checks.check_images(OP, input)
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, checks.INTEGERS) or size < 1:
         raise ValueError(f"{OP}: size must be a positive int, not {size!r}")
 
 

@@ -41,7 +41,7 @@ inline bool has_channels_last_strides(const Tensor& t) {
   return true;
 }
 
-// The memory format of results. alexnet_kernels/ops/_common.py has the same rule for fake tensors.
+// The memory format of results. alexnet_kernels/_dispatch/layout.py has the same rule for fake tensors.
 inline MemoryFormat memory_format_of(const Tensor& t) {
   if (t.dim() != 4 || t.is_contiguous()) return MemoryFormat::Contiguous;
   if (has_channels_last_strides(t)) return MemoryFormat::ChannelsLast;

@@ -117,8 +117,8 @@ void relu_backward(const ReluBackwardArgs& a, int64_t begin, int64_t end) {
   for_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    const int64_t first = begin * kReluBackwardTaskElements,
-                  count = std::min(end * kReluBackwardTaskElements, a.count) - first;
+    const int64_t first = begin * kElementwiseTaskElements,
+                  count = std::min(end * kElementwiseTaskElements, a.count) - first;
     const T* g = static_cast<const T*>(a.grad) + first;
     const T* y = static_cast<const T*>(a.output) + first;
     T* dx = static_cast<T*>(a.grad_input) + first;
@@ -203,7 +203,7 @@ Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double sc
   Tensor grad_input = empty(sizes_of(y), y.scalar_type(), y, format);
   ReluBackwardArgs args{
       dtype_of(y), scale, y.numel(), g.const_data_ptr(), y.const_data_ptr(), grad_input.mutable_data_ptr()};
-  run(pick_relu_backward(), args, (y.numel() + kReluBackwardTaskElements - 1) / kReluBackwardTaskElements,
+  run(pick_relu_backward(), args, (y.numel() + kElementwiseTaskElements - 1) / kElementwiseTaskElements,
       y.numel() * 12);
   return grad_input;
 }

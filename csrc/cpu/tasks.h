@@ -9,14 +9,12 @@ namespace alexnet_kernels::cpu {
 constexpr int64_t kBytesPerThread = 1 << 15;
 
 constexpr int64_t kDropoutTaskElements = 1 << 14;
-constexpr int64_t kReluBackwardTaskElements = 1 << 13;
+constexpr int64_t kElementwiseTaskElements = 1 << 13;
 constexpr int64_t kSgdTaskElements = 1 << 15;
 constexpr int64_t kLinearTaskOutputs = 12;
 // NCHW: the tile of 256 channels by this many pixels fits the L2 cache.
 constexpr int64_t kLrnTaskPixels = 128;
 constexpr int64_t kLrnPoolTaskChannels = 16;
-// A multiple of the lanes of every vector.
-constexpr int64_t kWithinMapTaskChannels = 16;
 // Of a part of the batch, which is read twice: the second read hits the cache.
 constexpr int64_t kBatchNormPartBytes = 1 << 17;
 

@@ -6,9 +6,11 @@
 #include <vector>
 
 #include "lrn_row.h"
-#include "tasks.h"
 
 namespace alexnet_kernels::cpu {
+
+// A multiple of the lanes of every vector.
+constexpr int64_t kWithinMapTaskChannels = 16;
 
 struct WithinMapArgs {
   DType dtype;

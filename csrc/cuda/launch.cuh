@@ -9,7 +9,6 @@ constexpr int kWarps = kThreads / kWarp;
 
 // Vertically adjacent outputs of a thread. Neighbouring outputs share the rows of their windows.
 constexpr int kLrnPoolRows = 4;
-constexpr int kWithinMapRows = 4;
 
 // Batch normalisation. Blocks of a launch, unless there are more groups of columns than that; bytes that the columns of
 // a block take at one pixel, a cache line; vectors whose loads a thread issues together; channels of a block that

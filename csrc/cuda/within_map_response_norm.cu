@@ -11,6 +11,9 @@
 namespace alexnet_kernels::cuda {
 namespace {
 
+// Vertically adjacent outputs of a thread, whose windows share rows.
+constexpr int kWithinMapRows = 4;
+
 struct WithinMap {
   WithinMap(int64_t size, double alpha, double beta, double k, int64_t height, int64_t width)
       : before(int(std::min(size / 2, std::max(height, width)))),
