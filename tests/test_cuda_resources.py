@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import benchmark
 
-from alexnet_kernels import _library
+from alexnet_kernels import _library, ops
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cuda_resources.py"
 COMMITTED = SCRIPT.parent / "results" / "cuda_resources.json"
@@ -36,7 +36,7 @@ class TestKernels:
 
     def test_every_operator_has_some(self, kernels: list) -> None:
         sources = {kernel.source for kernel in kernels}
-        assert {f"{op}.cu" for op in _library.OPS} <= sources | {"headers"}
+        assert {f"{op}.cu" for op in ops.__all__} <= sources | {"headers"}
 
     def test_every_one_leaves_room_for_a_quarter_of_the_threads(self, kernels: list) -> None:
         # 65,536 registers for 512 of a multiprocessor's 2,048 threads.
