@@ -102,6 +102,21 @@ def registered(name: str) -> Backend:
 def register(backend: Backend) -> None:
     """Makes this the backend of its name."""
     _REGISTERED[backend.name] = backend
+    _AUTOMATIC.clear()
+
+
+_AUTOMATIC: dict[tuple[str, str, torch.dtype], str] = {}
+"""What "auto" chose, by op, device type and dtype: choosing costs a few percent of a small call."""
+_AUTOMATIC_OF: frozenset[tuple[str, str]] | None = None
+"""The kernels that it chose from."""
+
+
+def _remember_automatic(key: tuple[str, str, torch.dtype], name: str) -> None:
+    global _AUTOMATIC_OF
+    if _AUTOMATIC_OF is not _library.KERNELS:
+        _AUTOMATIC.clear()
+        _AUTOMATIC_OF = _library.KERNELS
+    _AUTOMATIC[key] = name
 
 
 def load_with(name: str, load: Callable[[], Any]) -> None:
@@ -217,16 +232,23 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
         name = _chosen.get() or _default
     if name == "native" or (not compiling and in_transform()):
         return "native"
-    chosen = _automatic(op, tensor) if name == "auto" else _checked(op, tensor, _REGISTERED[name])
-    if chosen is None:
-        return "native"
-    if chosen.load is not None:
+    if name == "auto":
+        key = (op, tensor.device.type, tensor.dtype)
+        if not compiling and key in _AUTOMATIC and _AUTOMATIC_OF is _library.KERNELS:
+            return _AUTOMATIC[key]
+        chosen = _automatic(*key)
+    else:
+        chosen = _checked(op, tensor, _REGISTERED[name])
+    if chosen is not None and chosen.load is not None:
         chosen.load()
-    return chosen.name
+    found = "native" if chosen is None else chosen.name
+    if name == "auto" and not compiling:
+        _remember_automatic(key, found)
+    return found
 
 
-def _automatic(op: str, tensor: Tensor) -> Backend | None:
-    device, wide = tensor.device.type, tensor.dtype == torch.float64
+def _automatic(op: str, device: str, dtype: torch.dtype) -> Backend | None:
+    wide = dtype == torch.float64
     for backend in _REGISTERED.values():
         if device in backend.devices and (backend.float64 or not wide):
             automatic = backend.automatic

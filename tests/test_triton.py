@@ -185,7 +185,8 @@ def test_every_operator_launches_on_its_tensors_device() -> None:
     from alexnet_kernels.triton._common import on_its_device
 
     modules = [value for name, value in sys.modules.items() if name.startswith("alexnet_kernels.triton.")]
-    operators = [value for module in modules for value in vars(module).values() if hasattr(value, "_init_fn")]
+    values = [value for module in modules for value in vars(module).values()]
+    operators = [value for value in values if isinstance(value, torch.library.CustomOpDef)]
     assert {operator._name for operator in operators} == set(CONTRACTS)
     guarded = on_its_device(print).__code__
     assert {operator._name for operator in operators if operator._init_fn.__code__ is not guarded} == set()
