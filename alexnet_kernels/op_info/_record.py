@@ -145,13 +145,13 @@ class Comparison:
     exact: bool = False
     """Whether they must be equal."""
     settled: Callable[..., Tensor] | None = None
-    """From the float64 arguments, the outputs whose gradient no rounding can redirect; the others get no gradient."""
+    """Which outputs get a gradient, from the float64 arguments: those where rounding cannot redirect it."""
     peer: Callable[..., Tensor] | None = None
-    """A library's op for the same. A gradient may be wrong by twice as much as its."""
+    """A library's op for the same. A gradient may have up to twice the error of this one's."""
     absolute: float = 0.0
-    """An error that is none: of terms that cancel in a tensor of few elements."""
+    """An absolute error that is accepted: terms may cancel in a tensor of few elements."""
     dtype: torch.dtype | None = None
-    """Whose tolerance holds, if not the result's."""
+    """The dtype whose tolerance applies, if not the result's."""
     skip: str | None = None
     """Why there is nothing to compare."""
 
@@ -208,7 +208,7 @@ def _default_comparison(setting: Setting) -> Comparison:
 
 @dataclass(frozen=True)
 class OpInfo:
-    """What tests and benchmarks need to know of an op."""
+    """The record of an op."""
 
     name: str
     op: Callable[..., Any]
@@ -216,39 +216,39 @@ class OpInfo:
     reference: Callable[..., Any]
     """Its definition in `alexnet_kernels.reference`, with the results of `call`."""
     samples: Sequence[Sample]
-    """Every kind of arguments, small."""
+    """Small arguments that cover the op's options and edge cases."""
     typical: Sequence[Sample]
-    """Arguments of no special kind, one for each mode of the op."""
+    """Ordinary arguments, one sample for each mode of the op."""
     large: Sample
-    """Arguments of so many elements that several threads, or programs, share the work."""
+    """Arguments with enough elements for several threads or programs."""
     ones: Sequence[Sample]
-    """Arguments and sizes of one: compilers make constants of them."""
+    """Arguments and sizes of one, which compilers specialise on."""
     make: Callable[[Maker, tuple[int, ...], Inputs], Inputs] = make_images
     """The arguments of a sample."""
     takes: Callable[[Sample, torch.dtype], bool] = lambda sample, dtype: True
     """Whether a sample is one of this dtype."""
     functional: Callable[..., Any] | None = None
-    """Of an op that changes its arguments: calls it on copies, and returns what it changed."""
+    """For an op that modifies its arguments: calls it on copies and returns the modified ones."""
     wrt: tuple[str, ...] = ("input",)
     """The arguments that get a gradient; none for an op that is not differentiable."""
     comparison: Callable[[Setting], Comparison] = _default_comparison
     derivatives: Sequence[Sample] = ()
     """Tiny samples for numerical derivatives in float64; an op with gradients has some."""
     make_derivative: Callable[[Maker, tuple[int, ...], Inputs], Inputs] | None = None
-    """Their arguments, if not those of `make`: away from where the op has no derivative."""
+    """The arguments of `derivatives`, if not those of `make`: away from points where the op has no derivative."""
     native_compiles: bool = True
-    """Whether torch.compile takes backend "native" whole."""
+    """Whether torch.compile can trace backend "native" as one graph."""
     images: bool = True
     """Whether the first tensor has memory formats."""
     casts: bool = False
-    """Whether autocast casts its tensors; otherwise the result has the input's dtype."""
+    """Whether autocast casts the tensors; otherwise the result has the input's dtype."""
     repeats_across_threads: Callable[[str | None], bool] = lambda backend: True
-    """Whether a backend's results are bitwise the same for any number of threads."""
+    """Whether a backend's results are bitwise identical for every number of threads."""
     on_images: Callable[[Tensor], Inputs] | None = None
-    """Arguments for given images [N, C, H, W], of any size; an op on one tensor has them."""
+    """The arguments for given images [N, C, H, W] of any size; required of an op on one tensor."""
 
     layers: Sequence[Layer] = ()
-    """For benchmarks and reports of resources; an op that AlexNet lacks has maps of its."""
+    """For benchmarks and resource reports; an op that AlexNet does not use takes the maps of one of its layers."""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     half_baselines_on_cuda_only: bool = False
     """Whether PyTorch has the baselines in bfloat16 and float16 on CUDA only."""
@@ -257,10 +257,10 @@ class OpInfo:
     tolerance: Callable[[torch.dtype], float | None] = lambda dtype: None
     """Of the largest element, at AlexNet's layers, if not the dtype's usual one."""
     preactivation: Callable[..., Tensor] | None = None
-    """What ReLU is applied to: where rounding may change its sign, no gradient is compared."""
+    """The input of ReLU: where rounding may change its sign, no gradient is compared."""
     timed: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
     core: Callable[[torch.dtype, bool], bool] = lambda dtype, channels_last: channels_last
-    """Whether a dtype and format is one that AlexNet runs in fast."""
+    """Whether a (dtype, channels_last) is one of AlexNet's fast configurations."""
     order: int = 0
     """Its place in tables, from 0: what matters most to AlexNet comes first."""
 
@@ -271,7 +271,7 @@ class OpInfo:
             raise ValueError(f"{self.name}: an op on one tensor needs on_images")
 
     def call(self, **arguments: Any) -> Any:
-        """The op's result; of one that changes its arguments, what `functional` returns."""
+        """The op's result; for an op that modifies its arguments, what `functional` returns."""
         return (self.functional or self.op)(**arguments)
 
     def inputs(self, sample: Sample, make: Maker) -> Inputs:
