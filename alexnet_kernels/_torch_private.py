@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,11 @@ def in_transform() -> bool:
 def is_transformed() -> bool:
     """`in_transform`; False inside torch.compile."""
     return not torch.compiler.is_compiling() and in_transform()
+
+
+def in_autograd_thread() -> bool:
+    """Whether the calling thread is one that autograd has started, for the backward passes of a GPU."""
+    return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def is_observed() -> bool:

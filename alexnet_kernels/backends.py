@@ -19,7 +19,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor
 from alexnet_kernels import _library
 from alexnet_kernels._dispatch.contracts import CONTRACTS, public_ops
 from alexnet_kernels._dispatch.eager import operators
-from alexnet_kernels._torch_private import constant_when_compiled, in_transform
+from alexnet_kernels._torch_private import constant_when_compiled, in_autograd_thread, in_transform
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
 GPUS = ("cuda", "xpu")
@@ -141,17 +141,29 @@ _traced: str | None = None
 """What functions compiled by torch.compile read: the backend of a block inside them, or, where they can't read
 `_chosen`, of the last block that is open."""
 _entered: list[tuple[int, str]] = []
-"""(thread, backend) of every open block, where compiled functions can't read `_chosen`."""
+"""(thread, backend) of every open block, in the order in which they were entered."""
 _lock = threading.Lock()
 
 
 def get_backend() -> str:
     """The backend of ops called here without `backend=`."""
-    return _backend_in_graphs() if torch.compiler.is_compiling() else _chosen.get() or _default
+    if torch.compiler.is_compiling():
+        return _backend_in_graphs()
+    return _chosen.get() or (_backend_outside_blocks() if _entered else _default)
 
 
 def _backend_in_graphs() -> str:
     return _traced or (_chosen.get() if _TRACES_CONTEXT else None) or _default
+
+
+def _backend_outside_blocks() -> str:
+    """Of a thread that is in no block, while others are.
+
+    On a GPU, backward passes recompute checkpointed activations in autograd's own threads, which follow the block that
+    was entered last.
+    """
+    entered = _entered[-1:]
+    return entered[0][1] if entered and in_autograd_thread() else _default
 
 
 def set_backend(name: str) -> None:
@@ -164,9 +176,10 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Makes `name` the backend of every op that this thread, or async task, calls inside the `with` block.
 
-    Other threads are not affected, nor are threads that the block starts. A backward pass runs on the backend of its
-    forward pass. Before torch 2.14, functions compiled by torch.compile follow the block that was entered last in any
-    thread; a warning says so where threads differ.
+    Other threads are not affected, nor are threads that the block starts, such as those of nn.DataParallel. A backward
+    pass runs on the backend of its forward pass. Autograd's own threads, which recompute checkpointed activations on a
+    GPU, follow the block that was entered last; before torch 2.14, so do functions compiled by torch.compile, and a
+    warning says so where threads differ.
     """
     global _traced
     _check(name)
@@ -178,34 +191,39 @@ def use_backend(name: str) -> Iterator[None]:
             _traced = before
         return
     token, entry = _chosen.set(name), (threading.get_ident(), name)
-    if not _TRACES_CONTEXT:
-        _open_block(entry)
+    _open_block(entry)
     try:
         yield
     finally:
-        if not _TRACES_CONTEXT:
-            _close_block(entry)
-        _chosen.reset(token)
+        _close_block(entry)
+        # A generator may be closed in another context than it ran in.
+        with suppress(ValueError):
+            _chosen.reset(token)
 
 
 def _open_block(entry: tuple[int, str]) -> None:
-    global _traced
     with _lock:
-        if any(thread != entry[0] and name != entry[1] for thread, name in _entered):
+        if not _TRACES_CONTEXT and any(thread != entry[0] and name != entry[1] for thread, name in _entered):
             warnings.warn(
                 f"threads are in use_backend blocks of different backends: with torch {torch.__version__}, functions "
                 "compiled by torch.compile follow the block that was entered last; torch 2.14 keeps threads apart",
                 stacklevel=4,
             )
         _entered.append(entry)
-        _traced = entry[1]
+        _mirror()
 
 
 def _close_block(entry: tuple[int, str]) -> None:
-    global _traced
     with _lock:
         # The last one that is equal.
         del _entered[len(_entered) - 1 - _entered[::-1].index(entry)]
+        _mirror()
+
+
+def _mirror() -> None:
+    """Lets compiled functions that can't read `_chosen` follow the last block."""
+    global _traced
+    if not _TRACES_CONTEXT:
         _traced = _entered[-1][1] if _entered else None
 
 
@@ -229,7 +247,7 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
     elif compiling:
         name = _backend_in_graphs()
     else:
-        name = _chosen.get() or _default
+        name = _chosen.get() or (_backend_outside_blocks() if _entered else _default)
     if name == "native" or (not compiling and in_transform()):
         return "native"
     if name == "auto":

@@ -145,6 +145,8 @@ def check(case: Case, expectation: Expectation) -> None:
     for output in outputs[:1]:
         assert output.dtype == setting.dtype
         assert output.device.type == setting.device
+    if memory_format := inputs.get("memory_format"):
+        assert_format(outputs[0], memory_format, "output")
     if names := wanted(info, inputs):
         grads = check_gradients(case, expectation, inputs, outputs[0], names)
         check_formats(inputs[names[0]], outputs[0], grads[0], setting)
@@ -215,11 +217,14 @@ LAYOUTS = ("sliced", "transposed", "expanded", "offset")
 
 
 def restride(tensor: Tensor, layout: str) -> Tensor:
-    """The same values with other strides; "expanded" repeats the first element along the first dimension."""
+    """The same values with other strides; "expanded" repeats the first element along the first dimension, "constant"
+    along all."""
     if not tensor.dim() or not tensor.numel():
         return tensor
     if layout == "expanded":
         return tensor[:1].expand(tensor.shape)
+    if layout == "constant":
+        return tensor.flatten()[:1].view([1] * tensor.dim()).expand(tensor.shape)
     if layout == "sliced":
         whole = tensor.new_zeros([2 * size for size in tensor.shape])
         view = whole[tuple(slice(None, None, 2) for _ in tensor.shape)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import contextvars
 import json
 import os
 import shutil
@@ -10,13 +12,14 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import alexnet_kernels
 from alexnet_kernels import _library, backends, ops
@@ -147,6 +150,36 @@ class TestBackends:
             return await asyncio.gather(inside("cpu"), inside("native"))
 
         assert asyncio.run(both()) == [["cpu"] * 3, ["native"] * 3]
+
+    def test_autograds_own_threads_follow_the_block(self) -> None:
+        """They recompute checkpointed activations on a GPU; here a thread that Python's threading did not start."""
+        x = torch.randn(2, 8, 7, 7, requires_grad=True)
+        done, failed = threading.Event(), []
+
+        def backward() -> None:
+            try:
+                loss.backward()
+            except Exception as error:
+                failed.append(error)
+            done.set()
+
+        with alexnet_kernels.use_backend("native"):
+            loss = checkpoint(lambda x: ops.lrn_max_pool2d(x, relu=True).sum(), x, use_reentrant=False)
+            _thread.start_new_thread(backward, ())
+            assert done.wait(30)
+        assert failed == []
+        assert x.grad is not None
+
+    def test_a_block_may_be_closed_in_another_context(self) -> None:
+        def generator() -> Iterator[None]:
+            with alexnet_kernels.use_backend("native"):
+                yield
+
+        held = generator()
+        contextvars.copy_context().run(next, held)
+        held.close()
+        assert backends.get_backend() == "auto"
+        assert backends._entered == []
 
     def test_the_default_is_that_of_every_thread(self) -> None:
         found = []

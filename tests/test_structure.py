@@ -103,15 +103,25 @@ def third_party(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_late_imports_are_of_optional_packages(graph: dict[str, set[str]]) -> None:
+def test_late_imports_are_of_optional_packages() -> None:
     """A function that imports a module of the package hides a circle, unless that needs an optional package.
 
     The command and the GPU check start faster without what only some of their parts need.
     """
     known = modules()
     optional = {name for name, path in known.items() if third_party(path) & OPTIONAL or layer_of(name) == "triton"}
-    while more := {name for name, targets in graph.items() if targets & optional} - optional:
+    at_import = {
+        name: {
+            target
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for target in targets_of(node, known)
+        }
+        for name, path in known.items()
+    }
+    while more := {name for name, targets in at_import.items() if targets & optional} - optional:
         optional |= more
+    assert f"{NAME}.ops" not in optional
     late = set()
     for module, path in known.items():
         if layer_of(module) not in ("cli", "gpu_check"):

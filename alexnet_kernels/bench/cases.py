@@ -84,7 +84,8 @@ def _all() -> Iterator[Case]:
             if layer.timed:
                 for dtype in info.timed if layer.name != OVERHEAD else (torch.float32,):
                     half = dtype == torch.float16
-                    for channels_last in (True, False) if info.images and layer.name != OVERHEAD else (True,):
+                    formats = info.images and layer.formats and layer.name != OVERHEAD
+                    for channels_last in (True, False) if formats else (True,):
                         if channels_last or not half:
                             yield _case(info, layer, dtype, channels_last)
 

@@ -115,6 +115,8 @@ class Layer:
     work: Callable[[int], Work]
     wrt: tuple[str, ...] = ("input",)
     """The arguments that get a gradient in training."""
+    formats: bool = True
+    """Whether its first tensor has memory formats, where the op's has."""
     timed: bool = True
     """Whether benchmarks time it; otherwise only its kernels are reported."""
 
@@ -227,8 +229,10 @@ class OpInfo:
     """The arguments of a sample."""
     takes: Callable[[Sample, torch.dtype], bool] = lambda sample, dtype: True
     """Whether a sample is one of this dtype."""
+    modifies: tuple[str, ...] = ()
+    """The arguments that the op modifies."""
     functional: Callable[..., Any] | None = None
-    """For an op that modifies its arguments: calls it on copies and returns the modified ones."""
+    """For an op that modifies arguments: calls it on copies and returns the modified ones."""
     wrt: tuple[str, ...] = ("input",)
     """The arguments that get a gradient; none for an op that is not differentiable."""
     comparison: Callable[[Setting], Comparison] = _default_comparison

@@ -92,7 +92,7 @@ INFO = OpInfo(
     # Computed in float32, whatever the dtype of the result.
     comparison=lambda setting: Comparison(dtype=torch.float32 if setting.dtype == torch.float64 else None),
     layers=tuple(
-        Layer(name, partial(_inputs, size, stored), partial(work, size), ())
+        Layer(name, partial(_inputs, size, stored), partial(work, size), (), formats=False)
         for name, size, stored in (("224 of 256", 224, 256), (OVERHEAD, 3, 4))
     ),
     core=lambda dtype, channels_last: dtype == torch.bfloat16,

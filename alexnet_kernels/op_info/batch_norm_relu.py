@@ -41,10 +41,12 @@ def _make_derivative(make: Maker, shape: tuple[int, ...], options: Inputs) -> In
     return {**_make(make, shape, options), "bias": bias}
 
 
+_MODIFIED = ("running_mean", "running_var")
+
+
 def _functional(**arguments: Any) -> tuple[Tensor, ...]:
     """The output, and the running statistics that the call updated."""
-    names = ("running_mean", "running_var")
-    copies = {name: None if arguments[name] is None else copy(arguments[name]) for name in names}
+    copies = {name: None if arguments[name] is None else copy(arguments[name]) for name in _MODIFIED}
     output = ops.batch_norm_relu(**{**arguments, **copies})
     return (output, *(value for value in copies.values() if value is not None))
 
@@ -105,6 +107,7 @@ INFO = OpInfo(
         sample(3, 5, 2, 3, eps=1.0),
     ),
     make=_make,
+    modifies=_MODIFIED,
     functional=_functional,
     wrt=_WRT,
     comparison=_comparison,

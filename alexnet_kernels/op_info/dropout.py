@@ -68,8 +68,8 @@ INFO = OpInfo(
     derivatives=(sample(2, 3, 2, 2, p=0.3, **KEYED),),
     on_images=lambda x: {"input": x, "seed": 5},
     layers=(
-        Layer("96x55x55", partial(_inputs, 96 * 55 * 55), partial(work, 96 * 55 * 55)),
-        Layer(OVERHEAD, partial(_inputs, 16), partial(work, 16)),
+        Layer("96x55x55", partial(_inputs, 96 * 55 * 55), partial(work, 96 * 55 * 55), formats=False),
+        Layer(OVERHEAD, partial(_inputs, 16), partial(work, 16), formats=False),
         Layer("maps 256x6x6", _maps, partial(work, 256 * 6 * 6), timed=False),
     ),
     baselines={"torch's dropout": Baseline(lambda x: F.dropout(x["input"], 0.5), checked=False)},

@@ -65,11 +65,13 @@ def _make(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
     return {**state(make, options.pop("mixture", "plain"), (shape, *SHAPES[1:])), "lr": 0.03, **options}
 
 
+_MODIFIED = ("params", "momentum_buffers", "masters")
+
+
 def _functional(**arguments: Any) -> tuple[Tensor, ...]:
-    names = ("params", "momentum_buffers", "masters")
-    copies = {name: [copy(tensor) for tensor in arguments[name]] for name in names}
+    copies = {name: [copy(tensor) for tensor in arguments[name]] for name in _MODIFIED}
     ops.sgd_step(**{**arguments, **copies})
-    return tuple(tensor for name in names for tensor in copies[name])
+    return tuple(tensor for name in _MODIFIED for tensor in copies[name])
 
 
 def _reference(**arguments: Any) -> tuple[Tensor, ...]:
@@ -98,6 +100,7 @@ INFO = OpInfo(
     ),
     make=_make,
     takes=lambda sample, dtype: fits(sample.options.get("mixture", "plain"), dtype),
+    modifies=_MODIFIED,
     functional=_functional,
     comparison=lambda setting: Comparison(absolute=1e-15 if setting.dtype == torch.float64 else 2**-22),
     images=False,

@@ -41,19 +41,6 @@ def check_augment(backend, images, crops, size, dtype=torch.float32, memory_form
     return out
 
 
-MEANS = {
-    "no_mean": lambda whole, size: None,
-    "colour_mean": lambda whole, size: torch.rand(3) * 255,
-    "crop_mean": lambda whole, size: torch.rand(3, *size) * 255,
-    "image_mean": lambda whole, size: torch.rand(3, *whole) * 255,
-}
-SCALES = {
-    "no_scale": lambda: None,
-    "number": lambda: 1 / 57.0,
-    "colour_scale": lambda: torch.tensor([0.5, 0.02, 3.0]),
-}
-
-
 @every_format
 def test_the_papers_crop(memory_format, device, backend):
     images, crops, flips = batch(2, 256, 256, (224, 224), device)
