@@ -107,16 +107,17 @@ def register(backend: Backend) -> None:
 
 _AUTOMATIC: dict[tuple[str, str, torch.dtype], str] = {}
 """What "auto" chose, by op, device type and dtype: choosing costs a few percent of a small call."""
-_AUTOMATIC_OF: frozenset[tuple[str, str]] | None = None
-"""The kernels that it chose from."""
 
 
-def _remember_automatic(key: tuple[str, str, torch.dtype], name: str) -> None:
-    global _AUTOMATIC_OF
-    if _AUTOMATIC_OF is not _library.KERNELS:
-        _AUTOMATIC.clear()
-        _AUTOMATIC_OF = _library.KERNELS
-    _AUTOMATIC[key] = name
+@contextmanager
+def substituted(backend: Backend) -> Iterator[None]:
+    """Makes this the backend of its name inside the `with` block, in all threads."""
+    before = registered(backend.name)
+    register(backend)
+    try:
+        yield
+    finally:
+        register(before)
 
 
 def load_with(name: str, load: Callable[[], Any]) -> None:
@@ -252,7 +253,7 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
         return "native"
     if name == "auto":
         key = (op, tensor.device.type, tensor.dtype)
-        if not compiling and key in _AUTOMATIC and _AUTOMATIC_OF is _library.KERNELS:
+        if not compiling and key in _AUTOMATIC:
             return _AUTOMATIC[key]
         chosen = _automatic(*key)
     else:
@@ -261,7 +262,7 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
         chosen.load()
     found = "native" if chosen is None else chosen.name
     if name == "auto" and not compiling:
-        _remember_automatic(key, found)
+        _AUTOMATIC[key] = found
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import AlexNet, use_backend
+from alexnet_kernels.op_info import Maker
 from alexnet_kernels.op_info._record import TOLERANCES
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -44,8 +45,7 @@ def random(
     scale: float = 1.0,
 ) -> Tensor:
     """Normal deviates, the same on every device."""
-    value = (torch.randn(tuple(shape)) * scale).to(device, dtype)
-    return value.contiguous(memory_format=memory_format) if value.dim() == 4 else value
+    return Maker(dtype, memory_format, device)(*shape, scale=scale)
 
 
 def assert_close(
@@ -95,13 +95,6 @@ def gradients(out: Tensor, inputs: Mapping[str, Tensor], grad: Tensor) -> dict[s
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float64, step: float = 0.01) -> Tensor:
-    """A shuffled arithmetic sequence around zero: elements differ by at least `step`, and none is near zero."""
-    count = torch.Size(shape).numel()
-    values = (torch.arange(count, dtype=dtype) - count // 2 + 0.5) * step
-    return values[torch.randperm(count)].reshape(tuple(shape))
 
 
 def check_gradients(function: Callable[..., Any], inputs: Iterable[Tensor], *, twice: bool = True) -> None:

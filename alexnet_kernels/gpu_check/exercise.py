@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from alexnet_kernels.op_info import OP_INFOS, Maker, OpInfo, with_gradients
+from alexnet_kernels.op_info import OP_INFOS, Maker, OpInfo, forward_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -29,14 +29,8 @@ def exercise(device: torch.device, backend: str) -> Iterator[str]:
 
 def _exercise(info: OpInfo, make: Maker, backend: str) -> None:
     for sample in (*info.typical, *info.samples[:3], info.large):
-        if not info.takes(sample, make.dtype):
-            continue
-        inputs = with_gradients(info.inputs(sample, make), info.wrt)
-        result = info.call(**inputs, backend=backend)
-        output = result[0] if isinstance(result, tuple) else result
-        wanted = [inputs[name] for name in info.wrt if inputs[name] is not None]
-        if wanted:
-            torch.autograd.grad(output, wanted, torch.ones_like(output))
+        if info.takes(sample, make.dtype):
+            forward_backward(info, info.call, info.inputs(sample, make), backend)
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ reports iterate it: an op that has a record is in all of them.
 import importlib
 import pkgutil
 
-from alexnet_kernels.op_info._calls import OperatorCall, operator_calls, with_gradients
+from alexnet_kernels.op_info._calls import OperatorCall, forward_backward, operator_calls, with_gradients
 from alexnet_kernels.op_info._record import Baseline, Layer, Maker, OpInfo, Sample, Setting, Work, sample
 
 OP_INFOS: dict[str, OpInfo] = {}
@@ -26,6 +26,7 @@ __all__ = [
     "Sample",
     "Setting",
     "Work",
+    "forward_backward",
     "operator_calls",
     "sample",
     "with_gradients",

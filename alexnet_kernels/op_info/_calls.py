@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,38 +37,38 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@contextmanager
-def _taking_cpu_tensors(backend: str) -> Iterator[None]:
-    before = backends.registered(backend)
-    backends.register(dataclasses.replace(before, devices=("cpu",), missing=lambda op: None))
-    try:
-        yield
-    finally:
-        backends.register(before)
-
-
 def operator_calls(info: OpInfo, inputs: Inputs, backend: str, run: bool = True) -> list[OperatorCall]:
     """The calls of a backend's operators that the op makes for these arguments, forward and backward, in order.
 
     They have the arguments' device, dtypes and strides; what an operator overwrites is as it was before the call.
     Without `run` no kernel runs: `inputs` are on the CPU, whatever the backend, and results are uninitialised.
     """
+    chosen = backends.registered(backend)
     if not run:
-        with _taking_cpu_tensors(backend):
-            return _recorded(info, inputs, backend, run)
-    return _recorded(info, inputs, backend, run)
-
-
-def _recorded(info: OpInfo, inputs: Inputs, backend: str, run: bool) -> list[OperatorCall]:
-    inputs = with_gradients(inputs, info.wrt)
-    with _Recorder(backends.registered(backend).namespace, run) as recorder:
-        result = (info.call if run else info.op)(**inputs, backend=backend)
-        if info.wrt:
-            output = result[0] if isinstance(result, tuple) else result
-            wanted = [inputs[name] for name in info.wrt if inputs.get(name) is not None]
-            grad = torch.ones_like(output) if run else torch.empty_like(output)
-            torch.autograd.grad(output, wanted, grad)
+        chosen = dataclasses.replace(chosen, devices=("cpu",), missing=lambda op: None)
+    with backends.substituted(chosen), _Recorder(chosen.namespace, run) as recorder:
+        forward_backward(
+            info, info.call if run else info.op, inputs, backend, torch.ones_like if run else torch.empty_like
+        )
     return recorder.calls
+
+
+def forward_backward(
+    info: OpInfo,
+    function: Callable[..., Any],
+    inputs: Inputs,
+    backend: str,
+    make_grad: Callable[[Tensor], Tensor] = torch.ones_like,
+) -> None:
+    """Calls a function with the op's arguments, then its backward.
+
+    The output's gradient is `make_grad(output)`.
+    """
+    inputs = with_gradients(inputs, info.wrt)
+    result = function(**inputs, backend=backend)
+    output = result[0] if isinstance(result, tuple) else result
+    if wanted := [inputs[name] for name in info.wrt if inputs.get(name) is not None]:
+        torch.autograd.grad(output, wanted, make_grad(output))
 
 
 def with_gradients(inputs: Inputs, wrt: tuple[str, ...]) -> Inputs:

@@ -122,13 +122,12 @@ def load() -> ModuleType:
 def emulated() -> Iterator[ModuleType]:
     """Backend "cuda" takes CPU tensors inside the `with` block."""
     module = load()
-    before = backends.registered("cuda")
-    backends.register(
-        dataclasses.replace(
-            before, namespace=NAMESPACE, devices=("cpu",), missing=lambda op: None, automatic=lambda op: False
-        )
+    emulation = dataclasses.replace(
+        backends.registered("cuda"),
+        namespace=NAMESPACE,
+        devices=("cpu",),
+        missing=lambda op: None,
+        automatic=lambda op: False,
     )
-    try:
+    with backends.substituted(emulation):
         yield module
-    finally:
-        backends.register(before)
