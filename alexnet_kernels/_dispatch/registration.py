@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from alexnet_kernels import _library, _torch_private
 from alexnet_kernels._dispatch.contracts import CONTRACTS, Contract, autocast_arguments
@@ -54,12 +55,20 @@ def _register(name: str, contract: Contract, native: bool = True) -> None:
 def implement(namespace: str, op: str) -> None:
     """Gives operator `namespace::op` the contract of `op`."""
     contract, name = CONTRACTS[op], f"{namespace}::{op}"
-    torch.library.register_fake(name, contract.fake)
+    torch.library.register_fake(name, functools.partial(_fake, contract.fake, name))
     if contract.backward is not None:
         backward = functools.partial(_backward, contract.backward, namespace)
         torch.library.register_autograd(name, backward, setup_context=contract.setup_context)
     if contract.autocast:
         _register_autocast(namespace, op)
+
+
+def _fake(fake: Callable, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a fake, for tensors without memory only: torch also comes here where just one of them is on meta."""
+    devices = {arg.device.type for arg in tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)}
+    if "meta" in devices and len(devices) > 1:
+        raise RuntimeError(f"{name}: the tensors are on different devices: {', '.join(sorted(devices))}")
+    return fake(*args, **kwargs)
 
 
 def _backward(backward: Callable, namespace: str, ctx: Any, *grads: Any) -> Any:

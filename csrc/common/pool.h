@@ -13,8 +13,8 @@ struct Pool {
 // The number of windows along one axis. With ceil_mode the last window may reach past the end, but it starts inside the
 // input or its leading padding.
 inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, bool ceil_mode) {
-  const int64_t span = size + 2 * pad - kernel;
-  int64_t windows = span / stride + 1;
+  const int64_t span = size + 2 * pad - kernel;  // negative where the window is larger than the padded input
+  int64_t windows = span / stride - (span % stride < 0) + 1;
   if (ceil_mode && span % stride != 0 && windows * stride < size + pad) ++windows;
   return windows;
 }

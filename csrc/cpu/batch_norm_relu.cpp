@@ -143,18 +143,20 @@ void backward_sums(const BatchNormArgs& a, int64_t begin, int64_t end) {
   }
   for (int64_t task = begin; task < end; ++task) {
     const Affine<A> m(a, task % a.C);
-    Vec<A> sum{}, product{};
-    for_lanes<A>(a.pixels, [&](int64_t i, auto lanes) {
-      const Vec<A> d = load_n(input + task * a.pixels + i, lanes) - m.mean;
-      // Lanes past the end have a zero gradient.
-      const Vec<A> g = masked<A>(load_n(grad + task * a.pixels + i, lanes), d, splat(m.factor), splat(m.bias));
-      sum += g;
-      product += g * d;
+    double* partial = a.partial + 2 * task;
+    partial[0] = partial[1] = 0;
+    for_chunks(a.pixels, [&](int64_t first, int64_t count) {
+      const int64_t from = task * a.pixels + first;
+      Vec<A> sum{}, product{};
+      for_lanes<A>(count, [&](int64_t i, auto lanes) {
+        const Vec<A> d = load_n(input + from + i, lanes) - m.mean;
+        // Lanes past the end have a zero gradient.
+        const Vec<A> g = masked<A>(load_n(grad + from + i, lanes), d, splat(m.factor), splat(m.bias));
+        sum += g;
+        product += g * d;
+      });
+      partial[0] += total<A>(sum), partial[1] += total<A>(product);
     });
-    double total = 0, products = 0;
-    for (int i = 0; i < kLanes<A>; ++i) total += double(sum[i]), products += double(product[i]);
-    a.partial[2 * task] = total;
-    a.partial[2 * task + 1] = products;
   }
 }
 
@@ -263,7 +265,8 @@ BatchNormArgs arguments(const Tensor& x, MemoryFormat format, bool training, dou
   a.channels_last = format == MemoryFormat::ChannelsLast;
   a.training = training;
   a.N = x.size(0), a.C = x.size(1), a.pixels = x.size(2) * x.size(3);
-  a.part = std::max<int64_t>(1, kBatchNormPartBytes / std::max<int64_t>(1, a.C * x.element_size()));
+  a.part =
+      std::clamp<int64_t>(kBatchNormPartBytes / std::max<int64_t>(1, a.C * x.element_size()), 1, kBatchNormPartPixels);
   a.eps = eps;
   a.input = x.const_data_ptr();
   return a;
@@ -284,6 +287,9 @@ void for_parts(const BatchNormArgs& a, int64_t c, const Body& body) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::optional<Tensor> running_mean,
                                                    std::optional<Tensor> running_var, std::optional<Tensor> weight,
                                                    std::optional<Tensor> bias, bool training, double eps) {
+  const Operands given = operands("batch_norm_relu", "input", input);
+  given.batch_norm(input, running_mean, running_var, weight, bias);
+  if (!training) given.required("running_mean", running_mean), given.required("running_var", running_var);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const ScalarType type = statistics_type(x);
@@ -296,16 +302,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::opt
     if (x.numel() > 0) run(pick_batch_norm_moments(), a, parts_of(a), x.numel() * 4);
     const Channels means(mean), variances(var);
     for (int64_t c = 0; c < a.C; ++c) {
-      // Chan, Golub, LeVeque 1983: combining moments of parts.
-      double n = 0, centre = 0, squares = 0;
-      for_parts(a, c, [&](const double* part, double count) {
-        const double delta = part[0] - centre, total = n + count;
-        centre += delta * count / total;
-        squares += part[1] + delta * delta * n * count / total;
-        n = total;
-      });
-      means.put(c, centre);
-      variances.put(c, n > 0 ? squares / n : 0);
+      Moments all;
+      for_parts(a, c, [&](const double* part, double count) { all.merge(count, part[0], part[1]); });
+      means.put(c, all.mean);
+      variances.put(c, all.count > 0 ? all.squares / all.count : 0);
     }
   } else {
     torch::stable::copy_(mean, *running_mean);
@@ -321,6 +321,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::opt
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
                                                             const Tensor& var, std::optional<Tensor> weight,
                                                             std::optional<Tensor> bias, bool training, double eps) {
+  const Operands given = operands("batch_norm_relu_backward", "grad", grad);
+  given.batch_norm(input, mean, var, weight, bias);
+  given.alike("grad", grad, input);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format);
   const ScalarType type = statistics_type(x);

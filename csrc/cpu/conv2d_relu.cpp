@@ -8,6 +8,9 @@ namespace {
 
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
                    IntList padding, int64_t groups, bool relu) {
+  const Operands given = operands("conv2d_relu", "input", input);
+  given.images("input", input);
+  given.convolution(weight, bias, stride, padding);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const Tensor result = call_torch("aten::conv2d", stack_of(x, weight, bias, stride, padding, IntList{1, 1}, groups));

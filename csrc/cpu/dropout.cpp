@@ -31,7 +31,7 @@ void rows(const DropoutArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t r = task / a.tasks_per_row, first = task % a.tasks_per_row * kDropoutTaskElements;
     const int64_t count = std::min(kDropoutTaskElements, a.row - first);
-    dropout_run<false>(a.dropout, a.base + r * a.row_stride + first, count, x + r * a.row + first,
+    dropout_run<false>(a.dropout, index_of(a.base, a.row_stride, r, first), count, x + r * a.row + first,
                        y + r * a.row + first);
   }
 }
@@ -49,7 +49,8 @@ void images(const DropoutArgs& a, int64_t begin, int64_t end) {
     for (int64_t done = 0; done < image;) {
       const int64_t logical = n * image + done, r = logical / a.row, i = logical % a.row;
       const int64_t count = std::min(a.row - i, image - done);
-      dropout_run<false>(a.dropout, a.base + r * a.row_stride + i, count, ones.data() + done, factor.data() + done);
+      dropout_run<false>(a.dropout, index_of(a.base, a.row_stride, r, i), count, ones.data() + done,
+                         factor.data() + done);
       done += count;
     }
     for (int64_t p = 0; p < a.pixels; ++p) {
@@ -82,6 +83,7 @@ namespace {
 
 Tensor dropout(const Tensor& input, double p, double scale, const Tensor& seed, int64_t offset, int64_t row,
                int64_t row_stride, int64_t base) {
+  operands("dropout", "input", input).dropout(p, seed, input.numel(), row);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);

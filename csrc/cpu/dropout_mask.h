@@ -17,6 +17,11 @@ inline Dropout make_dropout(double p, double scale, int64_t seed, int64_t offset
   return {uint64_t(p * 4294967296.0 + 0.5), scale, uint64_t(seed), uint64_t(offset)};
 }
 
+// The index of element i of row r.
+inline uint64_t index_of(int64_t base, int64_t row_stride, int64_t r, int64_t i) {
+  return uint64_t(base) + uint64_t(r) * uint64_t(row_stride) + uint64_t(i);
+}
+
 namespace ALEXNET_ISA {
 
 constexpr int kQuads = kVecBytes / 8;  // counters of one vector, each word in the low half of a 64-bit lane

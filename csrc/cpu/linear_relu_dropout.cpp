@@ -37,7 +37,7 @@ inline void relu_dropout_span(const ReluDropoutArgs& a, int64_t first, int64_t c
   while (count > 0) {
     const int64_t r = first / a.row, i = first % a.row, n = std::min(count, a.row - i);
     T* y = static_cast<T*>(a.output) + first;
-    const uint64_t index = a.base + r * a.row_stride + i;
+    const uint64_t index = index_of(a.base, a.row_stride, r, i);
     a.relu ? dropout_run<true>(a.dropout, index, n, y, y) : dropout_run<false>(a.dropout, index, n, y, y);
     first += n;
     count -= n;
@@ -172,10 +172,13 @@ bool streams(const Tensor& input, const Tensor& weight, const std::optional<Tens
 Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, bool relu, double p,
                            double scale, const Tensor& seed, int64_t offset, int64_t row, int64_t row_stride,
                            int64_t base) {
+  const Operands given = operands("linear_relu_dropout", "input", input);
+  given.linear(weight, bias);
   const bool streamed = streams(input, weight, bias);
   Tensor output = streamed
                       ? empty({input.size(0), weight.size(0)}, input.scalar_type(), input)
                       : in_format(call_torch("aten::linear", stack_of(input, weight, bias)), MemoryFormat::Contiguous);
+  given.dropout(p, seed, output.numel(), row);
   if (output.numel() == 0 || (!streamed && !relu && p == 0 && scale == 1)) return output;
   const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
   ReluDropoutArgs args{dtype_of(output),         make_dropout(p, scale, key, offset), relu, row, row_stride, base,
@@ -198,6 +201,7 @@ Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optio
 }
 
 Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double scale) {
+  operands("relu_dropout_backward", "output", output).alike("grad", grad, output);
   const MemoryFormat format = memory_format_of(output);
   const Tensor g = in_format(grad, format), y = in_format(output, format);
   Tensor grad_input = empty(sizes_of(y), y.scalar_type(), y, format);

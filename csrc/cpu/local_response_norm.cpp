@@ -130,8 +130,11 @@ ALEXNET_DECLARE_KERNEL(lrn_backward, LrnArgs)
 
 namespace {
 
-Tensor normalise(Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input, int64_t size, double alpha,
-                 double beta, double k, int64_t groups) {
+Tensor normalise(const Operands& given, Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input, int64_t size,
+                 double alpha, double beta, double k, int64_t groups) {
+  given.images("input", input);
+  if (grad) given.alike("grad", *grad, input);
+  given.towers(size, groups, input.size(1));
   const MemoryFormat format = memory_format_of(input);
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   const Tensor a = in_format(input, format);
@@ -140,7 +143,7 @@ Tensor normalise(Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input
   if (input.numel() == 0) return out;
   const int64_t pixels = input.size(2) * input.size(3);
   LrnArgs args{dtype_of(input),
-               {size, alpha / double(size), beta, k},
+               make_lrn(size, alpha / double(size), beta, k, input.size(1)),
                channels_last,
                input.size(1) / groups,
                pixels,
@@ -153,12 +156,14 @@ Tensor normalise(Kernel<LrnArgs> kernel, const Tensor* grad, const Tensor& input
 }
 
 Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k, int64_t groups) {
-  return normalise(pick_lrn_forward(), nullptr, input, size, alpha, beta, k, groups);
+  return normalise(operands("local_response_norm", "input", input), pick_lrn_forward(), nullptr, input, size, alpha,
+                   beta, k, groups);
 }
 
 Tensor local_response_norm_backward(const Tensor& grad, const Tensor& input, int64_t size, double alpha, double beta,
                                     double k, int64_t groups) {
-  return normalise(pick_lrn_backward(), &grad, input, size, alpha, beta, k, groups);
+  return normalise(operands("local_response_norm_backward", "grad", grad), pick_lrn_backward(), &grad, input, size,
+                   alpha, beta, k, groups);
 }
 
 }  // namespace

@@ -156,7 +156,7 @@ void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
       A* r = &ratio[(c - low) * pixels];
       std::fill(d, d + pixels, A(0));
       const int64_t at = (first_plane + c) * pooled;
-      pool_plane_backward<false, T>(a.pool, a.W, a.OH, a.OW, grad + at, grad + at, a.argmax + at, d);
+      pool_plane_backward<false, T>(a.pool, a.H, a.W, a.OH, a.OW, grad + at, grad + at, a.argmax + at, d);
       for_lanes<A>(pixels, [&](int64_t p, auto count) {
         const Vec<A> s = planes.scale(c, p, count);
         const Vec<A> v = load_n(d + p, count) * pow_minus_beta(s, a.lrn.beta);
@@ -230,13 +230,15 @@ LrnMaxPoolArgs arguments(const Tensor& x, MemoryFormat format, const Lrn& lrn, i
 std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, double alpha, double beta, double k,
                                           int64_t groups, IntList kernel, IntList stride, IntList padding,
                                           bool ceil_mode, bool relu) {
+  const Operands given = operands("lrn_max_pool2d", "input", input);
+  given.images("input", input);
+  given.towers(size, groups, input.size(1));
+  const IntList shape = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
-  const Lrn lrn{size, alpha / double(size), beta, k};
+  const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
-  args.OH = pooled_size(args.H, kernel[0], stride[0], padding[0], ceil_mode);
-  args.OW = pooled_size(args.W, kernel[1], stride[1], padding[1], ceil_mode);
-  const IntList shape{x.size(0), x.size(1), args.OH, args.OW};
+  args.OH = shape[2], args.OW = shape[3];
   Tensor output = empty(shape, x.scalar_type(), x, format);
   Tensor argmax = empty(shape, ScalarType::Byte, x, format);
   args.output = output.mutable_data_ptr();
@@ -249,10 +251,15 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, dou
 Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& argmax, int64_t size,
                                double alpha, double beta, double k, int64_t groups, IntList kernel, IntList stride,
                                IntList padding, bool relu) {
+  const Operands given = operands("lrn_max_pool2d_backward", "grad", grad);
+  given.tensor("input", input, grad.scalar_type());
+  given.dimensions("input", input, 4);
+  given.towers(size, groups, input.size(1));
+  given.pool_gradient(grad, argmax, sizes_of(input), kernel, stride, padding);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format), winners = in_format(argmax, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
-  const Lrn lrn{size, alpha / double(size), beta, k};
+  const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
   args.OH = g.size(2), args.OW = g.size(3);
   args.grad = g.const_data_ptr();

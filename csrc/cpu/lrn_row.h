@@ -17,6 +17,11 @@ struct Lrn {
   double k;
 };
 
+// Windows that are cut at both ends of `length` channels or pixels may be larger: no memory depends on their size then.
+inline Lrn make_lrn(int64_t size, double alpha_over_n, double beta, double k, int64_t length) {
+  return {size / 2 < length ? size : 2 * length + 1, alpha_over_n, beta, k};
+}
+
 namespace ALEXNET_ISA {
 
 // s^-beta and 1 / s. For the paper's beta = 3/4, square roots suffice.

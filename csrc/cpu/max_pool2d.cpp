@@ -72,7 +72,7 @@ void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
     A* into = std::is_same_v<A, T> ? reinterpret_cast<A*>(to) : sum.data();
     std::fill(into, into + pixels, A(0));
     const int64_t at = plane * a.OH * a.OW;
-    pool_plane_backward<kRelu>(a.pool, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
+    pool_plane_backward<kRelu>(a.pool, a.H, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
     if constexpr (!std::is_same_v<A, T>) {
       for_lanes<A>(pixels, [&](int64_t i, auto lanes) { store_n(to + i, load_n(into + i, lanes), lanes); });
     }
@@ -106,13 +106,14 @@ namespace {
 
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding,
                                       bool ceil_mode, bool relu) {
+  const Operands given = operands("max_pool2d", "input", input);
+  given.images("input", input);
+  const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
-  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  const int64_t OH = pooled_size(H, kernel[0], stride[0], padding[0], ceil_mode);
-  const int64_t OW = pooled_size(W, kernel[1], stride[1], padding[1], ceil_mode);
-  Tensor output = empty({N, C, OH, OW}, x.scalar_type(), x, format);
-  Tensor argmax = empty({N, C, OH, OW}, ScalarType::Byte, x, format);
+  const int64_t N = size[0], C = size[1], H = x.size(2), W = x.size(3), OH = size[2], OW = size[3];
+  Tensor output = empty(size, x.scalar_type(), x, format);
+  Tensor argmax = empty(size, ScalarType::Byte, x, format);
   MaxPoolArgs args{};
   args.dtype = dtype_of(x);
   args.channels_last = format == MemoryFormat::ChannelsLast;
@@ -128,6 +129,9 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
 
 Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
                            IntList kernel, IntList stride, IntList padding, bool relu) {
+  const Operands given = operands("max_pool2d_backward", "grad", grad);
+  given.pool_gradient(grad, argmax, input_size, kernel, stride, padding);
+  if (relu) given.alike("output", given.required("output", output), grad);
   const MemoryFormat format = memory_format_of(argmax);
   const Tensor g = in_format(grad, format), y = relu ? in_format(*output, format) : grad, k = in_format(argmax, format);
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);

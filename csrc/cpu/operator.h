@@ -3,11 +3,15 @@
 
 #include <algorithm>
 
-#include "common/tensor.h"
+#include "common/operands.h"
 #include "isa.h"
 #include "tasks.h"
 
 namespace alexnet_kernels::cpu {
+
+inline Operands operands(const char* op, const char* name, const Tensor& first) {
+  return Operands(op, name, first, DeviceType::CPU);
+}
 
 // Runs a kernel over its tasks on torch's threads, one thread for every kBytesPerThread of the `bytes` that it moves.
 template <class Args>

@@ -66,7 +66,11 @@ struct Keys {
 
  private:
   // The key of the bits, and the bits of a key.
-  static V ordered(V bits) { return bits < 0 ? std::numeric_limits<int16_t>::min() - bits : bits; }
+  static V ordered(V bits) {
+    // Unsigned, because the lanes that are not selected overflow.
+    using Unsigned = Vec<uint16_t>;
+    return bits < 0 ? V(Unsigned{} + uint16_t(0x8000) - Unsigned(bits)) : bits;
+  }
 };
 
 template <class S, class T>
@@ -124,7 +128,7 @@ inline void pool_row_channels_last(const Pool& pool, int64_t H, int64_t W, int64
   for (int64_t ow = 0; ow < OW; ++ow, out += channels, argmax += channels) {
     const int64_t left = ow * pool.stride_w - pool.pad_w;
     const int64_t j0 = std::max<int64_t>(0, -left), j1 = std::min(pool.kernel_w, W - left);
-    if (pool.kernel_w == 3 && i1 - i0 == 3 && j1 - j0 == 3) {
+    if (pool.kernel_w == 3 && i0 == 0 && i1 == 3 && j0 == 0 && j1 == 3) {
       pool_window<kRelu, S>(pool, top, left, channels, row, zero, three, zero, three, out, argmax);
     } else {
       pool_window<kRelu, S>(pool, top, left, channels, row, i0, i1, j0, j1, out, argmax);
@@ -151,13 +155,13 @@ template <class A>
 class PlaneRows {
  public:
   PlaneRows(const Pool& pool, int64_t W, int64_t OW)
-      : pool_(pool),
-        width_(std::max((OW + kLanes<A>)*pool.stride_w + pool.kernel_w + kLanes<A>, pool.pad_w + W)),
+      : pool_(with_bounded_stride(pool, OW)),
+        width_(std::max((OW + kLanes<A>)*pool_.stride_w + pool.kernel_w + kLanes<A>, pool.pad_w + W)),
         values_(pool.kernel_h * width_, -std::numeric_limits<A>::infinity()),
         held_(pool.kernel_h, -1),
         first_(OW + kLanes<A>) {
     for (size_t ow = 0; ow < first_.size(); ++ow) {
-      first_[ow] = lane_int_t<A>(std::max<int64_t>(0, pool.pad_w - int64_t(ow) * pool.stride_w));
+      first_[ow] = lane_int_t<A>(std::max<int64_t>(0, pool.pad_w - int64_t(ow) * pool_.stride_w));
     }
   }
 
@@ -193,6 +197,12 @@ class PlaneRows {
   }
 
  private:
+  // The stride of a single window has no effect, but may be larger than the memory.
+  static Pool with_bounded_stride(Pool pool, int64_t OW) {
+    if (OW == 1) pool.stride_w = 1;
+    return pool;
+  }
+
   const Pool pool_;
   const int64_t width_;
   std::vector<A> values_;
@@ -253,16 +263,19 @@ inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t
   }
 }
 
-// Scatters the gradients of one plane into `sum`, H * W zeros at first.
+// Scatters the gradients of one plane into `sum`, H * W zeros at first. A position outside the plane, which no forward
+// call gives, has no effect.
 template <bool kRelu, class T>
-inline void pool_plane_backward(const Pool& pool, int64_t W, int64_t OH, int64_t OW, const T* grad, const T* output,
-                                const uint8_t* argmax, acc_t<T>* sum) {
+inline void pool_plane_backward(const Pool& pool, int64_t H, int64_t W, int64_t OH, int64_t OW, const T* grad,
+                                const T* output, const uint8_t* argmax, acc_t<T>* sum) {
   using A = acc_t<T>;
   for (int64_t oh = 0; oh < OH; ++oh) {
     for (int64_t ow = 0; ow < OW; ++ow, ++grad, ++output, ++argmax) {
-      const int64_t i = *argmax / pool.kernel_w, j = *argmax % pool.kernel_w;
-      if (kRelu && A(*output) <= 0) continue;
-      sum[(oh * pool.stride_h - pool.pad_h + i) * W + ow * pool.stride_w - pool.pad_w + j] += A(*grad);
+      const int64_t y = oh * pool.stride_h - pool.pad_h + *argmax / pool.kernel_w;
+      const int64_t x = ow * pool.stride_w - pool.pad_w + *argmax % pool.kernel_w;
+      const bool inside = uint64_t(y) < uint64_t(H) && uint64_t(x) < uint64_t(W);
+      if (!inside || (kRelu && A(*output) <= 0)) continue;
+      sum[y * W + x] += A(*grad);
     }
   }
 }

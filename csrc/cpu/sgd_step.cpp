@@ -99,6 +99,8 @@ void sgd_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
                   std::vector<Tensor> masters, double lr, double momentum, double weight_decay, double dampening,
                   bool nesterov, bool paper_rule, bool first_step, std::optional<Tensor> lr_tensor) {
   STD_TORCH_CHECK(!lr_tensor, "sgd_step: lr_tensor is for GPU parameters only; pass lr for CPU parameters");
+  if (params.empty()) return;
+  operands("sgd_step", "params[0]", params[0]).sgd(params, grads, momentum_buffers, masters);
   SgdArgs args{{}, lr, momentum, weight_decay, dampening, nesterov, paper_rule, first_step};
   int64_t tasks = 0, bytes = 0;
   for (size_t i = 0; i < params.size(); ++i) {

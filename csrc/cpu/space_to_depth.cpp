@@ -107,6 +107,9 @@ ALEXNET_DECLARE_KERNEL(depth_to_space, SpaceToDepthArgs)
 namespace {
 
 Tensor space_to_depth(const Tensor& input, int64_t block, IntList padding, IntList size, ScalarType dtype) {
+  const Operands given = operands("space_to_depth", "input", input);
+  given.images("input", input);
+  given.blocks(block, padding, size);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   Tensor output = empty({x.size(0), block * block * x.size(1), size[0], size[1]}, dtype, x, MemoryFormat::ChannelsLast);
@@ -128,6 +131,9 @@ Tensor space_to_depth(const Tensor& input, int64_t block, IntList padding, IntLi
 }
 
 Tensor depth_to_space(const Tensor& input, int64_t block, IntList padding, IntList size, ScalarType dtype) {
+  const Operands given = operands("depth_to_space", "input", input);
+  given.images("input", input);
+  given.blocks(block, padding, size, input.size(1));
   const Tensor x = in_format(input, MemoryFormat::ChannelsLast);
   const int64_t channels = x.size(1) / (block * block);
   Tensor output = empty({x.size(0), channels, size[0], size[1]}, dtype, x, MemoryFormat::ChannelsLast);

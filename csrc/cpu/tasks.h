@@ -17,5 +17,7 @@ constexpr int64_t kLrnTaskPixels = 128;
 constexpr int64_t kLrnPoolTaskChannels = 16;
 // Of a part of the batch, which is read twice: the second read hits the cache.
 constexpr int64_t kBatchNormPartBytes = 1 << 17;
+// The most pixels that are summed in float.
+constexpr int64_t kBatchNormPartPixels = 1 << 12;
 
 }  // namespace alexnet_kernels::cpu

@@ -129,14 +129,17 @@ ALEXNET_DECLARE_KERNEL(within_map_backward, WithinMapArgs)
 
 namespace {
 
-Tensor normalise(Kernel<WithinMapArgs> kernel, const Tensor* grad, const Tensor& input, int64_t size, double alpha,
-                 double beta, double k) {
+Tensor normalise(const Operands& given, Kernel<WithinMapArgs> kernel, const Tensor* grad, const Tensor& input,
+                 int64_t size, double alpha, double beta, double k) {
+  given.images("input", input);
+  if (grad) given.alike("grad", *grad, input);
+  given.positive("size", size);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const Tensor g = grad ? in_format(*grad, format) : x;
   Tensor out = empty(sizes_of(x), x.scalar_type(), x, format);
   WithinMapArgs args{dtype_of(x),
-                     {size, alpha / (double(size) * double(size)), beta, k},
+                     make_lrn(size, alpha / (double(size) * double(size)), beta, k, std::max(x.size(2), x.size(3))),
                      format == MemoryFormat::ChannelsLast,
                      x.size(1),
                      x.size(2),
@@ -150,12 +153,14 @@ Tensor normalise(Kernel<WithinMapArgs> kernel, const Tensor* grad, const Tensor&
 }
 
 Tensor within_map_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k) {
-  return normalise(pick_within_map_forward(), nullptr, input, size, alpha, beta, k);
+  return normalise(operands("within_map_response_norm", "input", input), pick_within_map_forward(), nullptr, input,
+                   size, alpha, beta, k);
 }
 
 Tensor within_map_response_norm_backward(const Tensor& grad, const Tensor& input, int64_t size, double alpha,
                                          double beta, double k) {
-  return normalise(pick_within_map_backward(), &grad, input, size, alpha, beta, k);
+  return normalise(operands("within_map_response_norm_backward", "grad", grad), pick_within_map_backward(), &grad,
+                   input, size, alpha, beta, k);
 }
 
 }  // namespace

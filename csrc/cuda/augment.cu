@@ -76,6 +76,7 @@ Tensor as(const Tensor& t, ScalarType type) {
 Tensor augment(const Tensor& images, const Tensor& crops, IntList size, std::optional<Tensor> flips,
                std::optional<Tensor> color_shift, std::optional<Tensor> mean, std::optional<Tensor> scale,
                ScalarType dtype, bool channels_last) {
+  operands("augment", "images", images).augment(images, crops, size, flips, color_shift, mean, scale);
   const OnDevice device(images);
   const Tensor x = in_format(images, MemoryFormat::Contiguous), at = as(crops, ScalarType::Long);
   const int64_t N = x.size(0);

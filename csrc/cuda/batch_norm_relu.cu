@@ -214,6 +214,9 @@ void for_partition(const Tensor& x, const Tensor& grad, MemoryFormat format, con
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::optional<Tensor> running_mean,
                                                    std::optional<Tensor> running_var, std::optional<Tensor> weight,
                                                    std::optional<Tensor> bias, bool training, double eps) {
+  const Operands given = operands("batch_norm_relu", "input", input);
+  given.batch_norm(input, running_mean, running_var, weight, bias);
+  if (!training) given.required("running_mean", running_mean), given.required("running_var", running_var);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const int64_t C = x.size(1);
@@ -249,6 +252,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, std::opt
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
                                                             const Tensor& var, std::optional<Tensor> weight,
                                                             std::optional<Tensor> bias, bool training, double eps) {
+  const Operands given = operands("batch_norm_relu_backward", "grad", grad);
+  given.batch_norm(input, mean, var, weight, bias);
+  given.alike("grad", grad, input);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format);
   const int64_t C = x.size(1);

@@ -36,12 +36,16 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
                    IntList padding, int64_t groups, bool with_relu) {
+  const Operands given = operands("conv2d_relu", "input", input);
+  given.images("input", input);
+  given.convolution(weight, bias, stride, padding);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const std::optional<Tensor> none;
   Tensor y =
       in_format(call_torch("aten::conv2d", stack_of(x, weight, none, stride, padding, IntList{1, 1}, groups)), format);
   if (y.numel() == 0 || (!bias && !with_relu)) return y;
+  if (bias) given.tensor("bias", *bias, y.scalar_type());
   const OnDevice device(y);
   const std::optional<Tensor> b =
       bias ? std::optional<Tensor>(in_format(*bias, MemoryFormat::Contiguous)) : std::nullopt;

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor dropout(const Tensor& input, double p, double scale, const Tensor& seed, int64_t offset, int64_t row,
                int64_t row_stride, int64_t base) {
+  operands("dropout", "input", input).dropout(p, seed, input.numel(), row);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);

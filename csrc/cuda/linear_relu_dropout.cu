@@ -23,7 +23,10 @@ __global__ void __launch_bounds__(kThreads)
 Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, bool relu, double p,
                            double scale, const Tensor& seed, int64_t offset, int64_t row, int64_t row_stride,
                            int64_t base) {
+  const Operands given = operands("linear_relu_dropout", "input", input);
+  given.linear(weight, bias);
   Tensor output = in_format(call_torch("aten::linear", stack_of(input, weight, bias)), MemoryFormat::Contiguous);
+  given.dropout(p, seed, output.numel(), row);
   if (output.numel() == 0 || (!relu && p == 0 && scale == 1)) return output;
   const OnDevice device(output);
   for_dtype(output, [&](auto t) {
@@ -35,6 +38,7 @@ Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optio
 }
 
 Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double scale) {
+  operands("relu_dropout_backward", "output", output).alike("grad", grad, output);
   const MemoryFormat format = memory_format_of(output);
   const Tensor g = in_format(grad, format), y = in_format(output, format);
   Tensor grad_input = empty(sizes_of(y), y.scalar_type(), y, format);

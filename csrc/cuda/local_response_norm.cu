@@ -55,6 +55,9 @@ __global__ void __launch_bounds__(kThreads) lrn_forward_any(ImageLayout images, 
 }
 
 Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k, int64_t groups) {
+  const Operands given = operands("local_response_norm", "input", input);
+  given.images("input", input);
+  given.towers(size, groups, input.size(1));
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);
@@ -79,6 +82,10 @@ Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, doub
 
 Tensor local_response_norm_backward(const Tensor& grad, const Tensor& input, int64_t size, double alpha, double beta,
                                     double k, int64_t groups) {
+  const Operands given = operands("local_response_norm_backward", "grad", grad);
+  given.images("input", input);
+  given.alike("grad", grad, input);
+  given.towers(size, groups, input.size(1));
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);

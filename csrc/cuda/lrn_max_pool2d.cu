@@ -131,9 +131,12 @@ __global__ void __launch_bounds__(kThreads)
 std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, double alpha, double beta, double k,
                                           int64_t groups, IntList kernel, IntList stride, IntList padding,
                                           bool ceil_mode, bool relu) {
+  const Operands given = operands("lrn_max_pool2d", "input", input);
+  given.images("input", input);
+  given.towers(size, groups, input.size(1));
+  const IntList pooled = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
-  const IntList pooled = pooled_sizes(sizes_of(x), kernel, stride, padding, ceil_mode);
   Tensor output = empty(pooled, x.scalar_type(), x, format), argmax = empty(pooled, ScalarType::Byte, x, format);
   if (output.numel() == 0) return {output, argmax};
   const OnDevice device(x);
@@ -162,6 +165,11 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, dou
 Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& argmax, int64_t size,
                                double alpha, double beta, double k, int64_t groups, IntList kernel, IntList stride,
                                IntList padding, bool relu) {
+  const Operands given = operands("lrn_max_pool2d_backward", "grad", grad);
+  given.tensor("input", input, grad.scalar_type());
+  given.dimensions("input", input, 4);
+  given.towers(size, groups, input.size(1));
+  given.pool_gradient(grad, argmax, sizes_of(input), kernel, stride, padding);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format), argmaxes = in_format(argmax, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);

@@ -60,9 +60,11 @@ __global__ void __launch_bounds__(kThreads) pool_backward(ImageLayout in, ImageL
 
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding,
                                       bool ceil_mode, bool relu) {
+  const Operands given = operands("max_pool2d", "input", input);
+  given.images("input", input);
+  const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
-  const IntList size = pooled_sizes(sizes_of(x), kernel, stride, padding, ceil_mode);
   Tensor output = empty(size, x.scalar_type(), x, format), argmax = empty(size, ScalarType::Byte, x, format);
   if (output.numel() == 0) return {output, argmax};
   const OnDevice device(x);
@@ -82,6 +84,9 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
 
 Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
                            IntList kernel, IntList stride, IntList padding, bool relu) {
+  const Operands given = operands("max_pool2d_backward", "grad", grad);
+  given.pool_gradient(grad, argmax, input_size, kernel, stride, padding);
+  if (relu) given.alike("output", given.required("output", output), grad);
   const MemoryFormat format = memory_format_of(argmax);
   const Tensor g = in_format(grad, format), argmaxes = in_format(argmax, format);
   const std::optional<Tensor> y = relu ? std::optional<Tensor>(in_format(*output, format)) : std::nullopt;

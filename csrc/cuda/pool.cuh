@@ -21,12 +21,6 @@ struct PoolShape {
   Divisor by_stride_h, by_stride_w;
 };
 
-inline IntList pooled_sizes(const IntList& size, const IntList& kernel, const IntList& stride, const IntList& padding,
-                            bool ceil_mode) {
-  return {size[0], size[1], pooled_size(size[2], kernel[0], stride[0], padding[0], ceil_mode),
-          pooled_size(size[3], kernel[1], stride[1], padding[1], ceil_mode)};
-}
-
 // The running maximum of a window and its position in the window, for each channel of a vector. The first of equal
 // values wins; NaN wins over numbers, the last NaN over the others.
 template <int kVec>

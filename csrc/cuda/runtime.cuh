@@ -4,7 +4,7 @@
 // (tests/emulation/cuda.h). They register the operators in another namespace, for CPU tensors.
 #pragma once
 
-#include "common/tensor.h"
+#include "common/operands.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -14,13 +14,19 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 #define ALEXNET_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CUDA, m)
+#define ALEXNET_CUDA_DEVICE CUDA
 #else
 #include "emulation/cuda.h"
 
 #define ALEXNET_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels_emulated, CPU, m)
+#define ALEXNET_CUDA_DEVICE CPU
 #endif
 
 namespace alexnet_kernels::cuda {
+
+inline Operands operands(const char* op, const char* name, const Tensor& first) {
+  return Operands(op, name, first, DeviceType::ALEXNET_CUDA_DEVICE);
+}
 
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));

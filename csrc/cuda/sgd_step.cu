@@ -131,6 +131,7 @@ void sgd_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               std::vector<Tensor> masters, double lr, double momentum, double weight_decay, double dampening,
               bool nesterov, bool paper_rule, bool first_step, std::optional<Tensor> lr_tensor) {
   if (params.empty()) return;
+  operands("sgd_step", "params[0]", params[0]).sgd(params, grads, momentum_buffers, masters);
   const OnDevice device(params[0]);
   if (lr_tensor) {
     STD_TORCH_CHECK(dtype_of(*lr_tensor) == DType::f32 && lr_tensor->numel() == 1 &&

@@ -53,6 +53,9 @@ __global__ void __launch_bounds__(kThreads) to_space(ImageLayout in, ImageLayout
 }
 
 Tensor space_to_depth(const Tensor& input, int64_t block, IntList padding, IntList size, ScalarType dtype) {
+  const Operands given = operands("space_to_depth", "input", input);
+  given.images("input", input);
+  given.blocks(block, padding, size);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const IntList to{x.size(0), block * block * x.size(1), size[0], size[1]};
@@ -73,6 +76,9 @@ Tensor space_to_depth(const Tensor& input, int64_t block, IntList padding, IntLi
 }
 
 Tensor depth_to_space(const Tensor& input, int64_t block, IntList padding, IntList size, ScalarType dtype) {
+  const Operands given = operands("depth_to_space", "input", input);
+  given.images("input", input);
+  given.blocks(block, padding, size, input.size(1));
   const Tensor x = in_format(input, MemoryFormat::ChannelsLast);
   const IntList to{x.size(0), x.size(1) / (block * block), size[0], size[1]};
   Tensor output = empty(to, dtype, x, MemoryFormat::ChannelsLast);

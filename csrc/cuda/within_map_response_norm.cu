@@ -169,6 +169,9 @@ void for_strips(const Tensor& x, const Tensor& grad, MemoryFormat format, bool f
 }
 
 Tensor within_map_response_norm(const Tensor& input, int64_t size, double alpha, double beta, double k) {
+  const Operands given = operands("within_map_response_norm", "input", input);
+  given.images("input", input);
+  given.positive("size", size);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   Tensor output = empty(sizes_of(x), x.scalar_type(), x, format);
@@ -185,6 +188,10 @@ Tensor within_map_response_norm(const Tensor& input, int64_t size, double alpha,
 
 Tensor within_map_response_norm_backward(const Tensor& grad, const Tensor& input, int64_t size, double alpha,
                                          double beta, double k) {
+  const Operands given = operands("within_map_response_norm_backward", "grad", grad);
+  given.images("input", input);
+  given.alike("grad", grad, input);
+  given.positive("size", size);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);

@@ -53,6 +53,43 @@ def test_large_mean_does_not_cancel(memory_format, device, backend, request):
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-4)
 
 
+# Whole planes, and channels that are few or large. Triton's interpreter takes milliseconds a block.
+LARGE = {"cpu": [(1, 2, 2048, 1024), (2, 3, 257, 300)], "cuda": [(1, 2, 256, 256)], "triton": [(1, 2, 64, 64)]}
+
+
+@every_format
+@pytest.mark.parametrize("large", [0, 1])
+def test_large_planes_with_a_mean_of_a_thousand_deviations(large, memory_format, device, backend):
+    """Sums of floats lose the variance of such planes, and the sum of their gradients."""
+    shapes = LARGE["cpu" if device == "cuda" else backend] if backend != "native" else []
+    if large >= len(shapes):
+        pytest.skip("PyTorch's own kernel" if backend == "native" else "the smaller shape suffices")
+    x = (random(shapes[large], torch.float32, memory_format, device) + 1000.0).requires_grad_()
+    mean, var = torch.zeros(x.shape[1], device=device), torch.ones(x.shape[1], device=device)
+    bias = torch.full_like(mean, 3.0, requires_grad=True)
+    weight = torch.full_like(mean, 0.5, requires_grad=True)
+    out = batch_norm_relu(x, mean, var, weight, bias, training=True, momentum=1.0, backend=backend)
+
+    exact = [value.detach().double().requires_grad_() for value in (x, weight, bias)]
+    wide_mean, wide_var = mean.double(), var.double()
+    expected, wide_mean, wide_var = reference.batch_norm_relu(
+        exact[0], wide_mean, wide_var, *exact[1:], training=True, momentum=1.0
+    )
+    # The mean is rounded to 1000 * 2^-24; so is the input itself.
+    torch.testing.assert_close(mean.double(), wide_mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(var.double(), wide_var, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+
+    grad = torch.randint(1, 5, out.shape, device=device).to(out).contiguous(memory_format=memory_format)
+    grad = grad * (expected > 1e-3)
+    actual = torch.autograd.grad(out, (x, weight, bias), grad)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    # The terms of the weight's gradient cancel; the error of the mean, which all share, does not.
+    terms = grad.double().sum().item()
+    for a, b, atol in zip(actual, wanted, (3e-4, 1e-4 * terms, 1e-4), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=atol)
+
+
 @every_mode
 @every_format
 def test_of_no_images(training, memory_format, device, backend):
