@@ -67,6 +67,18 @@ def sample(*shape: int, **options: Any) -> Sample:
     return Sample(shape, options)
 
 
+Draw = Callable[[Sequence[Any]], Any]
+"""Draws one of the given values."""
+
+
+def draw_shape(draw: Draw) -> tuple[int, ...]:
+    """The shape of small images. Vectors end inside, at and after their channels and their rows."""
+    return draw((0, 1, 1, 2, 3)), draw((1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 32, 33, 40)), draw(SIDES), draw(SIDES)
+
+
+SIDES = range(1, 8)
+
+
 @dataclass(frozen=True)
 class Work:
     """The least work of an op, as (forward, forward and backward), for one image; a multiply-add counts as two."""
@@ -223,6 +235,8 @@ class OpInfo:
     """Ordinary arguments, one sample for each mode of the op."""
     large: Sample
     """Arguments with enough elements for several threads or programs."""
+    domain: Callable[[Draw], Sample]
+    """Any small arguments that the op takes, or refuses with a ValueError, for random tests."""
     ones: Sequence[Sample]
     """Arguments and sizes of one, which compilers specialise on."""
     make: Callable[[Maker, tuple[int, ...], Inputs], Inputs] = make_images

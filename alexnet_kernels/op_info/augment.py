@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._record import OVERHEAD, Comparison, Inputs, Layer, Maker, OpInfo, Work, sample
+from alexnet_kernels.op_info._record import (
+    OVERHEAD,
+    Comparison,
+    Draw,
+    Inputs,
+    Layer,
+    Maker,
+    OpInfo,
+    Sample,
+    Work,
+    sample,
+)
 
 
 def work(size: int, e: int) -> Work:
@@ -63,6 +74,18 @@ def _inputs(size: int, stored: int, make: Maker, batch: int) -> Inputs:
     return {**{name: value.to(make.device) for name, value in given.items()}, "size": size, "dtype": make.dtype}
 
 
+def _domain(draw: Draw) -> Sample:
+    height, width = draw(range(1, 20)), draw(range(1, 20))
+    options = {
+        "size": (draw(range(1, height + 1)), draw(range(1, width + 1))),
+        "flipped": draw((False, True)),
+        "shifted": draw((False, True)),
+        "mean": draw((None, "colour", "crop", "image")),
+        "scale": draw((None, 1 / 57.0, "colour")),
+    }
+    return sample(draw(range(4)), height, width, 3, **options)
+
+
 INFO = OpInfo(
     name="augment",
     op=ops.augment,
@@ -81,6 +104,7 @@ INFO = OpInfo(
     ),
     typical=(sample(4, 12, 20, 3, size=(8, 16), flipped=True, shifted=True, mean="image", scale="colour"),),
     large=sample(16, 64, 64, 3, size=(56, 56), flipped=True, mean="colour"),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 3, size=(1, 1), flipped=True, shifted=True, mean="colour"),
         sample(1, 2, 3, 3, size=(1, 1)),

@@ -10,7 +10,20 @@ from torch import Tensor
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs
-from alexnet_kernels.op_info._record import Comparison, Inputs, Layer, Maker, OpInfo, Setting, Work, copy, sample
+from alexnet_kernels.op_info._record import (
+    Comparison,
+    Draw,
+    Inputs,
+    Layer,
+    Maker,
+    OpInfo,
+    Sample,
+    Setting,
+    Work,
+    copy,
+    draw_shape,
+    sample,
+)
 
 
 def work(elements: int, e: int) -> Work:
@@ -87,6 +100,19 @@ def _affine(training: bool, make: Maker, batch: int) -> Inputs:
     return _make(make, (batch, *MAPS["layer 1"]), {"training": training})
 
 
+def _domain(draw: Draw) -> Sample:
+    options = {"training": draw((False, True)), "affine": draw((False, True)), "momentum": draw((0.1, 1.0))}
+    # The gradients of few elements with a small variance are ill-conditioned.
+    batch, *image = draw_shape(draw)
+    return sample(
+        max(batch, int(options["training"])),
+        *image,
+        **options,
+        running=not options["training"] or draw((False, True)),
+        eps=1.0,
+    )
+
+
 INFO = OpInfo(
     name="batch_norm_relu",
     op=ops.batch_norm_relu,
@@ -101,6 +127,7 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 6, training=True), sample(2, 20, 7, 6, training=False)),
     large=sample(4, 48, 13, 13, training=True),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, affine=False, eps=1.0),
         sample(3, 5, 2, 3, affine=False, running=False, training=True, eps=1.0),

@@ -17,10 +17,12 @@ from alexnet_kernels.op_info._record import (
     TOLERANCES,
     Baseline,
     Comparison,
+    Draw,
     Inputs,
     Layer,
     Maker,
     OpInfo,
+    Sample,
     Setting,
     Work,
     sample,
@@ -116,6 +118,19 @@ def _cudnn_fused(x: Inputs) -> Tensor:
     )
 
 
+def _domain(draw: Draw) -> Sample:
+    groups = draw((1, 1, 2, 3))
+    channels, outputs = groups * draw((1, 2, 3, 8, 17)), groups * draw((1, 3, 8, 20))
+    options = {
+        "weight": (outputs, channels // groups, draw(range(1, 6)), draw(range(1, 6))),
+        "stride": draw((1, 2, 4)) if draw((True, False)) else (draw(range(1, 4)), draw(range(1, 4))),
+        "padding": (draw(range(3)), draw(range(3))),
+        "bias": draw((True, False)),
+        "relu": draw((True, False)),
+    }
+    return sample(draw((0, 1, 2, 6)), channels, draw(range(1, 12)), draw(range(1, 12)), groups=groups, **options)
+
+
 INFO = OpInfo(
     name="conv2d_relu",
     op=ops.conv2d_relu,
@@ -140,6 +155,7 @@ INFO = OpInfo(
         sample(2, 3, 11, 10, weight=(8, 3, 5, 5), stride=2, relu=False),
     ),
     large=sample(4, 16, 13, 13, weight=(32, 8, 3, 3), padding=1, groups=2),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, weight=(1, 1, 1, 1), bias=False),
         sample(3, 5, 2, 3, weight=(5, 1, 1, 1), groups=5, bias=False),

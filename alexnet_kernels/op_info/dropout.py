@@ -9,7 +9,19 @@ import torch.nn.functional as F
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import SEED
-from alexnet_kernels.op_info._record import OVERHEAD, Baseline, Inputs, Layer, Maker, OpInfo, Work, sample
+from alexnet_kernels.op_info._record import (
+    OVERHEAD,
+    Baseline,
+    Draw,
+    Inputs,
+    Layer,
+    Maker,
+    OpInfo,
+    Sample,
+    Work,
+    draw_shape,
+    sample,
+)
 
 KEYED = {"seed": 1234, "offset": 5}
 
@@ -25,6 +37,26 @@ def _inputs(elements: int, make: Maker, batch: int) -> Inputs:
 
 def _maps(make: Maker, batch: int) -> Inputs:
     return {"input": make(batch, 256, 6, 6), "seed": SEED}
+
+
+def draw_dropout(draw: Draw, shape: tuple[int, ...]) -> Inputs:
+    """A dropout of a tensor of this shape, or of a shard of a larger one."""
+    options: Inputs = {
+        "p": draw((0.5, 0.5, 0.0, 0.1, 0.9, 1.0)),
+        "training": draw((True, True, False)),
+        "scale_at": draw(("training", "inference")),
+        "seed": draw((0, 1234, 2**63 - 1)),
+        "offset": draw((0, 5, 2**63 - 1)),
+    }
+    if draw((False, True)):
+        dim, start = draw(range(len(shape))), draw((0, 1, 3, 2**33))
+        options["shard"] = (dim, start, start + shape[dim] + draw((0, 1, 7)))
+    return options
+
+
+def _domain(draw: Draw) -> Sample:
+    shape = draw_shape(draw) if draw((True, False)) else (draw(range(5)), draw((1, 7, 100, 4096)))
+    return sample(*shape, **draw_dropout(draw, shape))
 
 
 INFO = OpInfo(
@@ -59,6 +91,7 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 5, 4, p=0.3, **KEYED),),
     large=sample(4, 48, 13, 13, **KEYED),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, seed=1, offset=1),
         sample(3, 5, 2, 3, p=1.0, seed=1, offset=2**40),

@@ -15,14 +15,17 @@ from alexnet_kernels.op_info._record import (
     OVERHEAD,
     Baseline,
     Comparison,
+    Draw,
     Inputs,
     Layer,
     Maker,
     OpInfo,
+    Sample,
     Setting,
     Work,
     sample,
 )
+from alexnet_kernels.op_info.dropout import draw_dropout
 
 KEYED = {"seed": 99, "offset": 2}
 
@@ -78,6 +81,16 @@ def _torch(x: Inputs) -> Tensor:
     return F.dropout(F.linear(x["input"], x["weight"], x["bias"]).relu(), 0.5)
 
 
+def _domain(draw: Draw) -> Sample:
+    batch, inputs, outputs = (
+        draw((0, 1, 2, 3, 4, 5, 16, 17, 65)),
+        draw((1, 7, 8, 17, 64, 100)),
+        draw((1, 5, 12, 33, 64)),
+    )
+    options = {"relu": draw((True, False)), "bias": draw((True, False)), **draw_dropout(draw, (batch, outputs))}
+    return sample(batch, inputs, outputs=outputs, **options)
+
+
 INFO = OpInfo(
     name="linear_relu_dropout",
     op=ops.linear_relu_dropout,
@@ -108,6 +121,7 @@ INFO = OpInfo(
     ),
     typical=(sample(6, 17, outputs=33, p=0.3, **KEYED), sample(6, 17, outputs=33, relu=False, **KEYED)),
     large=sample(32, 256, outputs=384, **KEYED),
+    domain=_domain,
     ones=(
         sample(1, 1, outputs=1, seed=1, offset=1, bias=False),
         sample(1, 5, outputs=5, seed=1, offset=1, bias=False, relu=False),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import LRN, MAP_DTYPES, MAPS, elements, map_inputs
-from alexnet_kernels.op_info._record import Baseline, Layer, OpInfo, Work, sample
+from alexnet_kernels.op_info._record import Baseline, Draw, Inputs, Layer, OpInfo, Sample, Work, draw_shape, sample
 
 STRONG = {"alpha": 0.5, "k": 1.5}  # so strong that a wrong window shows
 
@@ -16,6 +16,22 @@ STRONG = {"alpha": 0.5, "k": 1.5}  # so strong that a wrong window shows
 def work(elements: int, e: int) -> Work:
     """Of maps of so many elements, of e bytes each."""
     return Work((2 * elements * e, 5 * elements * e))
+
+
+def draw_lrn(draw: Draw, channels: int) -> Inputs:
+    """A normalisation of any window, or of the fast kernels' window of 5 channels."""
+    return {
+        "size": draw((5, 5, 5, 1, 2, 3, 4, 6, 7, 9, 100)),
+        "alpha": draw((0.5, 0.5, 0.0, 2.0)),
+        "beta": draw((0.75, 0.75, 0.0, 0.31, 0.5, 1.0, 2.0)),
+        "k": draw((1.0, 1.5, 0.1)),
+        "groups": draw([groups for groups in (1, 2, 3, 4, 8) if channels % groups == 0]),
+    }
+
+
+def _domain(draw: Draw) -> Sample:
+    shape = draw_shape(draw)
+    return sample(*shape, **draw_lrn(draw, shape[1]))
 
 
 INFO = OpInfo(
@@ -45,6 +61,7 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 5, 4, **STRONG),),
     large=sample(4, 48, 13, 13, **STRONG),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, size=1, alpha=1.0, beta=1.0),
         sample(3, 5, 2, 3, size=4, alpha=1.0, beta=0.5),

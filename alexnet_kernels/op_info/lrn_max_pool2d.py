@@ -14,17 +14,20 @@ from alexnet_kernels.op_info._record import (
     TOLERANCES,
     Baseline,
     Comparison,
+    Draw,
     Inputs,
     Layer,
     Maker,
     OpInfo,
+    Sample,
     Setting,
     Work,
+    draw_shape,
     make_distinct,
     sample,
 )
-from alexnet_kernels.op_info.local_response_norm import STRONG
-from alexnet_kernels.op_info.max_pool2d import clear_winner
+from alexnet_kernels.op_info.local_response_norm import STRONG, draw_lrn
+from alexnet_kernels.op_info.max_pool2d import clear_winner, draw_window
 
 _LRN_OPTIONS = ("size", "alpha", "beta", "k", "groups")
 
@@ -54,6 +57,11 @@ def _torch(x: Inputs) -> Tensor:
     return F.max_pool2d(F.local_response_norm(x["input"].relu(), **LRN), 3, 2)
 
 
+def _domain(draw: Draw) -> Sample:
+    shape = draw_shape(draw)
+    return sample(*shape, **draw_lrn(draw, shape[1]), **draw_window(draw))
+
+
 INFO = OpInfo(
     name="lrn_max_pool2d",
     op=ops.lrn_max_pool2d,
@@ -81,6 +89,7 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 9, relu=True, **STRONG),),
     large=sample(4, 48, 13, 13, relu=True, **STRONG),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, size=1, alpha=1.0, beta=1.0, kernel_size=1, stride=1, relu=True),
         sample(3, 5, 2, 3, size=4, alpha=1.0, beta=0.5, kernel_size=1, stride=1),

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs, pooled
-from alexnet_kernels.op_info._record import Comparison, Layer, OpInfo, Work, make_distinct, sample
+from alexnet_kernels.op_info._record import (
+    Comparison,
+    Draw,
+    Inputs,
+    Layer,
+    OpInfo,
+    Sample,
+    Work,
+    draw_shape,
+    make_distinct,
+    sample,
+)
 
 
 def work(elements: int, pooled: int, e: int) -> Work:
@@ -44,6 +55,22 @@ def clear_winner(x: Tensor, margin: float, **pool: Any) -> Tensor:
     return largest - second > margin * largest.abs()
 
 
+def draw_window(draw: Draw) -> Inputs:
+    """A window of up to 5 x 5 pixels."""
+    kernel = draw(range(1, 6)), draw(range(1, 6))
+    return {
+        "kernel_size": kernel,
+        "stride": (draw(range(1, 6)), draw(range(1, 6))),
+        "padding": tuple(draw(range(side // 2 + 1)) for side in kernel),
+        "ceil_mode": draw((False, True)),
+        "relu": draw((False, True)),
+    }
+
+
+def _domain(draw: Draw) -> Sample:
+    return sample(*draw_shape(draw), **draw_window(draw))
+
+
 INFO = OpInfo(
     name="max_pool2d",
     op=ops.max_pool2d,
@@ -71,6 +98,7 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 9), sample(2, 20, 7, 9, relu=True)),
     large=sample(4, 48, 13, 13),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, kernel_size=1, stride=1, relu=True),
         sample(3, 5, 2, 3, kernel_size=(1, 3), stride=1, padding=(0, 1)),

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import PARAMETERS
-from alexnet_kernels.op_info._record import Comparison, Inputs, Layer, Maker, OpInfo, Work, copy, sample
+from alexnet_kernels.op_info._record import (
+    Comparison,
+    Draw,
+    Inputs,
+    Layer,
+    Maker,
+    OpInfo,
+    Sample,
+    Work,
+    copy,
+    sample,
+)
 
 NBYTES = 20
 """Of a float32 parameter: its value and momentum, read and written, and its gradient."""
@@ -84,6 +95,11 @@ def _parameters(rule: str, make: Maker, batch: int) -> Inputs:
     return {**state(make, mixture, PARAMETERS), "lr": 0.01, "rule": rule}
 
 
+def _domain(draw: Draw) -> Sample:
+    shape = draw(((1,), (7,), (33, 5), (4, 3, 3, 5), (1, 8, 1, 1), (70000,)))
+    return sample(*shape, mixture=draw(tuple(MIXTURES)), **draw(RULES))
+
+
 INFO = OpInfo(
     name="sgd_step",
     op=ops.sgd_step,
@@ -94,6 +110,7 @@ INFO = OpInfo(
         sample(6, 5, 3, 3, mixture="master", rule="torch", nesterov=True),
     ),
     large=sample(300, 200, mixture="master"),
+    domain=_domain,
     ones=(
         sample(1, lr=1.0, momentum=1.0, weight_decay=1.0, rule="torch", nesterov=True),
         sample(1, lr=1.0, momentum=1.0, weight_decay=1.0, first_step=True),

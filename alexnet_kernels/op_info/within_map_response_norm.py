@@ -6,10 +6,16 @@ from functools import partial
 
 from alexnet_kernels import ops, reference
 from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs
-from alexnet_kernels.op_info._record import OVERHEAD, Layer, OpInfo, sample
-from alexnet_kernels.op_info.local_response_norm import work
+from alexnet_kernels.op_info._record import OVERHEAD, Draw, Layer, OpInfo, Sample, draw_shape, sample
+from alexnet_kernels.op_info.local_response_norm import draw_lrn, work
 
 STRONG = {"alpha": 2.0, "k": 1.5}  # so strong that a wrong window shows
+
+
+def _domain(draw: Draw) -> Sample:
+    without_groups = {name: value for name, value in draw_lrn(draw, 1).items() if name != "groups"}
+    return sample(*draw_shape(draw), **without_groups)
+
 
 INFO = OpInfo(
     name="within_map_response_norm",
@@ -32,6 +38,7 @@ INFO = OpInfo(
     ),
     typical=(sample(2, 20, 7, 6, **STRONG),),
     large=sample(4, 48, 13, 13, **STRONG),
+    domain=_domain,
     ones=(
         sample(1, 1, 1, 1, size=1, alpha=1.0, beta=1.0),
         sample(3, 5, 2, 3, size=4, alpha=1.0, beta=0.5),
