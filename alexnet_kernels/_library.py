@@ -42,8 +42,6 @@ def _load() -> str | None:
 
 REASON = _load()
 LOADED = REASON is None
-if not LOADED:
-    warnings.warn(f"PyTorch's operators compute all ops, slowly: {REASON}", RuntimeWarning, stacklevel=2)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether Triton's interpreter runs its kernels, on the CPU. Triton reads the variable when a kernel is defined."""
@@ -96,9 +94,10 @@ def _find_unserved() -> dict[int, str]:
         capability = torch.cuda.get_device_capability(index)
         if not any(runs_on(arch, capability) for arch in ARCHS):
             arch = ".".join(map(str, capability))
+            remedy = f"build it with ALEXNET_KERNELS_ARCHS={arch}" if capability >= (8, 0) else "they need 8.0 or later"
             found[index] = (
                 f"the native library has no kernels for architecture {arch} of {torch.cuda.get_device_name(index)}, "
-                f"only for {', '.join(ARCHS)}: build it with ALEXNET_KERNELS_ARCHS={arch}"
+                f"only for {', '.join(ARCHS)}: {remedy}"
             )
     return found
 
@@ -111,7 +110,7 @@ def find_unserved() -> None:
         _searched = True
         for reason in dict.fromkeys(UNSERVED.values()):
             instead = "Triton" if TRITON_INSTALLED else "PyTorch's operators"
-            warnings.warn(f"{reason}. Until then its ops run on {instead}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{reason}. There the ops run on {instead}", RuntimeWarning, stacklevel=2)
 
 
 _torch_private.constant_when_compiled(find_unserved)

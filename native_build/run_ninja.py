@@ -34,7 +34,7 @@ class Failure:
     def errors(self) -> list[str]:
         """The first lines that tell an error; if there are none, the last ones."""
         lines = [line.strip() for line in self.lines if line.strip()]
-        return [line for line in lines if ERROR.search(line)][:MOST] or lines[-MOST:]
+        return [line for line in lines if ERROR.search(line)][:MOST] or lines[-MOST:] or ["it printed nothing"]
 
     def explain(self) -> str:
         """What failed, why and what to do."""
@@ -48,7 +48,7 @@ class Failure:
 
 
 def run_ninja(build: Path, target: str | None = None, *, verbose: bool = False) -> Failure | None:
-    """Builds a target, or the default one; None if that succeeds. A named target's output is not shown."""
+    """Builds a target, or the default one; None if that succeeds. Of a named target only a failure is shown."""
     command = [requirements.ninja(), "-C", str(build), *requirements.jobs(), *(["-v"] if verbose else [])]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     lines: list[str] = []
@@ -65,7 +65,12 @@ def run_ninja(build: Path, target: str | None = None, *, verbose: bool = False) 
             lines.append(line.rstrip("\n"))
             if target is None:
                 print(line, end="", file=sys.stderr, flush=True)
-    return first_failure(lines) if process.returncode != 0 else None
+    if process.returncode == 0:
+        return None
+    failure = first_failure(lines)
+    if target is not None:
+        print(*failure.lines, sep="\n", file=sys.stderr, flush=True)
+    return failure
 
 
 def first_failure(lines: list[str]) -> Failure:

@@ -13,8 +13,13 @@ from pathlib import Path
 
 DEFAULT = "8.0;9.0;10.0+PTX"
 OLDEST = (12, 4)
+LEAST = (8, 0)
+"""The kernels use instructions of this architecture."""
 # As in TORCH_CUDA_ARCH_LIST.
 NAMED = {
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
     "Turing": "7.5+PTX",
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
@@ -96,25 +101,35 @@ def wished_archs() -> list[str]:
 
 def gencode(arch: str) -> list[str]:
     """nvcc's flags for an architecture such as "9.0a" or "10.0+PTX"."""
-    number, ptx, _ = arch.partition("+PTX")
-    sm = number.replace(".", "")
+    plain, ptx, _ = arch.partition("+PTX")
+    sm = plain.replace(".", "")
     flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}"]
     return [*flags, f"-gencode=arch=compute_{sm},code=compute_{sm}"] if ptx else flags
 
 
+def number(arch: str) -> tuple[int, int]:
+    """(9, 0) of "9.0a" or "9.0+PTX"."""
+    major, minor = arch.partition("+")[0].rstrip("af").split(".")
+    return int(major), int(minor)
+
+
 def buildable(nvcc: str, version: str, archs: list[str]) -> tuple[str, ...]:
-    """Those of the architectures that nvcc knows. Says which are left out."""
+    """Those of the architectures that nvcc and the kernels know. Says which are left out."""
     listed = {word for option in ("--list-gpu-arch", "--list-gpu-code") for word in _ask(nvcc, option).stdout.split()}
-    kept = [arch for arch in archs if _knows(nvcc, listed, arch)]
-    left = [arch for arch in archs if arch not in kept]
+    old = [arch for arch in archs if number(arch) < LEAST]
+    unknown = [arch for arch in archs if arch not in old and not _knows(nvcc, listed, arch)]
+    left = [*old, *unknown]
+    kept = [arch for arch in archs if arch not in left]
+    reasons = [f"{', '.join(old)}: the kernels need {'.'.join(map(str, LEAST))} or later"] * bool(old)
+    reasons += [f"{', '.join(unknown)}: {nvcc} ({version}) does not know them"] * bool(unknown)
     if not kept:
-        raise Unusable(f"{nvcc} ({version}) can't build for {', '.join(archs)}")
+        raise Unusable(f"none of the architectures can be built; {'; '.join(reasons)}")
     if left:
         if any(arch.endswith("+PTX") for arch in left) and not any(arch.endswith("+PTX") for arch in kept):
             # Newer GPUs compile it when they load the library.
-            newest = max(kept, key=lambda arch: [int(part.rstrip("af")) for part in arch.split(".")])
+            newest = max(kept, key=number)
             kept[kept.index(newest)] = f"{newest}+PTX"
-        say(f"{nvcc} ({version}) can't build for {', '.join(left)}, left out; built: {', '.join(kept)}")
+        say(f"architectures left out: {'; '.join(reasons)}; built: {', '.join(kept)}")
     return tuple(kept)
 
 

@@ -318,8 +318,8 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two GPUs, for the first of which the library has no kernels."""
     for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8 if index else 7, 5))
-    monkeypatch.setattr(_library, "ARCHS", ("8.0", "9.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 if index else 8, 0))
+    monkeypatch.setattr(_library, "ARCHS", ("8.6", "9.0"))
     monkeypatch.setattr(_library, "_searched", False)
     monkeypatch.setattr(_library, "UNSERVED", {})
     monkeypatch.setattr(_library, "TRITON_INSTALLED", True)
@@ -330,8 +330,8 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("old_gpu")
 class TestGPUWithoutKernels:
     REASON = (
-        "the native library has no kernels for architecture 7.5 of GPU, only for 8.0, 9.0: build it with "
-        "ALEXNET_KERNELS_ARCHS=7.5"
+        "the native library has no kernels for architecture 8.0 of GPU, only for 8.6, 9.0: build it with "
+        "ALEXNET_KERNELS_ARCHS=8.0"
     )
 
     def test_auto_takes_triton_there_and_warns_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ class TestGPUWithoutKernels:
                     assert backends.select("max_pool2d", x, None) == expected
                     assert backends.select("conv2d_relu", x, None) == ("cuda" if index else "native")
         (warning,) = [w for w in caught if "kernels" in str(w.message)]
-        assert str(warning.message) == f"{self.REASON}. Until then its ops run on Triton"
+        assert str(warning.message) == f"{self.REASON}. There the ops run on Triton"
 
     def test_asking_for_cuda_is_an_error(self) -> None:
         with FakeTensorMode(), warnings.catch_warnings():
@@ -353,6 +353,11 @@ class TestGPUWithoutKernels:
             with pytest.raises(RuntimeError, match=f"backend 'cuda' can't run on cuda:0: {self.REASON}"):
                 backends.select("max_pool2d", x, "cuda")
             assert backends.select("max_pool2d", x.to("cuda:1"), "cuda") == "cuda"
+
+    def test_one_that_is_too_old_has_no_remedy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+        with pytest.warns(RuntimeWarning, match=r"architecture 7\.5 .*: they need 8\.0 or later\. There the ops run"):
+            assert set(_library.unserved_gpus()) == {0, 1}
 
     def test_it_is_reported_once(self, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
         with warnings.catch_warnings():
