@@ -557,12 +557,12 @@ def test_the_slow_path_is_told(flaw: str, tmp_path: Path) -> None:
         (tree / "_C.so").write_text("no library")
         reason = f"{tree / '_C.so'} could not be loaded by torch {torch.__version__}: "
     code = """
-import sys, torch
+import sys, types
 from alexnet_kernels import cli
-from alexnet_kernels.training import run
 def stop(*args):
     raise SystemExit(5)
-run.train = stop
+# In place of the module, whose import takes seconds.
+sys.modules["alexnet_kernels.training.run"] = types.SimpleNamespace(train=stop)
 sys.exit(cli.main(["train", "--device", "cpu"]))
 """
     # The tree is the current folder, as after `git clone` and `pip install .`.
