@@ -1,10 +1,15 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton 2012) for PyTorch on its own fused kernels."""
 
-from alexnet_kernels import backends, nn, ops, optim, reference
+import warnings
+
+from alexnet_kernels import _library, backends, nn, ops, optim, reference
 from alexnet_kernels._version import __version__
 from alexnet_kernels.backends import set_backend, use_backend
 from alexnet_kernels.models import AlexNet, alexnet
 from alexnet_kernels.nn.fusion import fuse, unfuse
+
+if not _library.LOADED:
+    warnings.warn(f"PyTorch's operators compute all ops, slowly: {_library.REASON}", RuntimeWarning, stacklevel=2)
 
 __all__ = [
     "AlexNet",

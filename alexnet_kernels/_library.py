@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,20 @@ NAMESPACE = "alexnet_kernels"
 TRITON_NAMESPACE = "alexnet_kernels_triton"
 
 
+def _hidden() -> Path | None:
+    """The folder of an installed package with a library, which the one being imported hides."""
+    folders = (Path(entry, PATH.parent.name) for entry in sys.path)
+    return next((folder for folder in folders if (folder / PATH.name).exists()), None)
+
+
 def _load() -> str | None:
     """Loads the library; the reason if that fails."""
     if not PATH.exists():
+        if hidden := _hidden():
+            return (
+                f"{PATH} does not exist, and this source tree hides the package installed in {hidden}: start in "
+                "another folder, or build it here with `python setup.py build_ext --inplace`"
+            )
         return f"{PATH} does not exist: build it with `pip install .` in the source tree"
     try:
         torch.ops.load_library(str(PATH))
@@ -50,18 +63,81 @@ def _build_info() -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.split())
 
 
+ARCHS = tuple(arch for arch in _build_info().get("archs", "").split(";") if arch)
+"""The GPU architectures that the CUDA kernels were compiled for, as in "9.0a" and "10.0+PTX"."""
+
+_TEGRA = ((7, 2), (8, 7))
+"""They run no machine code of other architectures."""
+UNSERVED: dict[int, str] = {}
+"""What `unserved_gpus` returns, once `find_unserved` has been called."""
+_searched = False
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels compiled for an architecture run on a GPU of a compute capability."""
+    number, ptx, _ = arch.partition("+PTX")
+    major, minor = map(int, number.rstrip("af").split("."))
+    if (major, minor) == capability:
+        return True
+    if number.endswith("a"):
+        return False
+    if capability[0] == major and capability[1] > minor and capability not in _TEGRA:
+        return True
+    return bool(ptx) and not number.endswith("f") and (major, minor) < capability
+
+
+def _find_unserved() -> dict[int, str]:
+    if not ARCHS or not torch.cuda.is_available():
+        return {}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(runs_on(arch, capability) for arch in ARCHS):
+            arch = ".".join(map(str, capability))
+            remedy = f"build it with ALEXNET_KERNELS_ARCHS={arch}" if capability >= (8, 0) else "they need 8.0 or later"
+            found[index] = (
+                f"the native library has no kernels for architecture {arch} of {torch.cuda.get_device_name(index)}, "
+                f"only for {', '.join(ARCHS)}: {remedy}"
+            )
+    return found
+
+
+def find_unserved() -> None:
+    """Fills UNSERVED at its first call, and warns. torch.compile doesn't trace it."""
+    global _searched
+    if not _searched:
+        UNSERVED.update(_find_unserved())
+        _searched = True
+        for reason in dict.fromkeys(UNSERVED.values()):
+            instead = "Triton" if TRITON_INSTALLED else "PyTorch's operators"
+            warnings.warn(f"{reason}. There the ops run on {instead}", RuntimeWarning, stacklevel=2)
+
+
+_torch_private.constant_when_compiled(find_unserved)
+
+
+def unserved_gpus() -> dict[int, str]:
+    """The GPUs, by index, for whose architecture the library has no CUDA kernels, and why."""
+    find_unserved()
+    return UNSERVED
+
+
+def slow_path(device: torch.device) -> str | None:
+    """Why the library's kernels don't run on a device, though they could; None if they do, or it was built without."""
+    return REASON if device.type != "cuda" or not LOADED else unserved_gpus().get(device.index or 0)
+
+
 def status() -> dict[str, Any]:
     """The library's path, whether it is loaded or why not, the instruction set in use, whether it has CUDA kernels.
 
     "archs" are the GPU architectures that those were compiled for, "sources" is a digest of what they were built from.
     """
-    info = _build_info()
     return {
         "path": str(PATH),
         "loaded": LOADED,
         "reason": REASON,
         "isa": torch.ops.alexnet_kernels.isa() if LOADED else None,
         "cuda_built": any(key == "CUDA" for _, key in KERNELS),
-        "archs": [arch for arch in info.get("archs", "").split(";") if arch],
-        "sources": info.get("sources", ""),
+        "archs": list(ARCHS),
+        "sources": _build_info().get("sources", ""),
     }

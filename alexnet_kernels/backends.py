@@ -1,7 +1,8 @@
 """Which implementation an op runs.
 
     "auto"    the package's kernel for the tensors' device where there is one, else "triton" for the ops that PyTorch
-              computes in several passes over memory (all but conv2d_relu), else "native"
+              computes in several passes over memory (all but conv2d_relu), else "native"; so too on a GPU of an
+              architecture for which the native library was not built, which a warning tells once
     "cpu"     the C++ kernels for the CPU
     "cuda"    the CUDA C++ kernels, float32, bfloat16 and float16
     "triton"  the Triton kernels, float32, bfloat16 and float16, on a GPU (or, with TRITON_INTERPRET=1 in the
@@ -46,6 +47,7 @@ class Backend:
     float64: whether it takes float64.
     missing: why this installation has no kernel of an op for it, whatever the device; None if it has one.
     automatic: whether "auto" may choose it for an op; None for every op.
+    refuses: why it can't run on a device of one of its types; None if it can, or for one that runs on all.
     load: registers its operators, at their first use; torch.compile doesn't trace it.
     """
 
@@ -55,6 +57,7 @@ class Backend:
     float64: bool
     missing: Callable[[str], str | None]
     automatic: Callable[[str], bool] | None = None
+    refuses: Callable[[torch.device], str | None] | None = None
     load: Callable[[], Any] | None = None
 
 
@@ -79,9 +82,14 @@ def _triton_automatic(op: str) -> bool:
     return CONTRACTS[op].auto_triton and not _library.INTERPRETED
 
 
+def _unserved(device: torch.device) -> str | None:
+    _library.find_unserved()
+    return _library.UNSERVED.get(device.index)
+
+
 _REGISTERED: dict[str, Backend] = {
     "cpu": Backend("cpu", _library.NAMESPACE, ("cpu",), True, _library_missing("CPU")),
-    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA")),
+    "cuda": Backend("cuda", _library.NAMESPACE, ("cuda",), False, _library_missing("CUDA"), refuses=_unserved),
     "triton": Backend(
         "triton",
         _library.TRITON_NAMESPACE,
@@ -105,8 +113,8 @@ def register(backend: Backend) -> None:
     _AUTOMATIC.clear()
 
 
-_AUTOMATIC: dict[tuple[str, str, torch.dtype], str] = {}
-"""What "auto" chose, by op, device type and dtype: choosing costs a few percent of a small call."""
+_AUTOMATIC: dict[tuple[str, torch.device, torch.dtype], str] = {}
+"""What "auto" chose, by op, device and dtype: choosing costs a few percent of a small call."""
 
 
 @contextmanager
@@ -235,6 +243,9 @@ def unavailable(op: str, backend: str) -> str | None:
     found = _REGISTERED[backend]
     if reason := found.missing(op):
         return reason
+    if backend == "cuda" and torch.cuda.is_available():
+        unserved = _library.unserved_gpus()
+        return next(iter(unserved.values())) if len(unserved) == torch.cuda.device_count() else None
     if "cpu" in found.devices or torch.cuda.is_available() or ("xpu" in found.devices and torch.xpu.is_available()):
         return None
     return f"it needs a GPU ({_INTERPRETER})" if backend == "triton" else "it needs a CUDA device"
@@ -252,7 +263,7 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
     if name == "native" or (not compiling and in_transform()):
         return "native"
     if name == "auto":
-        key = (op, tensor.device.type, tensor.dtype)
+        key = (op, tensor.device, tensor.dtype)
         if not compiling and key in _AUTOMATIC:
             return _AUTOMATIC[key]
         chosen = _automatic(*key)
@@ -266,12 +277,16 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
     return found
 
 
-def _automatic(op: str, device: str, dtype: torch.dtype) -> Backend | None:
+def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> Backend | None:
     wide = dtype == torch.float64
     for backend in _REGISTERED.values():
-        if device in backend.devices and (backend.float64 or not wide):
-            automatic = backend.automatic
-            if (automatic is None or automatic(op)) and backend.missing(op) is None:
+        if device.type in backend.devices and (backend.float64 or not wide):
+            automatic, refuses = backend.automatic, backend.refuses
+            if (
+                (automatic is None or automatic(op))
+                and backend.missing(op) is None
+                and (refuses is None or refuses(device) is None)
+            ):
                 return backend
     return None
 
@@ -287,6 +302,8 @@ def _checked(op: str, tensor: Tensor, backend: Backend) -> Backend:
         )
     if not backend.float64 and tensor.dtype == torch.float64:
         raise TypeError(f"{op}: backend {backend.name!r} takes float32, bfloat16 and float16, not {tensor.dtype}")
+    if backend.refuses is not None and (reason := backend.refuses(tensor.device)):
+        raise RuntimeError(f"{op}: backend {backend.name!r} can't run on {tensor.device}: {reason}")
     return backend
 
 

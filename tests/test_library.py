@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import alexnet_kernels
-from alexnet_kernels import _library, backends, ops
+from alexnet_kernels import _library, backends, cli, ops
 from alexnet_kernels.op_info import OP_INFOS, Maker, operator_calls, with_gradients
 
 PACKAGE = Path(alexnet_kernels.__file__).parent
@@ -266,6 +266,37 @@ class TestBackends:
             assert {op: backends.select(op, x, None) for op in ops.__all__} == dict.fromkeys(ops.__all__, "cuda")
             assert backends.select("max_pool2d", x.double(), None) == "native"
 
+    @pytest.mark.parametrize(
+        ("capability", "archs"),
+        [
+            ((8, 0), "8.0"),
+            ((8, 6), "8.0"),
+            ((8, 7), "8.7"),
+            ((9, 0), "9.0a"),
+            ((9, 0), "7.5 8.0+PTX"),
+            ((8, 7), "8.0+PTX"),
+            ((10, 3), "10.0f"),
+            ((12, 1), "8.0 9.0 10.0+PTX"),
+        ],
+    )
+    def test_architectures_that_run(self, capability: tuple[int, int], archs: str) -> None:
+        assert any(_library.runs_on(arch, capability) for arch in archs.split())
+
+    @pytest.mark.parametrize(
+        ("capability", "archs"),
+        [
+            ((7, 5), "8.0 9.0 10.0+PTX"),
+            ((8, 0), "8.6 9.0"),
+            ((8, 7), "8.0 9.0"),
+            ((9, 0), "8.0"),
+            ((10, 0), "9.0a+PTX"),
+            ((10, 3), "10.0a"),
+            ((12, 0), "8.0 9.0 10.0f+PTX"),
+        ],
+    )
+    def test_architectures_that_do_not(self, capability: tuple[int, int], archs: str) -> None:
+        assert not any(_library.runs_on(arch, capability) for arch in archs.split())
+
     @pytest.mark.skipif(("max_pool2d", "CUDA") not in _library.KERNELS, reason="built without CUDA")
     def test_every_op_has_cuda_kernels(self) -> None:
         assert {op for op, key in _library.KERNELS if key == "CUDA"} >= set(ops.__all__)
@@ -280,6 +311,81 @@ class TestBackends:
         assert status["loaded"]
         assert status["reason"] is None
         assert status["isa"] in ("generic", "avx2", "avx512")
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two GPUs, for the first of which the library has no kernels."""
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 if index else 8, 0))
+    monkeypatch.setattr(_library, "ARCHS", ("8.6", "9.0"))
+    monkeypatch.setattr(_library, "_searched", False)
+    monkeypatch.setattr(_library, "UNSERVED", {})
+    monkeypatch.setattr(_library, "TRITON_INSTALLED", True)
+    with backends.substituted(dataclasses.replace(backends.registered("cuda"), missing=lambda op: None)):
+        yield
+
+
+@pytest.mark.usefixtures("old_gpu")
+class TestGPUWithoutKernels:
+    REASON = (
+        "the native library has no kernels for architecture 8.0 of GPU, only for 8.6, 9.0: build it with "
+        "ALEXNET_KERNELS_ARCHS=8.0"
+    )
+
+    def test_auto_takes_triton_there_and_warns_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loads = dataclasses.replace(backends.registered("triton"), load=None, automatic=lambda op: op != "conv2d_relu")
+        with FakeTensorMode(), backends.substituted(loads), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for index, expected in enumerate(("triton", "cuda")):
+                    x = torch.empty(1, 1, 5, 5, device=f"cuda:{index}")
+                    assert backends.select("max_pool2d", x, None) == expected
+                    assert backends.select("conv2d_relu", x, None) == ("cuda" if index else "native")
+        (warning,) = [w for w in caught if "kernels" in str(w.message)]
+        assert str(warning.message) == f"{self.REASON}. There the ops run on Triton"
+
+    def test_asking_for_cuda_is_an_error(self) -> None:
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x = torch.empty(1, 1, 5, 5, device="cuda:0")
+            with pytest.raises(RuntimeError, match=f"backend 'cuda' can't run on cuda:0: {self.REASON}"):
+                backends.select("max_pool2d", x, "cuda")
+            assert backends.select("max_pool2d", x.to("cuda:1"), "cuda") == "cuda"
+
+    def test_one_that_is_too_old_has_no_remedy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+        with pytest.warns(RuntimeWarning, match=r"architecture 7\.5 .*: they need 8\.0 or later\. There the ops run"):
+            assert set(_library.unserved_gpus()) == {0, 1}
+
+    def test_it_is_reported_once(self, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert cli.main(["info"]) == 0
+        assert capsys.readouterr().out.count(self.REASON) == 1
+        assert backends.unavailable("max_pool2d", "cuda") is None
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert backends.unavailable("max_pool2d", "cuda") == self.REASON
+        assert _library.slow_path(torch.device("cuda")) == _library.slow_path(torch.device("cuda:0")) == self.REASON
+        assert _library.slow_path(torch.device("cuda:1")) is None
+        assert _library.slow_path(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("unserved", "expected"), [({}, 3.0), ({None: "too old"}, 2.0)])
+def test_compiled_code_takes_triton_too(unserved, expected, monkeypatch, fresh_dynamo: None) -> None:
+    """With the CPU in the GPU's place, whose index is None."""
+    monkeypatch.setattr(_library, "UNSERVED", unserved)
+    cuda = dataclasses.replace(backends.registered("cuda"), devices=("cpu",), missing=lambda op: None)
+    triton = dataclasses.replace(backends.registered("triton"), devices=("cpu",), load=None, automatic=lambda op: True)
+    cpu = dataclasses.replace(backends.registered("cpu"), devices=())
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + ("native", "triton", "cuda").index(backends.select("max_pool2d", x, None))
+
+    with backends.substituted(cuda), backends.substituted(triton), backends.substituted(cpu):
+        assert torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1)).item() == expected
+        assert function(torch.ones(1)).item() == expected
 
 
 class TestTransforms:
@@ -429,8 +535,45 @@ except RuntimeError as error:
 status = ak._library.status()
 print(json.dumps([status["loaded"], status["reason"], bool(x.grad.isfinite().all()), message]))
 """
-    loaded, reason, trained, message = json.loads(run(code, tmp_path, PYTHONPATH=str(tmp_path)))
+    result = start(code, tmp_path, PYTHONPATH=str(tmp_path))
+    loaded, reason, trained, message = json.loads(result.stdout)
     assert not loaded
     assert "does not exist: build it" in reason
     assert trained
     assert message.startswith("dropout: backend 'cpu' is not available: ")
+    assert result.stderr.count(f"RuntimeWarning: PyTorch's operators compute all ops, slowly: {reason}\n") == 1
+
+
+def test_a_library_that_does_not_load_is_told(tmp_path: Path) -> None:
+    tree = tmp_path / "alexnet_kernels"
+    shutil.copytree(PACKAGE, tree, ignore=shutil.ignore_patterns("*.so", "*.zip"))
+    (tree / "_C.so").write_text("no library")
+    result = start("import alexnet_kernels", tmp_path, PYTHONPATH=str(tmp_path))
+    reason = f"{tree / '_C.so'} could not be loaded by torch {torch.__version__}: "
+    assert f"RuntimeWarning: PyTorch's operators compute all ops, slowly: {reason}" in result.stderr
+    assert result.returncode == 0
+
+
+def test_a_source_tree_that_hides_the_installed_package_is_told(tmp_path: Path) -> None:
+    """At import, and by `train`; as after `git clone`, `pip install .` and a start in the clone."""
+    tree, installed = tmp_path / "tree" / "alexnet_kernels", tmp_path / "installed" / "alexnet_kernels"
+    shutil.copytree(PACKAGE, tree, ignore=shutil.ignore_patterns("*.so"))
+    installed.mkdir(parents=True)
+    (installed / "_C.so").touch()
+    code = """
+import sys, types
+from alexnet_kernels import cli
+def stop(*args):
+    raise SystemExit(5)
+sys.modules["alexnet_kernels.training.run"] = types.SimpleNamespace(train=stop)
+sys.exit(cli.main(["train", "--device", "cpu"]))
+"""
+    result = start(code, tree.parent, PYTHONPATH=str(installed.parent))
+    assert result.returncode == 5, result.stderr
+    reason = f"this source tree hides the package installed in {installed}: start in another folder"
+    (warning,) = [line for line in result.stderr.splitlines() if "RuntimeWarning" in line]
+    assert "PyTorch's operators compute all ops, slowly: " in warning
+    assert reason in warning
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("without this package's kernels: ")
+    assert reason in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"library: {library['path']}, {library['isa']} on the CPU, {cuda}")
     else:
         print(f"library: not loaded: {library['reason']}")
+    for reason in library["unserved"]:
+        print(f"GPU: {reason}")
     print(f"backend: {facts['backend']}")
     _print_ops(facts["ops"])
     print("\npresets")
@@ -44,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _facts() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is printed
+        unserved = list(dict.fromkeys(_library.unserved_gpus().values()))
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -54,7 +60,7 @@ def _facts() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "devices": devices,
-        "library": _library.status(),
+        "library": _library.status() | {"unserved": unserved},
         "backend": backends.get_backend(),
         "ops": backends.report(),
         "presets": {

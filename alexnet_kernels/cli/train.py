@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alexnet_kernels import _library
 from alexnet_kernels._errors import InputError, require
 from alexnet_kernels.cli.arguments import (
     PROGRAM,
@@ -126,9 +127,11 @@ def run(options: argparse.Namespace) -> int:
 
     from alexnet_kernels.training.run import train
 
-    console = Console()
+    console, speaks = Console(), int(os.environ.get("RANK", "0")) == 0 or parallel is None
+    if speaks and (reason := _library.slow_path(pick_device(options.device))):
+        console.print(f"without this package's kernels: {reason}", highlight=False, soft_wrap=True, markup=False)
     result = train(_spec(options, parallel), console)
-    if int(os.environ.get("RANK", "0")) == 0 or parallel is None:
+    if speaks:
         _print_summary(result, console, parallel)
     return 130 if result.stopped == "interrupted" else 0
 

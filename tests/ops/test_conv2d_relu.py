@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import random as randoms
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     assert_close,
     assert_same,
@@ -11,7 +17,9 @@ from helpers import (
 )
 
 from alexnet_kernels import reference
+from alexnet_kernels.models import PRESETS, AlexNet
 from alexnet_kernels.ops import conv2d_relu
+from alexnet_kernels.ops.conv2d_relu import _is_wrong_in_torch as is_wrong_in_torch
 
 
 def tensors(shape, weight_shape, dtype, memory_format, device, bias=True):
@@ -122,3 +130,99 @@ class TestSpaceToDepth:
         torch.library.opcheck(torch.ops.alexnet_kernels.space_to_depth.default, (image, *args))
         assert torch.autograd.gradcheck(lambda x: torch.ops.alexnet_kernels.space_to_depth(x, *args), image)
         assert torch.autograd.gradgradcheck(lambda x: torch.ops.alexnet_kernels.space_to_depth(x, *args), image)
+
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+FORMATS = (torch.channels_last, torch.contiguous_format)
+
+
+def wrong(input, weight, bias, stride, padding, groups, backend=None) -> dict[str, float]:
+    """The results of a convolution, output and gradients, that differ from float64's by more than rounding."""
+    leaves = {"input": input, "weight": weight, "bias": bias}
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    output = conv2d_relu(*leaves.values(), stride, padding, groups, relu=False, backend=backend)
+    grad = torch.randn_like(output)
+    found = {"output": output, **dict(zip(leaves, torch.autograd.grad(output, leaves.values(), grad), strict=True))}
+
+    def exact(change) -> list:
+        x, w, b, g = (change(tensor.detach().double()) for tensor in (*leaves.values(), grad))
+        rest = ([1, 1], False, [0, 0], groups, [True] * 3)
+        backward = torch.ops.aten.convolution_backward(g, x, w, list(b.shape), stride, padding, *rest)
+        return [F.conv2d(x, w, b, stride, padding, 1, groups), *backward]
+
+    unit = torch.finfo(input.dtype).eps
+    errors = {}
+    for (name, value), right, size in zip(found.items(), exact(lambda t: t), exact(torch.abs), strict=True):
+        error = ((value.double() - right).abs() - 2 * unit * size).max().item()
+        if not error <= 1e-6:
+            errors[name] = error
+    return errors
+
+
+class TestAgainstFloat64:
+    """oneDNN computes some convolutions of 16-bit elements wrong on the CPU."""
+
+    @staticmethod
+    def small_geometries(seed: int) -> Iterator[tuple]:
+        """Small images, large windows, strides and paddings; half of them with strides above the width."""
+        draw = randoms.Random(seed)
+        while True:
+            groups, channels, filters = draw.choice([1, 2, 3]), draw.choice([1, 2, 3, 16]), draw.choice([1, 2, 16])
+            size = [draw.randint(1, 3), draw.randint(1, 6)]
+            kernel = [draw.randint(1, 3), draw.randint(1, 9)]
+            stride = [draw.randint(1, 3), draw.randint(1, 6)]
+            padding = [draw.randint(0, 3), draw.randint(0, 6)]
+            if all(s + 2 * p >= k for s, p, k in zip(size, padding, kernel, strict=True)):
+                shape = (draw.randint(1, 3), groups * channels, *size)
+                yield shape, (groups * filters, channels, *kernel), stride, padding, groups
+
+    @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+    @pytest.mark.parametrize("choice", ["cpu", "native"])
+    def test_small_geometries(self, choice, dtype):
+        formats = list(product(FORMATS, repeat=2))
+        for number, (shape, kernel, *rest) in zip(range(400), self.small_geometries(1), strict=False):
+            of_input, of_weight = formats[number % 4]
+            x, w = random(shape, dtype, of_input), random(kernel, dtype, of_weight)
+            failed = wrong(x, w, random(kernel[:1], dtype), *rest, backend=choice)
+            assert failed == {}, (shape, kernel, *rest, of_input, of_weight)
+
+    def test_every_convolution_of_the_presets(self):
+        convolutions = convolutions_of_presets()
+        assert len(convolutions) > 100
+        assert any(kernel[1:] == (48, 3, 3) for _, kernel, *_ in convolutions)  # space_to_depth's
+        failed = {}
+        for shape, kernel, stride, padding, groups in convolutions:
+            for dtype, memory_format in product(SIXTEEN_BITS, FORMATS):
+                values = tensors(shape, kernel, dtype, memory_format, "cpu")
+                assert not is_wrong_in_torch(values["input"], values["weight"], dtype, stride, padding)
+                if errors := wrong(*values.values(), stride, padding, groups):
+                    failed[shape, kernel, dtype, memory_format] = errors
+        assert failed == {}
+
+
+def convolutions_of_presets() -> list[tuple]:
+    """(input shape, weight shape, stride, padding, groups) of every call of torch.conv2d by a preset's AlexNet.
+
+    Images of the smallest size, of some above it and of the preset's; filters of the smallest count and all.
+    """
+    found, conv2d = {}, torch.conv2d
+
+    def record(input, weight, bias, stride, padding, dilation, groups):
+        call = (tuple(input.shape), tuple(weight.shape), list(stride), list(padding), groups)
+        found[str(call)] = call
+        return conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "conv2d", record)
+        for preset in PRESETS.values():
+            for width in (0.001, 1.0):
+                model = AlexNet(2, replace(preset, neurons=8), width=width).bfloat16().eval()
+                least = max(model.min_size)
+                sizes = [*range(least, least + 9, 2), preset.input_size] if width < 1 else [least]
+                for size, batch in product(sizes, (1, 2, 6)):
+                    x = torch.zeros(batch, 3, size, size, dtype=torch.bfloat16)
+                    # From 6 images on, conv1 is computed by space_to_depth.
+                    part = model if batch < 6 else model.features[:1]
+                    if size < 200 or batch == 1:
+                        part(x.contiguous(memory_format=torch.channels_last))
+    return list(found.values())
