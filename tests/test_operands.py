@@ -181,12 +181,6 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "lrn_max_pool2d_backward: groups 0": lambda k: lrn_pool_backward(
         k, x(4, 8, 3, 3), winners(4, 8, 3, 3), lrn=(*LRN[:4], 0)
     ),
-    "within_map_response_norm: size 0": lambda k: k.within_map_response_norm(x(), 0, 1.0, 0.75, 1.0),
-    "within_map_response_norm: size negative": lambda k: k.within_map_response_norm(x(), -7, 1.0, 0.75, 1.0),
-    "within_map_response_norm_backward: small gradient": lambda k: k.within_map_response_norm_backward(
-        x(1, 1, 1, 1), x(), *LRN[:4]
-    ),
-    "within_map_response_norm_backward: size 0": lambda k: k.within_map_response_norm_backward(x(), x(), 0, *LRN[1:4]),
     "batch_norm_relu: no statistics": lambda k: batch_norm(k, training=False),
     "batch_norm_relu: short weight": lambda k: batch_norm(k, x(1, 100000, 1, 1), weight=x(1), bias=x(1)),
     "batch_norm_relu: short statistics": lambda k: batch_norm(k, mean=x(3), var=x(3), training=False),
@@ -272,7 +266,6 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "local_response_norm_backward: any size": lambda k: k.local_response_norm_backward(
         x(), x(), FAR, 1.0, 0.75, 1.0, 1
     ),
-    "within_map_response_norm: any size": lambda k: k.within_map_response_norm(x(), FAR, 1.0, 0.75, 1.0),
     "lrn_max_pool2d: any size": lambda k: lrn_pool(k, (FAR, *LRN[1:])),
     "max_pool2d: any stride": lambda k: pool(k, x(1, 1, 3, 3), stride=[2**30, 2**30]),
     "space_to_depth: padding only": lambda k: k.space_to_depth(last(), 2, [1000, 1000], [4, 4], torch.float32),

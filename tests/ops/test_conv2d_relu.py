@@ -145,7 +145,8 @@ def wrong(input, weight, bias, stride, padding, groups, backend=None) -> dict[st
     found = {"output": output, **dict(zip(leaves, torch.autograd.grad(output, leaves.values(), grad), strict=True))}
 
     def exact(change) -> list:
-        x, w, b, g = (change(tensor.detach().double()) for tensor in (*leaves.values(), grad))
+        dense = (tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in (*leaves.values(), grad))
+        x, w, b, g = (change(tensor.double()) for tensor in dense)
         rest = ([1, 1], False, [0, 0], groups, [True] * 3)
         backward = torch.ops.aten.convolution_backward(g, x, w, list(b.shape), stride, padding, *rest)
         return [F.conv2d(x, w, b, stride, padding, 1, groups), *backward]
@@ -185,6 +186,19 @@ class TestAgainstFloat64:
             x, w = random(shape, dtype, of_input), random(kernel, dtype, of_weight)
             failed = wrong(x, w, random(kernel[:1], dtype), *rest, backend=choice)
             assert failed == {}, (shape, kernel, *rest, of_input, of_weight)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("order", [(2, 0, 3, 1), (3, 0, 2, 1), (2, 3, 0, 1)])
+    def test_unusual_strides_of_dimensions_of_one_element(self, order, dtype):
+        """torch's gradient of grouped weights in channels_last is wrong for them in float64 and float16."""
+        for shape, window in product(
+            ((1, 4, 2, 1), (2, 4, 1, 2), (1, 4, 1, 1), (1, 4, 3, 3)), ((1, 1), (2, 1), (1, 2))
+        ):
+            if shape[2] < window[0] or shape[3] < window[1]:
+                continue
+            x = random(shape, dtype).permute(order).contiguous().permute([order.index(d) for d in range(4)])
+            w = random((2, 2, *window), dtype, torch.channels_last)
+            assert wrong(x, w, random((2,), dtype), [1, 1], [0, 0], 2) == {}, (x.shape, x.stride(), window)
 
     def test_every_convolution_of_the_presets(self):
         convolutions = convolutions_of_presets()
