@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_kernels._checksum import check_archive, check_safetensors, serialize_safetensors
 from alexnet_kernels._errors import InputError, RunError, first_line, require
 from alexnet_kernels._files import atomic_file, output_path, write_errors
 from alexnet_kernels.models import AlexNet
@@ -76,11 +77,12 @@ def find(path: str | Path, name: str) -> Path:
 
 
 def load(path: str | Path, mmap: bool = False) -> Checkpoint:
-    """Read a checkpoint, with its tensors on the CPU. Raises InputError if it is not one.
+    """Read a checkpoint, with its tensors on the CPU. Raises InputError if it is not one, or damaged.
 
     mmap: map the tensors' data instead of reading it.
     """
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a readable checkpoint (truncated, damaged or of another kind)") from error
@@ -96,6 +98,7 @@ def _load_safetensors(path: Path) -> tuple[Header, History, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -162,9 +165,7 @@ def export(network: Network, path: str | Path) -> None:
     then no file is left.
     """
     require("a safetensors file", "safetensors")
-    from safetensors.torch import save as serialize
-
     path = export_path(path)
     tensors = {key: value.cpu().contiguous() for key, value in network.model.state_dict().items()}
     with write_errors(path), atomic_file(path) as file:
-        file.write(serialize(tensors, {"format": "pt", KEY: to_json(network.header, network.history)}))
+        file.write(serialize_safetensors(tensors, {"format": "pt", KEY: to_json(network.header, network.history)}))
