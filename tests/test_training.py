@@ -186,7 +186,7 @@ class TestResume:
         assert (result.folder / "filters.png").exists()
 
     def test_is_resolved_once(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The header is read when the run is resolved, the tensors by Lightning, and the best network for pictures."""
+        """The header is read to resolve the run and to tidy its folder, tensors by Lightning, the best for pictures."""
         folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
         mapped: list[bool] = []
         original = checkpoint.load
@@ -202,7 +202,7 @@ class TestResume:
         with pytest.raises(FrozenInstanceError):
             spec.settings = TINY  # type: ignore[misc]
         run_module.train(spec)
-        assert mapped == [True, False, True]
+        assert mapped == [True, True, False, True]
 
     def test_other_settings(self, data: Path, tmp_path: Path) -> None:
         folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder

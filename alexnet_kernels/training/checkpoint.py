@@ -25,7 +25,7 @@ from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training.augmentation import Crops
 from alexnet_kernels.training.header import KEY, Header, History, from_dict, from_json, to_json
 
-__all__ = ["Checkpoint", "Network", "export", "export_path", "find", "load", "load_network", "save"]
+__all__ = ["Checkpoint", "Network", "best_in", "export", "export_path", "find", "load", "load_network", "save"]
 
 MODEL = "model."
 """Prefix of the model's keys in a checkpoint's state_dict."""
@@ -39,6 +39,11 @@ class Checkpoint:
     history: History
     content: dict[str, Any]
     """The whole checkpoint, as Lightning wrote it."""
+
+    def ends_best_epoch(self) -> bool:
+        """Whether this is the state after the best epoch so far."""
+        epochs = self.history.epochs
+        return bool(epochs) and self.history.best() is epochs[-1] and self.content["global_step"] == epochs[-1]["step"]
 
 
 @dataclass
@@ -74,6 +79,28 @@ def find(path: str | Path, name: str) -> Path:
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
     return path
+
+
+def best_in(folder: Path) -> Path:
+    """The checkpoint of the best epoch of a run: best.ckpt, unless the run was killed before it could renew that.
+
+    Then it is last.ckpt, which is written first. Raises InputError if there is neither.
+    """
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    # After the best epoch, both names are one file.
+    if last.is_file() and not (best.is_file() and best.samefile(last)):
+        newest, renewed = _read(last), _read(best)
+        if newest and newest.ends_best_epoch() and not (renewed and renewed.history == newest.history):
+            return last
+    return find(folder, best.name)
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint, or None if there is none that can be read."""
+    try:
+        return load(path, mmap=True) if path.is_file() else None
+    except InputError:
+        return None
 
 
 def load(path: str | Path, mmap: bool = False) -> Checkpoint:
@@ -127,7 +154,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
 
     Raises InputError if it can't be read, MissingPackage for a .safetensors file without that package.
     """
-    path = find(path, "best.ckpt")
+    path = best_in(Path(path)) if Path(path).is_dir() else find(path, "best.ckpt")
     if path.suffix.lower() == ".safetensors":
         header, history, weights = _load_safetensors(path)
     else:

@@ -7,7 +7,6 @@ bytes do not depend on the number of processes. A process holds one decoded imag
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import torch
 
 from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels._files import atomic_file, remove_temporaries, write_atomically
+from alexnet_kernels._lock import locked
 from alexnet_kernels.training import image_set, shards
 from alexnet_kernels.training.augmentation import PixelSums
 from alexnet_kernels.training.shard_writer import ShardTask, write_shards
@@ -100,7 +100,7 @@ def prepare(
             for split, images_ in zip(splits, sets, strict=True)
             for number, (files, labels) in enumerate(_parts(images_, shard_images))
         ]
-        with _locked(root):
+        with locked(root, f"another process is preparing {root}"):
             for folder in (root, *(root / split for split in splits)):
                 remove_temporaries(folder)
             if finished:
@@ -144,17 +144,6 @@ def _disk_errors(root: Path) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise RunError("out of memory; run the same command with fewer --workers to continue") from error
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Lock the folder. Raises InputError if another process is preparing it."""
-    with (root / shards.PLAN).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is preparing {root}") from None
-        yield
 
 
 def _begin(root: Path, plan: dict[str, Any]) -> bool:
