@@ -31,6 +31,7 @@ from alexnet_kernels.training.devices import pick_device
 from alexnet_kernels.training.header import KEY
 from alexnet_kernels.training.loader import ImageLoader
 from alexnet_kernels.training.metrics import EpochMetrics
+from alexnet_kernels.training.prepare import prepare
 from alexnet_kernels.training.settings import settings_of
 from alexnet_kernels.training.spec import resumed_run
 
@@ -222,6 +223,49 @@ class TestResume:
             train(TINY, resume=tmp_path / "run")
         first.with_name("99999.png").rename(first)
         assert train(TINY, resume=tmp_path / "run").stopped is None
+
+    @pytest.mark.parametrize(
+        ("kind", "split"), [("folder", "train"), ("not in memory", "val"), ("zip", "train"), ("prepared", "val")]
+    )
+    def test_images_of_other_contents(self, data: Path, tmp_path: Path, kind: str, split: str) -> None:
+        tree = shutil.copytree(data, tmp_path / "data")
+        path = {"zip": tmp_path / "data.zip", "prepared": tmp_path / "set"}.get(kind, tree)
+        options = {"in_memory": 0} if kind == "not in memory" else {}
+
+        def make() -> None:
+            if kind == "zip":
+                shutil.make_archive(str(tmp_path / "data"), "zip", tree)
+            if kind == "prepared":
+                shutil.rmtree(path, ignore_errors=True)
+                prepare(tree, path, size=73)
+
+        make()
+        train(TINY, path, out=tmp_path / "run", max_seconds=1e-9, **options)
+        first, second = sorted((tree / split / "ship").iterdir())[:2]
+        contents = first.read_bytes(), second.read_bytes()
+        first.write_bytes(contents[1])
+        make()
+        names = {"train": "training", "val": "validation"}
+        with pytest.raises(InputError, match=f"some {names[split]} images have changed since the run was begun"):
+            train(TINY, resume=tmp_path / "run", **options)
+        first.write_bytes(contents[0])
+        make()
+        # A folder and a zip of it hold the same.
+        other = tree if kind == "zip" else None
+        assert train(TINY, other, resume=tmp_path / "run", max_seconds=1e-9, **options).stopped == "out of time"
+
+    def test_run_of_an_earlier_version(self, data: Path, tmp_path: Path) -> None:
+        """Its header has a hash of the training images' names."""
+        folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
+        content = checkpoint.load(folder / "last.ckpt").content
+        names = content[KEY]["fingerprint"].partition(":")[0]
+        for fingerprint, message in ((names[::-1], "of other names"), (names, None)):
+            content[KEY]["fingerprint"] = fingerprint
+            checkpoint.save(content, folder / "last.ckpt")
+            if message:
+                with pytest.raises(InputError, match=message):
+                    train(TINY, resume=folder)
+        assert train(TINY, resume=folder).stopped is None
 
     def test_other_data(self, data: Path, tmp_path: Path) -> None:
         train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)

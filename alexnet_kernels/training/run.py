@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import warnings
@@ -104,8 +103,10 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
         _take(spec.resume, team, held)
     _check_settings(spec, device, team)
     sets = _read_images(spec, console, team)
-    header = _header(spec, sets[0])
-    _check_sets(spec, header, sets, team)
+    fingerprints = [images.fingerprint() for images in sets]
+    team.report_progress()
+    header = _header(spec, sets[0], " ".join(fingerprints))
+    _check_sets(spec, header, sets, fingerprints, team)
     torch.manual_seed(settings.seed)
     model = header.model()
     parameters = count_parameters(model)
@@ -171,12 +172,15 @@ def _check_settings(spec: RunSpec, device: torch.device, team: Team) -> None:
     if team.parallel is not None:
         team.parallel.check(team.size, settings)
         own = {**settings.to_dict(), **asdict(team.parallel), "version": __version__}
+        own |= {"save_every": spec.save_every, "bad_images": spec.bad_images}
         team.check_same(**own, torch=torch.__version__.split("+")[0])
     if spec.resume is None and spec.out is not None and team.rank == 0 and not team.restarted:
         refuse_existing(spec.out)
 
 
-def _check_sets(spec: RunSpec, header: Header, sets: Sequence[image_set.StoredImages], team: Team) -> None:
+def _check_sets(
+    spec: RunSpec, header: Header, sets: Sequence[image_set.StoredImages], fingerprints: Sequence[str], team: Team
+) -> None:
     """Raise InputError unless all processes have the same images and the same state to resume."""
     if team.size == 1:
         return
@@ -194,8 +198,8 @@ def _check_sets(spec: RunSpec, header: Header, sets: Sequence[image_set.StoredIm
             )
     resume = spec.resume
     team.check_same(
-        training_images=(len(sets[0]), header.fingerprint),
-        validation_images=(len(sets[1]), _fingerprint(sets[1])),
+        training_images=(len(sets[0]), fingerprints[0]),
+        validation_images=(len(sets[1]), fingerprints[1]),
         state_to_resume=None if resume is None else (len(resume.history.epochs), repr(resume.history.epochs[-1:])),
     )
 
@@ -285,14 +289,8 @@ def _read_images(spec: RunSpec, console: Console, team: Team) -> Sequence[image_
     return sets
 
 
-def _fingerprint(images: image_set.StoredImages) -> str:
-    """Hash of the images' names, in order."""
-    return hashlib.sha256("\n".join(images.files).encode()).hexdigest()
-
-
-def _header(spec: RunSpec, train_set: image_set.StoredImages) -> Header:
+def _header(spec: RunSpec, train_set: image_set.StoredImages, fingerprint: str) -> Header:
     """The header of a new run, or the resumed run's. Raises InputError if that was begun on other images."""
-    fingerprint = _fingerprint(train_set)
     if spec.resume is not None:
         _check_resumed_images(spec.resume, train_set, fingerprint)
         return replace(spec.resume.header, settings=spec.settings)
@@ -313,11 +311,16 @@ def _check_resumed_images(resume: ResumePoint, train_set: image_set.StoredImages
             f"the run was begun on {header.train_images} images of {len(header.classes)} classes, the data "
             f"has {len(train_set)} of {len(train_set.classes)}: a resumed run needs the same images"
         )
-    if header.fingerprint != fingerprint or header.stored_size != train_set.size:
+    pairs = zip(header.fingerprint.split(), fingerprint.split(), strict=False)
+    differing = [image_set.difference(before, now) for before, now in pairs]
+    if "names" in differing or header.stored_size != train_set.size:
         raise InputError(
             f"the run was begun on images of other names, or of {header.stored_size} pixels instead of "
             f"{train_set.size}: a resumed run needs the same images"
         )
+    for what, how in zip(("training", "validation"), differing, strict=False):
+        if how:
+            raise InputError(f"some {what} images have changed since the run was begun: a resumed run needs the same")
 
 
 def _introduction(
