@@ -42,6 +42,8 @@ def write_history(history: History, folder: Path) -> None:
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    if not rows:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
