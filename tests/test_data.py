@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from alexnet_kernels._errors import InputError
-from alexnet_kernels.training import datasets, decoding, image_set
+from alexnet_kernels.training import datasets, decoding, image_set, source
 from alexnet_kernels.training.augmentation import Crops, PixelSums, Statistics, draws, stored_size
 
 
@@ -381,3 +383,36 @@ class TestAugmentation:
 
     def test_stored_size_is_the_papers_and_caffes(self) -> None:
         assert stored_size(224) == stored_size(227) == 256
+
+
+class TestChecksums:
+    def test_a_zip_and_its_folder_agree(self, tree: Path, tmp_path: Path) -> None:
+        archive = zipped(tree, tmp_path / "x.zip", "inside/")
+        folder, packed = (datasets.open_data(path, 8, in_memory=0) for path in (tree, archive))
+        assert [images.fingerprint() for images in folder] == [images.fingerprint() for images in packed]
+
+    @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["blocks", "whole"])
+    def test_a_changed_byte_is_noticed(self, tree: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        monkeypatch.setattr(source, "_WHOLE", limit)
+        path = sorted((tree / "train").rglob("*.png"))[1]
+        content = path.read_bytes()
+        images = datasets.open_data(tree, 8, in_memory=0)[0]
+        before = images.fingerprint()
+        for place in (0, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert image_set.difference(before, images.fingerprint()) == "contents"
+        path.write_bytes(content)
+        assert image_set.difference(before, images.fingerprint()) == ""
+
+    def test_what_differs(self) -> None:
+        assert image_set.difference("a:crc32-1", "b:crc32-1") == "names"
+        assert image_set.difference("a:crc32-1", "a:crc32-2") == "contents"
+        assert image_set.difference("a:crc32-1", "a:blocks-2") == ""
+        assert image_set.difference("a", "a:crc32-2") == ""
+        assert image_set.difference("a", "b:crc32-2") == "names"
+
+    def test_files_that_are_none(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "file").write_bytes(b"x")
+        names = ["pipe", "missing", "file"]
+        assert source.Source(tmp_path).checksums(names) == ("crc32", [-1, -1, zlib.crc32(b"x")])

@@ -15,6 +15,7 @@ from fused import assert_same_function, conv, doubled_output, image, lrn, outcom
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
+from alexnet_kernels import fuse
 from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
 
 
@@ -251,6 +252,61 @@ def test_inplace_activation_after_an_op(before: Callable, after: Callable) -> No
     first = before()
     fused = FusedSequential(*(first if isinstance(first, nn.Sequential) else [first]), after())
     assert_same_function(fused, plain(fused), image())
+
+
+VIEWS: dict[str, Callable[[], list[nn.Module]]] = {
+    "nothing": lambda: [],
+    "identity": lambda: [nn.Identity()],
+    "flatten": lambda: [nn.Flatten()],
+    "two": lambda: [nn.Flatten(), nn.Unflatten(1, (-1, 1))],
+    "nested": lambda: [nn.Sequential(nn.Identity(), nn.Flatten())],
+    "evaluated": lambda: [nn.Dropout(0.5).eval()],
+    "hooked": lambda: [viewing(nn.ReLU())],
+}
+HEADS: dict[str, Callable[[], list[nn.Module]]] = {
+    "conv-relu-pool": lambda: [conv(), nn.ReLU(), pool()],
+    "conv-relu-lrn-pool": lambda: [conv(), nn.ReLU(), lrn(), pool()],
+    "conv": lambda: [conv()],
+    "lrn": lambda: [conv(), lrn()],
+    "bn": lambda: [conv(), stats()],
+    "linear": lambda: [nn.Flatten(), nn.Linear(507, 8)],
+    "linear-relu-dropout": lambda: [nn.Flatten(), nn.Linear(507, 8), nn.ReLU(), Dropout(0.0)],
+}
+WRITERS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "leaky": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "dropout": lambda: nn.Dropout(0.0, inplace=True),
+    "nested": lambda: nn.Sequential(nn.Identity(), nn.LeakyReLU(0.2, inplace=True)),
+}
+
+
+def viewing(module: nn.Module) -> nn.Module:
+    """The module with a hook that makes it return its input."""
+    module.register_forward_hook(lambda module, args, output: args[0].view_as(args[0]))
+    return module
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_child_that_writes_into_a_view_of_its_input(head: str, writer: str) -> None:
+    """Where torch.nn.Sequential computes gradients, so does the fused one, the same; however they are nested."""
+    for view in VIEWS.values():
+        for wrap in (False, True):
+            start = HEADS[head]()
+            children = [nn.Sequential(*start) if wrap else start, *view(), WRITERS[writer]()]
+            flat = [child for part in children for child in (part if isinstance(part, list) else [part])]
+            module = nn.Sequential(*flat).double()
+            try:
+                outcome(module, image())
+            except RuntimeError:
+                continue
+            assert_same_function(fuse(copy.deepcopy(module)), module, image())
+
+
+def test_child_behind_a_new_tensor_does_not_matter(calls: list[str]) -> None:
+    module = FusedSequential(conv(), nn.ReLU(), pool(), nn.Identity(), conv(8), nn.LeakyReLU(0.2, inplace=True))
+    module(image().float()).sum().backward()
+    assert calls[:2] == ["conv2d", "max_pool2d+relu"]
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -94,7 +96,8 @@ class TestResult:
     def test_files(self, prepared: Path) -> None:
         names = {path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()}
         assert {name for name in names if name.startswith("train/")} == {
-            *(f"train/images-0000{i}.npy" for i in range(5)), "train/labels.npy", "train/files.json"
+            *(f"train/images-0000{i}.npy" for i in range(5)), "train/labels.npy", "train/files.json",
+            "train/checksums.npy",
         }  # fmt: skip
         assert {name for name in names if "/" not in name} == {
             "index.json", "plan.json", "statistics.npz", "report.csv"
@@ -374,9 +377,14 @@ class TestGoingOn:
         path = tree / "train" / "ant" / "00.jpg"
         content = path.read_bytes()
         try:
-            path.write_bytes(content + b"x")
-            with pytest.raises(InputError, match="was begun with other arguments: the images differ"):
-                prepare(tree, prepared, size=SIZE, shard_images=5)
+            for changed in (
+                content + b"x",
+                content[:-1] + b"x",
+                content[:99] + bytes([content[99] ^ 1]) + content[100:],
+            ):
+                path.write_bytes(changed)
+                with pytest.raises(InputError, match="was begun with other arguments: the images differ"):
+                    prepare(tree, prepared, size=SIZE, shard_images=5)
         finally:
             path.write_bytes(content)
 
@@ -430,8 +438,8 @@ class TestDamage:
         [
             ("train/images-00002.npy", None, r"images-00002\.npy is missing or truncated"),
             ("train/images-00002.npy", 1000, r"images-00002\.npy is missing or truncated"),
-            ("train/labels.npy", 130, r"train is damaged"),
-            ("val/files.json", 5, r"val is damaged"),
+            ("train/labels.npy", 130, r"train/labels\.npy is damaged"),
+            ("val/files.json", 5, r"val/files\.json is damaged"),
             ("statistics.npz", 50, "is damaged"),
             ("index.json", 20, "is damaged"),
             ("index.json", None, "is not finished"),
@@ -453,9 +461,56 @@ class TestDamage:
 
     def test_other_format(self, copy: Path) -> None:
         index = (copy / "index.json").read_text()
-        (copy / "index.json").write_text(index.replace('"format": 1', '"format": 2'))
-        with pytest.raises(InputError, match="is of format 2, this version reads 1"):
+        (copy / "index.json").write_text(index.replace('"format": 2', '"format": 3'))
+        with pytest.raises(InputError, match="is of format 3, this version reads 2"):
             datasets.open_data(copy, SIZE)
+
+    def test_format_of_earlier_versions(self, copy: Path) -> None:
+        before = [pixels(images) for images in datasets.open_data(copy, SIZE)]
+        index = json.loads((copy / "index.json").read_text())
+        for split in index["splits"]:
+            (copy / split / "checksums.npy").unlink()
+        old = {key: value for key, value in index.items() if key not in ("checksums", "crc32")} | {"format": 1}
+        (copy / "index.json").write_text(json.dumps(old))
+        for images, expected in zip(datasets.open_data(copy, SIZE), before, strict=True):
+            assert torch.equal(pixels(images), expected)
+            assert images.checksums()[0] == ""
+
+    def test_flipped_bits_and_sectors_of_zeros(self, copy: Path) -> None:
+        """Of any file: it is named when the set is opened, or the image when it is read."""
+        chance = random.Random(0)
+        before = [pixels(images) for images in datasets.open_data(copy, SIZE)]
+        others = [copy / "index.json", copy / "statistics.npz", *copy.rglob("files.json")]
+        for path in [*sorted(copy.rglob("*.npy")), *others]:
+            whole = path.read_bytes()
+            for i in range(6):
+                content = bytearray(whole)
+                if i % 2:
+                    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                else:
+                    start = chance.randrange(-(-len(content) // 512)) * 512
+                    content[start : start + 512] = bytes(len(content[start : start + 512]))
+                path.write_bytes(content)
+                try:
+                    opened = datasets.open_data(copy, SIZE)
+                except InputError:
+                    continue
+                for images, expected in zip(opened, before, strict=True):
+                    batch = images.__getitems__(range(len(images)))
+                    assert torch.equal(batch["images"], expected[batch["indices"]])
+                    assert len(batch["bad"]) == len(expected) - len(batch["indices"])
+                    assert all("damaged" in line for line in batch["bad"])
+            path.write_bytes(whole)
+
+    def test_damaged_image_ends_a_run(self, tree: Path, tmp_path: Path) -> None:
+        prepare(tree, tmp_path / "set", size=73, shard_images=5)
+        shard = tmp_path / "set" / "train" / "images-00002.npy"
+        content = bytearray(shard.read_bytes())
+        content[-5] ^= 1
+        shard.write_bytes(content)
+        settings = settings_of("quick", epochs=1, batch_size=22, image_size=64, width=0.04, precision="32")
+        with pytest.raises(InputError, match=r"1 image can't be read: train/bee/03\.jpg: it is damaged in .*set"):
+            train(settings, tmp_path / "set", out=tmp_path / "run")
 
     def test_split_that_was_not_prepared(self, tree: Path, tmp_path: Path) -> None:
         prepare(tree, tmp_path / "set", size=SIZE, splits=("val",))

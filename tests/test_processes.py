@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from runs import assert_same, environment, figures, shipped_images
 
 from alexnet_kernels import cli
 from alexnet_kernels.training import checkpoint
+from alexnet_kernels.training.distributed.environment import StoreAddress, group_store, on_one_machine
 
 TINY = ["--recipe", "cifar", "--preset", "paper", "--width", "0.04", "--epochs", "3", "--batch-size", "8"]
 TINY += ["--precision", "32", "--device", "cpu"]
@@ -220,18 +224,108 @@ DIFFERENT = """
 import os, sys
 from alexnet_kernels import cli
 
-sys.exit(cli.main([*sys.argv[1:], "--lr", "0.0" + os.environ["RANK"] + "1"]))
+sys.exit(cli.main([*sys.argv[1:-3], sys.argv[-3], sys.argv[-2 + int(os.environ["RANK"])]]))
 """
 
 
-def test_processes_with_different_settings_are_refused(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("--lr", ("0.001", "0.011"), "differ in lr: rank 0 has 0.001, rank 1 0.011"),
+        ("--save-every", ("3", "7"), "differ in save every: rank 0 has 3, rank 1 7"),
+    ],
+)
+def test_processes_with_different_options_are_refused(
+    option: str, values: tuple[str, str], message: str, data: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "different.py"
     script.write_text(DIFFERENT)
     run = tmp_path / "run"
-    status, output = torchrun(script, "train", "--data", data, "--out", run, "--parallel", "towers", *TINY)
+    arguments = ["train", "--data", data, "--out", run, "--parallel", "towers", *TINY, option, *values]
+    status, output = torchrun(script, *arguments)
     assert status != 0
-    assert "the processes differ in lr: rank 0 has 0.001, rank 1 0.011" in output
+    assert f"the processes {message}" in output
     assert not run.exists()
+
+
+def listening(processes: Iterable[int]) -> set[str]:
+    """The addresses, in hexadecimal as /proc/net has them, on which the processes listen."""
+    sockets = set()
+    for process in processes:
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+def is_running(process: int) -> bool:
+    """Whether it has not ended; one that nobody waits for stays in /proc."""
+    try:
+        return not re.search(r"^State:\s+[ZX]", Path(f"/proc/{process}/status").read_text(), re.M)
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="finds the sockets in /proc")
+def test_processes_of_one_machine_listen_on_localhost_and_end_with_the_command(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launcher = start("--data", data, "--out", run, "--parallel", "towers", "--save-every", 1, *TINY, "--epochs", 9999)
+    addresses: set[str] = set()
+    processes: dict[str, int] = {}
+    try:
+        until = time.monotonic() + 120
+        while not (run / "last.ckpt").exists() and time.monotonic() < until and launcher.poll() is None:
+            processes = processes if len(processes) == 2 else ranks(launcher.pid)
+            with contextlib.suppress(OSError):
+                addresses |= listening([launcher.pid, *processes.values()])
+            time.sleep(0.02)
+        assert not listening([launcher.pid])
+        launcher.kill()
+        output = "".join(launcher.communicate(timeout=60))
+    finally:
+        launcher.kill()
+    assert addresses <= {"0100007F"}
+    assert "ends: the process that started the run, or its machine, is gone" in output
+    until = time.monotonic() + 30
+    # Their output ends a moment before they do.
+    while any(map(is_running, processes.values())) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(is_running, processes.values()))
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="finds the sockets in /proc")
+def test_rank_0_of_one_machine_hosts_the_store_on_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": port, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    before = listening([os.getpid()])
+    store = group_store(0, 1, timedelta(seconds=20))
+    assert listening([os.getpid()]) - before <= {"0100007F"}
+    StoreAddress.of_environment().connect(timedelta(seconds=20)).set("attempt/0/key", "value")
+    assert store.get("key") == b"value"
+
+
+@pytest.mark.parametrize(
+    ("host", "local", "one"),
+    [
+        ("127.0.0.1", None, True),
+        ("localhost", "1", True),
+        ("::1", "1", True),
+        ("10.0.0.1", "2", True),
+        ("10.0.0.1", "1", False),
+        ("node0", None, False),
+    ],
+)
+def test_one_machine(host: str, local: str | None, one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert on_one_machine() == one
 
 
 HANGING = """

@@ -17,7 +17,7 @@ NAME = "alexnet_kernels"
 # From the lowest. A module imports modules of lower layers, and of its own package.
 LAYERS = (
     ("_errors", "_runtime", "_sources", "_torch_private", "_version"),
-    ("_files", "_library", "reference"),
+    ("_checksum", "_files", "_library", "_lock", "reference"),
     ("_dispatch",),
     ("backends",),
     ("triton",),

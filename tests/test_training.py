@@ -31,6 +31,7 @@ from alexnet_kernels.training.devices import pick_device
 from alexnet_kernels.training.header import KEY
 from alexnet_kernels.training.loader import ImageLoader
 from alexnet_kernels.training.metrics import EpochMetrics
+from alexnet_kernels.training.prepare import prepare
 from alexnet_kernels.training.settings import settings_of
 from alexnet_kernels.training.spec import resumed_run
 
@@ -186,7 +187,7 @@ class TestResume:
         assert (result.folder / "filters.png").exists()
 
     def test_is_resolved_once(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The header is read when the run is resolved, the tensors by Lightning, and the best network for pictures."""
+        """The header is read to resolve the run and to tidy its folder, tensors by Lightning, the best for pictures."""
         folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
         mapped: list[bool] = []
         original = checkpoint.load
@@ -202,7 +203,7 @@ class TestResume:
         with pytest.raises(FrozenInstanceError):
             spec.settings = TINY  # type: ignore[misc]
         run_module.train(spec)
-        assert mapped == [True, False, True]
+        assert mapped == [True, True, False, True]
 
     def test_other_settings(self, data: Path, tmp_path: Path) -> None:
         folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
@@ -222,6 +223,49 @@ class TestResume:
             train(TINY, resume=tmp_path / "run")
         first.with_name("99999.png").rename(first)
         assert train(TINY, resume=tmp_path / "run").stopped is None
+
+    @pytest.mark.parametrize(
+        ("kind", "split"), [("folder", "train"), ("not in memory", "val"), ("zip", "train"), ("prepared", "val")]
+    )
+    def test_images_of_other_contents(self, data: Path, tmp_path: Path, kind: str, split: str) -> None:
+        tree = shutil.copytree(data, tmp_path / "data")
+        path = {"zip": tmp_path / "data.zip", "prepared": tmp_path / "set"}.get(kind, tree)
+        options = {"in_memory": 0} if kind == "not in memory" else {}
+
+        def make() -> None:
+            if kind == "zip":
+                shutil.make_archive(str(tmp_path / "data"), "zip", tree)
+            if kind == "prepared":
+                shutil.rmtree(path, ignore_errors=True)
+                prepare(tree, path, size=73)
+
+        make()
+        train(TINY, path, out=tmp_path / "run", max_seconds=1e-9, **options)
+        first, second = sorted((tree / split / "ship").iterdir())[:2]
+        contents = first.read_bytes(), second.read_bytes()
+        first.write_bytes(contents[1])
+        make()
+        names = {"train": "training", "val": "validation"}
+        with pytest.raises(InputError, match=f"some {names[split]} images have changed since the run was begun"):
+            train(TINY, resume=tmp_path / "run", **options)
+        first.write_bytes(contents[0])
+        make()
+        # A folder and a zip of it hold the same.
+        other = tree if kind == "zip" else None
+        assert train(TINY, other, resume=tmp_path / "run", max_seconds=1e-9, **options).stopped == "out of time"
+
+    def test_run_of_an_earlier_version(self, data: Path, tmp_path: Path) -> None:
+        """Its header has a hash of the training images' names."""
+        folder = train(TINY, data, out=tmp_path / "run", max_seconds=1e-9).folder
+        content = checkpoint.load(folder / "last.ckpt").content
+        names = content[KEY]["fingerprint"].partition(":")[0]
+        for fingerprint, message in ((names[::-1], "of other names"), (names, None)):
+            content[KEY]["fingerprint"] = fingerprint
+            checkpoint.save(content, folder / "last.ckpt")
+            if message:
+                with pytest.raises(InputError, match=message):
+                    train(TINY, resume=folder)
+        assert train(TINY, resume=folder).stopped is None
 
     def test_other_data(self, data: Path, tmp_path: Path) -> None:
         train(TINY, data, out=tmp_path / "run", max_seconds=1e-9)

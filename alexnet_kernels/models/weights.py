@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_kernels._checksum import check_safetensors
+
 __all__ = ["load_weights"]
 
 _WEIGHT_NAMES = ("IMAGENET1K_V1", "DEFAULT")
@@ -69,6 +71,10 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
         except ImportError as error:
             raise ImportError(f"reading {str(path)!r} needs the package safetensors: install it") from error
+        try:
+            check_safetensors(path)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} can't be read: {error}") from error
         return load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):

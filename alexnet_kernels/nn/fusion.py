@@ -48,7 +48,8 @@ class FusedSequential(nn.Sequential):
     ops' stream, not from torch.nn.Dropout's.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, overwritten: bool = False) -> Tensor:
+        """The output. `overwritten` says that the caller writes into it before backward, which some ops don't allow."""
         if _has_global_hooks() or is_transformed():
             return super().forward(input)
         children = list(self._modules.values())
@@ -57,11 +58,15 @@ class FusedSequential(nn.Sequential):
         while i < len(children):
             run = _run_at(kinds, i)
             end = i + len(run)
-            if run and _takes(_RULES[run], x) and not _overwrites_input(kinds, children, end):
+            if run and _takes(_RULES[run], x) and not _overwrites_input(kinds, children, end, overwritten):
                 x = _compute(run, children[i:end], x)
                 i = end
             else:
-                x = children[i](x)
+                container = type(children[i]) is FusedSequential
+                if container and _overwrites_input(kinds, children, i + 1, overwritten):
+                    x = children[i](x, True)
+                else:
+                    x = children[i](x)
                 i += 1
         return x
 
@@ -181,9 +186,33 @@ def _area(kernel_size: int | tuple[int, ...]) -> int:
     return height * width
 
 
-def _overwrites_input(kinds: str, children: Sequence[nn.Module], i: int) -> bool:
-    """Whether child i writes into its input, which the op before it may have saved for its backward."""
-    return i < len(children) and kinds[i] in ".i" and bool(getattr(children[i], "inplace", False))
+_NEW = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.Linear,
+    nn.LocalResponseNorm,
+)
+"""Layers whose output is a new tensor, also with hooks. Others may return their input or a view of it."""
+
+
+def _overwrites_input(kinds: str, children: Sequence[nn.Module], i: int, otherwise: bool | None = False) -> bool | None:
+    """Whether the children from i on write into their input, which the op before it may have saved for its backward.
+
+    They may do so through views of it. otherwise: the result where the last of them may return the input or a view.
+    """
+    for kind, child in zip(kinds[i:], children[i:], strict=True):
+        if type(child) in (nn.Sequential, FusedSequential):
+            inner = list(child._modules.values())
+            if (found := _overwrites_input(_kinds(inner), inner, 0, None)) is not None:  # type: ignore[arg-type]
+                return found
+        elif kind in ".i" and getattr(child, "inplace", False):
+            return True
+        elif kind in "CcRNPBL" or isinstance(child, _NEW) or (kind == "D" and child.training and child.p):
+            return False
+    return otherwise
 
 
 class Rule(NamedTuple):

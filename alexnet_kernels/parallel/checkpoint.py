@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 
-from alexnet_kernels._errors import require
+from alexnet_kernels._checksum import serialize_safetensors
+from alexnet_kernels._errors import first_line, require
 from alexnet_kernels._files import atomic_file
+from alexnet_kernels.parallel.checkpoint_folder import DataPlanner, DataReader, problem_of, write_checksums
 from alexnet_kernels.parallel.collectives import shard_slice
 
 __all__ = ["export", "full_state_dict", "load", "save"]
@@ -36,6 +39,7 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | 
     dcp.save(_state(model, optimizer), checkpoint_id=str(temporary))
     _barrier()
     if _rank() == 0:
+        write_checksums(temporary)
         os.replace(temporary, path)
     _barrier()
 
@@ -43,12 +47,20 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer | None, path: str | Path) -> None:
     """Read what `save` wrote, with any number of ranks and any plan, into the model and the optimizer.
 
-    Every rank calls it. Raises ValueError if there is no such checkpoint.
+    Every rank calls it. Nothing that the folder holds is executed. Raises ValueError if there is no such checkpoint, or
+    a file of it is damaged.
     """
     path = Path(path)
-    _raise_on_all("" if (path / ".metadata").is_file() else f"{path} is no checkpoint of parallel.save")
+    _raise_on_all(problem_of(path) if _rank() == 0 else "")
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=str(path))
+    try:
+        dcp.load(state, storage_reader=DataReader(path), planner=DataPlanner())
+    except dcp.CheckpointException as error:
+        failure = next(iter(error.failures.values()))[0]
+        # torch's message recommends to execute the content.
+        code = isinstance(failure, pickle.UnpicklingError)
+        reason = "it holds more than tensors and plain values" if code else first_line(failure)
+        raise ValueError(f"{path} can't be loaded into this model and optimizer: {reason}") from error
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -97,14 +109,12 @@ def export(model: nn.Module, path: str | Path) -> None:
     Every rank calls it, rank 0 writes. Raises ValueError if the path exists, MissingPackage without safetensors.
     """
     require("a safetensors file", "safetensors")
-    from safetensors.torch import save as serialize
-
     path = Path(path)
     _raise_on_all(f"{path} exists: name another file" if path.exists() else "")
     state = full_state_dict(model)
     if _rank() == 0:
         with atomic_file(path) as file:
-            file.write(serialize(state, {"format": "pt"}))
+            file.write(serialize_safetensors(state, {"format": "pt"}))
     _barrier()
 
 

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_kernels._checksum import check_archive, check_safetensors, serialize_safetensors
 from alexnet_kernels._errors import InputError, RunError, first_line, require
 from alexnet_kernels._files import atomic_file, output_path, write_errors
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.training.augmentation import Crops
 from alexnet_kernels.training.header import KEY, Header, History, from_dict, from_json, to_json
 
-__all__ = ["Checkpoint", "Network", "export", "export_path", "find", "load", "load_network", "save"]
+__all__ = ["Checkpoint", "Network", "best_in", "export", "export_path", "find", "load", "load_network", "save"]
 
 MODEL = "model."
 """Prefix of the model's keys in a checkpoint's state_dict."""
@@ -38,6 +39,11 @@ class Checkpoint:
     history: History
     content: dict[str, Any]
     """The whole checkpoint, as Lightning wrote it."""
+
+    def ends_best_epoch(self) -> bool:
+        """Whether this is the state after the best epoch so far."""
+        epochs = self.history.epochs
+        return bool(epochs) and self.history.best() is epochs[-1] and self.content["global_step"] == epochs[-1]["step"]
 
 
 @dataclass
@@ -75,12 +81,35 @@ def find(path: str | Path, name: str) -> Path:
     return path
 
 
+def best_in(folder: Path) -> Path:
+    """The checkpoint of the best epoch of a run: best.ckpt, unless the run was killed before it could renew that.
+
+    Then it is last.ckpt, which is written first. Raises InputError if there is neither.
+    """
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    # After the best epoch, both names are one file.
+    if last.is_file() and not (best.is_file() and best.samefile(last)):
+        newest, renewed = _read(last), _read(best)
+        if newest and newest.ends_best_epoch() and not (renewed and renewed.history == newest.history):
+            return last
+    return find(folder, best.name)
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint, or None if there is none that can be read."""
+    try:
+        return load(path, mmap=True) if path.is_file() else None
+    except InputError:
+        return None
+
+
 def load(path: str | Path, mmap: bool = False) -> Checkpoint:
-    """Read a checkpoint, with its tensors on the CPU. Raises InputError if it is not one.
+    """Read a checkpoint, with its tensors on the CPU. Raises InputError if it is not one, or damaged.
 
     mmap: map the tensors' data instead of reading it.
     """
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a readable checkpoint (truncated, damaged or of another kind)") from error
@@ -96,6 +125,7 @@ def _load_safetensors(path: Path) -> tuple[Header, History, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -124,7 +154,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
 
     Raises InputError if it can't be read, MissingPackage for a .safetensors file without that package.
     """
-    path = find(path, "best.ckpt")
+    path = best_in(Path(path)) if Path(path).is_dir() else find(path, "best.ckpt")
     if path.suffix.lower() == ".safetensors":
         header, history, weights = _load_safetensors(path)
     else:
@@ -162,9 +192,7 @@ def export(network: Network, path: str | Path) -> None:
     then no file is left.
     """
     require("a safetensors file", "safetensors")
-    from safetensors.torch import save as serialize
-
     path = export_path(path)
     tensors = {key: value.cpu().contiguous() for key, value in network.model.state_dict().items()}
     with write_errors(path), atomic_file(path) as file:
-        file.write(serialize(tensors, {"format": "pt", KEY: to_json(network.header, network.history)}))
+        file.write(serialize_safetensors(tensors, {"format": "pt", KEY: to_json(network.header, network.history)}))

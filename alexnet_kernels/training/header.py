@@ -34,7 +34,8 @@ class Header:
     """Path of the training images; empty for the package's images."""
     train_images: int
     fingerprint: str
-    """Hash of the training images' names, in order."""
+    """Fingerprints of the training and validation images, with a space between; in earlier versions a hash of the
+    training images' names."""
     stored_size: int
     """Side of the stored squares, in pixels."""
 

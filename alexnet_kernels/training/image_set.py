@@ -7,6 +7,7 @@ Classes are numbered in the sorted order of their names.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ __all__ = [
     "check_classes",
     "check_stored_size",
     "decode_into_memory",
+    "difference",
     "open_splits",
     "unreadable",
 ]
@@ -76,6 +78,16 @@ class StoredImages(torch.utils.data.Dataset):
     def __getitems__(self, places: Sequence[int]) -> Batch:
         raise NotImplementedError
 
+    def checksums(self) -> tuple[str, Sequence[int]]:
+        """A checksum of each image, and its kind; "" if there are none."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Hash of the images' names, in order, a colon, the kind of checksum of their contents and a hash of those."""
+        kind, sums = self.checksums()
+        names = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
+        return f"{names}:{kind}-{hashlib.sha256(','.join(map(str, sums)).encode()).hexdigest()}"
+
     def sample(self, count: int) -> Tensor:
         """Up to `count` images at equal distances in the split, uint8 [n, size, size, 3]."""
         step = max(1, -(-len(self) // count))
@@ -93,6 +105,9 @@ class ImageSet(StoredImages):
     size: int
     pixels: Tensor | None = None
     bad: list[str] = field(default_factory=list)
+
+    def checksums(self) -> tuple[str, Sequence[int]]:
+        return self.source.checksums(self.files)
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
         indices = torch.as_tensor(places, dtype=torch.int64)
@@ -147,6 +162,18 @@ def check_classes(images: ImageSet, split: str) -> None:
             f"{images.source.path}: no images in {_listed([f'{split}/{name}' for name in empty])} "
             f"(one of {', '.join(sorted(decoding.EXTENSIONS))} each)"
         )
+
+
+def difference(before: str, now: str) -> str:
+    """How images of one fingerprint differ from those of another: "names", "contents" or "".
+
+    Checksums of different kinds, and those that an earlier version did not take, are not compared.
+    """
+    (names, _, contents), (other_names, _, other_contents) = before.partition(":"), now.partition(":")
+    if names != other_names:
+        return "names"
+    kinds = contents.partition("-")[0], other_contents.partition("-")[0]
+    return "contents" if kinds[0] and kinds[0] == kinds[1] and contents != other_contents else ""
 
 
 def check_stored_size(images: StoredImages, crop: int, path: str | Path) -> None:

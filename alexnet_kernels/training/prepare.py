@@ -7,7 +7,6 @@ bytes do not depend on the number of processes. A process holds one decoded imag
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -23,8 +22,10 @@ import torch
 
 from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels._files import atomic_file, remove_temporaries, write_atomically
+from alexnet_kernels._lock import locked
 from alexnet_kernels.training import image_set, shards
 from alexnet_kernels.training.augmentation import PixelSums
+from alexnet_kernels.training.shard_checksums import CHECKSUMS, INDEX, STATISTICS, add_checksums
 from alexnet_kernels.training.shard_writer import ShardTask, write_shards
 from alexnet_kernels.training.source import Source
 
@@ -100,7 +101,7 @@ def prepare(
             for split, images_ in zip(splits, sets, strict=True)
             for number, (files, labels) in enumerate(_parts(images_, shard_images))
         ]
-        with _locked(root):
+        with locked(root, f"another process is preparing {root}"):
             for folder in (root, *(root / split for split in splits)):
                 remove_temporaries(folder)
             if finished:
@@ -110,7 +111,7 @@ def prepare(
                 _finish(root, plan, tasks, sets, bad_images)
             for task in tasks:
                 task.record.unlink(missing_ok=True)
-    index = json.loads((root / shards.INDEX).read_text())
+    index = json.loads((root / INDEX).read_text())
     return Report(
         {split: sum(part["shards"]) for split, part in index["splits"].items()},
         len(index["classes"]),
@@ -123,8 +124,9 @@ def prepare(
 def _digest(source: Source, sets: Sequence[image_set.ImageSet]) -> str:
     digest = hashlib.sha256()
     for images_ in sets:
-        for name in images_.files:
-            digest.update(f"{name}\0{source.size_of(name)}\0".encode())
+        kind, sums = source.checksums(images_.files)
+        for name, checksum in zip(images_.files, sums, strict=True):
+            digest.update(f"{name}\0{source.size_of(name)}\0{kind}\0{checksum}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -144,17 +146,6 @@ def _disk_errors(root: Path) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise RunError("out of memory; run the same command with fewer --workers to continue") from error
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Lock the folder. Raises InputError if another process is preparing it."""
-    with (root / shards.PLAN).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is preparing {root}") from None
-        yield
 
 
 def _begin(root: Path, plan: dict[str, Any]) -> bool:
@@ -180,7 +171,7 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
         (root / split).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         _write_json(path, plan)
-    return (root / shards.INDEX).is_file()
+    return (root / INDEX).is_file()
 
 
 def _finish(
@@ -193,10 +184,12 @@ def _finish(
         files: list[str] = []
         labels: list[int] = []
         counts: list[int] = []
+        checksums: list[np.ndarray] = []
         sums = PixelSums.of(torch.empty(0, plan["size"], plan["size"], 3, dtype=torch.uint8))
         for task in (task for task in tasks if task.split == split):
             with np.load(task.record) as record:
                 kept = record["kept"].tolist()
+                checksums.append(record["checksums"])
                 sums += PixelSums(
                     int(record["count"]), torch.from_numpy(record["places"]), torch.from_numpy(record["products"])
                 )
@@ -210,9 +203,11 @@ def _finish(
         splits[split] = {"shards": counts}
         with atomic_file(root / split / "labels.npy") as file:
             np.save(file, np.array(labels, dtype=np.int64))
+        with atomic_file(root / split / CHECKSUMS) as file:
+            np.save(file, np.concatenate(checksums))
         _write_json(root / split / "files.json", files)
         if split == plan["splits"][0]:
-            with atomic_file(root / shards.STATISTICS) as file:
+            with atomic_file(root / STATISTICS) as file:
                 np.savez(file, count=np.array(sums.count), places=sums.places.numpy(), products=sums.products.numpy())
     left_out = [f"{name}: {reason}" for name, what, reason in notes if what == "left out"]
     text = io.StringIO()
@@ -228,7 +223,8 @@ def _finish(
         "left_out": len(left_out),
         "converted": len(notes) - len(left_out),
     }
-    _write_json(root / shards.INDEX, index)
+    add_checksums(root, index)
+    _write_json(root / INDEX, index)
 
 
 def _write_json(path: Path, content: Any) -> None:

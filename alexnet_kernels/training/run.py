@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alexnet_kernels._errors import InputError, RunError
-from alexnet_kernels._files import remove_temporaries
 from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels._version import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
 from alexnet_kernels.training import datasets, decoding, image_set
 from alexnet_kernels.training.augmentation import Statistics, stored_size
 from alexnet_kernels.training.callbacks.checkpoint import AtomicCheckpointIO, CheckpointCallback
-from alexnet_kernels.training.callbacks.csv_files import CSVCallback
+from alexnet_kernels.training.callbacks.csv_files import CSVCallback, write_history
 from alexnet_kernels.training.callbacks.progress import ProgressCallback
 from alexnet_kernels.training.callbacks.stop import Stopped, StopRequest
 from alexnet_kernels.training.callbacks.tensorboard import TensorBoardCallback
@@ -37,6 +34,7 @@ from alexnet_kernels.training.distributed.team import Team, join
 from alexnet_kernels.training.header import Header
 from alexnet_kernels.training.loader import ImageDataModule
 from alexnet_kernels.training.module import Classifier
+from alexnet_kernels.training.run_folder import RECIPE, lock, new_folder, put_in_order, refuse_existing
 from alexnet_kernels.training.run_pictures import draw_pictures
 from alexnet_kernels.training.settings import Settings, save_recipe
 from alexnet_kernels.training.spec import ResumePoint, RunSpec
@@ -82,7 +80,8 @@ def train(spec: RunSpec, console: Console | None = None) -> Result:
     keep_freed_memory()
     console = console or Console(quiet=True)
     if spec.parallel is None:
-        return _train(spec, console, Team(), began)
+        with ExitStack() as held:
+            return _train(spec, console, Team(), began, held)
     with join(spec.parallel, spec.device) as team:
         if team.rank > 0:
             console = Console(quiet=True)
@@ -92,23 +91,26 @@ def train(spec: RunSpec, console: Console | None = None) -> Result:
             device=f"cuda:{team.local_rank}" if cuda else "cpu",
             in_memory=spec.in_memory // team.local_size,
         )
-        return _train(local, console, team, began)
+        with ExitStack() as held:
+            return _train(local, console, team, began, held)
 
 
-def _train(spec: RunSpec, console: Console, team: Team, began: float) -> Result:
+def _train(spec: RunSpec, console: Console, team: Team, began: float, held: ExitStack) -> Result:
+    """`held` keeps the lock of the run's folder."""
     settings = spec.settings
     device = pick_device(spec.device)
-    if spec.resume is not None and team.rank == 0:
-        # What a killed process was writing.
-        remove_temporaries(spec.resume.path.parent)
+    if spec.resume is not None:
+        _take(spec.resume, team, held)
     _check_settings(spec, device, team)
     sets = _read_images(spec, console, team)
-    header = _header(spec, sets[0])
-    _check_sets(spec, header, sets, team)
+    fingerprints = [images.fingerprint() for images in sets]
+    team.report_progress()
+    header = _header(spec, sets[0], " ".join(fingerprints))
+    _check_sets(spec, header, sets, fingerprints, team)
     torch.manual_seed(settings.seed)
     model = header.model()
     parameters = count_parameters(model)
-    folder = team.folder = _folder(spec, team)
+    folder = team.folder = _folder(spec, team, held)
     introduction = _introduction(settings, sets, parameters, device, folder, team)
     console.print(introduction, highlight=False, soft_wrap=True, markup=False)
 
@@ -142,6 +144,7 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float) -> Result:
     history = module.history
     if history.epochs and team.rank == 0:
         with _machine_errors(folder, team):
+            write_history(history, folder)
             board.add_pictures(draw_pictures(history, sets, folder, device), trainer.global_step)
     return Result(
         folder,
@@ -169,12 +172,15 @@ def _check_settings(spec: RunSpec, device: torch.device, team: Team) -> None:
     if team.parallel is not None:
         team.parallel.check(team.size, settings)
         own = {**settings.to_dict(), **asdict(team.parallel), "version": __version__}
+        own |= {"save_every": spec.save_every, "bad_images": spec.bad_images}
         team.check_same(**own, torch=torch.__version__.split("+")[0])
     if spec.resume is None and spec.out is not None and team.rank == 0 and not team.restarted:
-        _refuse_existing(spec.out)
+        refuse_existing(spec.out)
 
 
-def _check_sets(spec: RunSpec, header: Header, sets: Sequence[image_set.StoredImages], team: Team) -> None:
+def _check_sets(
+    spec: RunSpec, header: Header, sets: Sequence[image_set.StoredImages], fingerprints: Sequence[str], team: Team
+) -> None:
     """Raise InputError unless all processes have the same images and the same state to resume."""
     if team.size == 1:
         return
@@ -192,8 +198,8 @@ def _check_sets(spec: RunSpec, header: Header, sets: Sequence[image_set.StoredIm
             )
     resume = spec.resume
     team.check_same(
-        training_images=(len(sets[0]), header.fingerprint),
-        validation_images=(len(sets[1]), _fingerprint(sets[1])),
+        training_images=(len(sets[0]), fingerprints[0]),
+        validation_images=(len(sets[1]), fingerprints[1]),
         state_to_resume=None if resume is None else (len(resume.history.epochs), repr(resume.history.epochs[-1:])),
     )
 
@@ -216,42 +222,29 @@ def _devices(team: Team, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _folder(spec: RunSpec, team: Team) -> Path:
-    """The folder of the run: created, with its recipe.yaml, or the one of the resumed run."""
+def _take(resume: ResumePoint, team: Team, held: ExitStack) -> None:
+    """Lock the folder of the resumed run and put it in order."""
+
+    def take() -> None:
+        held.enter_context(lock(resume.path.parent))
+        put_in_order(resume.path)
+
+    with _machine_errors(resume.path.parent, team):
+        team.from_first(take)
+
+
+def _folder(spec: RunSpec, team: Team, held: ExitStack) -> Path:
+    """The folder of the run: created and locked, with its recipe.yaml, or the one of the resumed run."""
     if spec.resume is not None:
         return spec.resume.path.parent
 
     def create() -> Path:
-        folder = _new_folder(spec.out, spec.settings.preset, team.restarted and spec.out is not None)
-        save_recipe(spec.settings, folder / "recipe.yaml")
+        folder = new_folder(spec.out, spec.settings.preset, team.restarted and spec.out is not None)
+        held.enter_context(lock(folder))
+        save_recipe(spec.settings, folder / RECIPE)
         return folder
 
     return team.from_first(create)
-
-
-def _refuse_existing(folder: Path) -> None:
-    if folder.exists():
-        hint = f", or resume that run: --resume {folder}" if (folder / "last.ckpt").exists() else ""
-        raise InputError(f"--out {folder} exists: name another folder{hint}")
-
-
-def _new_folder(out: Path | None, preset: str, may_exist: bool) -> Path:
-    """Create the folder `out`, or the next free runs/<preset>-<n>."""
-    number = 0
-    while True:
-        number += 1
-        folder = out if out is not None else Path("runs") / f"{preset}-{number}"
-        try:
-            folder.mkdir(parents=True, exist_ok=may_exist)
-        except FileExistsError:
-            if out is not None:
-                _refuse_existing(folder)
-                raise InputError(f"--out {folder}: a part of the path is no folder") from None
-        except OSError as error:
-            reason = error.strerror or errno.errorcode.get(error.errno or 0, "")
-            raise InputError(f"the run's folder {folder} can't be created: {reason}") from error
-        else:
-            return folder
 
 
 @contextmanager
@@ -296,14 +289,8 @@ def _read_images(spec: RunSpec, console: Console, team: Team) -> Sequence[image_
     return sets
 
 
-def _fingerprint(images: image_set.StoredImages) -> str:
-    """Hash of the images' names, in order."""
-    return hashlib.sha256("\n".join(images.files).encode()).hexdigest()
-
-
-def _header(spec: RunSpec, train_set: image_set.StoredImages) -> Header:
+def _header(spec: RunSpec, train_set: image_set.StoredImages, fingerprint: str) -> Header:
     """The header of a new run, or the resumed run's. Raises InputError if that was begun on other images."""
-    fingerprint = _fingerprint(train_set)
     if spec.resume is not None:
         _check_resumed_images(spec.resume, train_set, fingerprint)
         return replace(spec.resume.header, settings=spec.settings)
@@ -324,11 +311,16 @@ def _check_resumed_images(resume: ResumePoint, train_set: image_set.StoredImages
             f"the run was begun on {header.train_images} images of {len(header.classes)} classes, the data "
             f"has {len(train_set)} of {len(train_set.classes)}: a resumed run needs the same images"
         )
-    if header.fingerprint != fingerprint or header.stored_size != train_set.size:
+    pairs = zip(header.fingerprint.split(), fingerprint.split(), strict=False)
+    differing = [image_set.difference(before, now) for before, now in pairs]
+    if "names" in differing or header.stored_size != train_set.size:
         raise InputError(
             f"the run was begun on images of other names, or of {header.stored_size} pixels instead of "
             f"{train_set.size}: a resumed run needs the same images"
         )
+    for what, how in zip(("training", "validation"), differing, strict=False):
+        if how:
+            raise InputError(f"some {what} images have changed since the run was begun: a resumed run needs the same")
 
 
 def _introduction(

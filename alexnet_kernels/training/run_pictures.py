@@ -10,6 +10,7 @@ import torch
 from alexnet_kernels.training import checkpoint, inference, pictures
 from alexnet_kernels.training.header import History
 from alexnet_kernels.training.image_set import StoredImages
+from alexnet_kernels.training.run_folder import PICTURES
 
 __all__ = ["draw_pictures"]
 
@@ -33,8 +34,7 @@ def draw_pictures(history: History, sets: Sequence[StoredImages], folder: Path, 
     pictures.filters(conv1.weight, folder / "filters.png", towers)
     _draw_predictions(network, sets[1], folder / "predictions.png")
     _draw_neighbours(network, sets, folder / "neighbours.png")
-    names = ("filters.png", "curves.png", "predictions.png", "neighbours.png")
-    return [folder / name for name in names if (folder / name).exists()]
+    return [folder / name for name in PICTURES if (folder / name).exists()]
 
 
 def _spaced(images: StoredImages, count: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from alexnet_kernels._errors import InputError
+from alexnet_kernels._files import write_atomically
 from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
 
 __all__ = [
@@ -247,7 +248,7 @@ def save_recipe(settings: Settings, path: Path) -> None:
     import yaml
 
     content = {**settings.to_dict(), "lr_epochs": list(settings.lr_epochs)}
-    path.write_text("# Every setting of this run.\n" + yaml.safe_dump(content, sort_keys=False))
+    write_atomically(path, "# Every setting of this run.\n" + yaml.safe_dump(content, sort_keys=False))
 
 
 def default_recipe(shipped: bool, preset: str | None, parallel: bool = False) -> str:

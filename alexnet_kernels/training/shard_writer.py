@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -146,6 +147,7 @@ def _work(task: ShardTask) -> None:
 def _write_shard(task: ShardTask) -> Iterator[int]:
     """Write a shard and then its record. Yields the number of images done since the last yield."""
     kept: list[int] = []
+    checksums: list[int] = []
     notes: list[tuple[str, str, str]] = []
     size = task.size
     sums = PixelSums.of(torch.empty(0, size, size, 3, dtype=torch.uint8))
@@ -163,6 +165,7 @@ def _write_shard(task: ShardTask) -> Iterator[int]:
                 notes.append((name, "left out", decoding.error_reason(error)))
             else:
                 kept.append(place)
+                checksums.append(zlib.crc32(block[-1].numpy().data))
                 if mode != "RGB":
                     notes.append((name, "converted", mode))
             if len(block) == _BLOCK or (block and place + 1 == len(task.files)):
@@ -176,6 +179,7 @@ def _write_shard(task: ShardTask) -> Iterator[int]:
         file.seek(0, os.SEEK_END)
     record = {
         "kept": np.array(kept, dtype=np.int64),
+        "checksums": np.array(checksums, dtype=np.uint32),
         "count": np.array(sums.count),
         "places": sums.places.numpy(),
         "products": sums.products.numpy(),

@@ -1,10 +1,12 @@
 """Prepared image sets: uint8 squares in memory-mapped files, written by `prepare`.
 
-index.json                          size, classes, and the number of images in each shard of each split; written last
+index.json                          size, classes, the number of images in each shard of each split, and the CRC-32 of
+                                    every file but the shards and of itself; written last
 statistics.npz                      exact sums over the first split, for the mean image and the colour components
 report.csv                          images that were left out or converted, and why
 <split>/images-00000.npy ...        uint8 [n, size, size, 3]
 <split>/labels.npy, files.json      labels int64 [N]; names of the images below their split
+<split>/checksums.npy               CRC-32 of each image, uint32 [N], checked when it is read
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import bisect
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -23,11 +26,14 @@ import torch
 from alexnet_kernels._errors import InputError, first_line
 from alexnet_kernels.training.augmentation import PixelSums, Statistics
 from alexnet_kernels.training.image_set import Batch, StoredImages
+from alexnet_kernels.training.shard_checksums import CHECKSUMS, INDEX, STATISTICS, check_index
 
 __all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]
 
-FORMAT = 1
-INDEX, PLAN, STATISTICS, REPORT = "index.json", "plan.json", "statistics.npz", "report.csv"
+FORMAT = 2
+_WITHOUT_CHECKSUMS = 1
+"""The format of earlier versions, which is read too."""
+PLAN, REPORT = "plan.json", "report.csv"
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -50,6 +56,8 @@ class ShardSet(StoredImages):
         try:
             self.labels = torch.from_numpy(np.load(self.root / "labels.npy"))
             self.files = [f"{split}/{name}" for name in json.loads((self.root / "files.json").read_text())]
+            summed = index["format"] != _WITHOUT_CHECKSUMS
+            self._checksums = np.load(self.root / CHECKSUMS).tolist() if summed else []
         except (OSError, ValueError) as error:
             raise InputError(f"{self.root} is damaged, prepare it again: {error}") from error
         self._maps = [_open(self.root / shard_name(i), count, self.size) for i, count in enumerate(counts)]
@@ -74,7 +82,18 @@ class ShardSet(StoredImages):
                 raise IndexError(f"image {place} of {len(self)}")
             shard = bisect.bisect_right(self.starts, place) - 1
             rows[row] = self._maps[shard][place - self.starts[shard]]
+        damaged = [row for row, place in enumerate(places) if not self._has_checksum(place, rows[row])]
+        if damaged:
+            bad = [f"{self.files[places[row]]}: it is damaged in {self.root.parent}" for row in damaged]
+            good = sorted(set(range(len(places))) - set(damaged))
+            return {"images": images[good], "labels": self.labels[indices[good]], "indices": indices[good], "bad": bad}
         return {"images": images, "labels": self.labels[indices], "indices": indices, "bad": []}
+
+    def _has_checksum(self, place: int, image: np.ndarray) -> bool:
+        return not self._checksums or zlib.crc32(image.data) == self._checksums[place]
+
+    def checksums(self) -> tuple[str, Sequence[int]]:
+        return "squares" if self._checksums else "", self._checksums
 
 
 def _open(path: Path, count: int, size: int) -> np.ndarray:
@@ -98,8 +117,10 @@ def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> l
         raise InputError(f"{root} is not finished: run `alexnet-kernels prepare` again to continue")
     try:
         index = json.loads((root / INDEX).read_text())
-        if index["format"] != FORMAT:
+        if index["format"] not in (_WITHOUT_CHECKSUMS, FORMAT):
             raise InputError(f"{root} is of format {index['format']}, this version reads {FORMAT}")
+        if index["format"] == FORMAT:
+            check_index(root, index, [split for split in splits if split in index["splits"]])
         with np.load(root / STATISTICS) as sums:
             places, products = torch.from_numpy(sums["places"]), torch.from_numpy(sums["products"])
             statistics = PixelSums(int(sums["count"]), places, products).statistics()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import threading
 import zipfile
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from alexnet_kernels._errors import InputError
@@ -20,6 +23,10 @@ _MACHINE_ERRORS = frozenset(
         errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
     )
 )  # fmt: skip
+
+_BLOCK = 1 << 14
+_WHOLE = 4 << 30
+"""Bytes of all files of a folder up to which their whole content is checked."""
 
 
 class Source:
@@ -86,6 +93,20 @@ class Source:
         except OSError:
             return -1
 
+    def checksums(self, names: Sequence[str]) -> tuple[str, list[int]]:
+        """A checksum of each file, and its kind: "crc32" of the content, or "blocks" of it in a folder above 4 GiB.
+
+        Those of a zip are in its directory. A file that can't be read has -1.
+        """
+        if self._is_zip:
+            with zipfile.ZipFile(self.path) as archive:
+                found = {member.filename.replace("\\", "/"): member.CRC for member in archive.infolist()}
+            return "crc32", [found[self._prefix + name] for name in names]
+        whole = sum(map(self.size_of, names)) <= _WHOLE
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            sums = list(pool.map(lambda name: _checksum(self.path / name, whole), names))
+        return "crc32" if whole else "blocks", sums
+
     def at_fault(self, error: Exception) -> bool:
         """Whether the machine or the whole source failed, and not the one image that was read."""
         return isinstance(error, MemoryError) or (
@@ -110,6 +131,28 @@ class Source:
         if getattr(self._local, "process", None) != os.getpid():
             self._local.archive, self._local.process = zipfile.ZipFile(self.path), os.getpid()
         return io.BytesIO(self._local.archive.read(self._prefix + name))
+
+
+def _checksum(path: Path, whole: bool) -> int:
+    """The CRC-32 of a file, or of its size and its first, middle and last block; -1 if it can't be read."""
+    try:
+        # A pipe would wait for its writer.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return -1
+    try:
+        state = os.fstat(file)
+        if not stat.S_ISREG(state.st_mode):
+            return -1
+        last = max(0, state.st_size - _BLOCK)
+        crc = 0 if whole else zlib.crc32(str(state.st_size).encode())
+        for place in range(0, state.st_size, _BLOCK) if whole else (0, last // 2, last):
+            crc = zlib.crc32(os.pread(file, _BLOCK, place), crc)
+        return crc
+    except OSError:
+        return -1
+    finally:
+        os.close(file)
 
 
 def _visible(name: str) -> bool:

@@ -12,6 +12,7 @@ from alexnet_kernels.training import checkpoint, datasets
 from alexnet_kernels.training.distributed.config import ParallelConfig
 from alexnet_kernels.training.distributed.environment import attempt
 from alexnet_kernels.training.header import Header, History
+from alexnet_kernels.training.run_folder import is_complete
 from alexnet_kernels.training.settings import Settings
 
 __all__ = ["ResumePoint", "RunSpec", "new_run", "resumed_run"]
@@ -72,7 +73,7 @@ def resumed_run(
     """A run that continues from a checkpoint, or from last.ckpt in a run's folder, in that folder.
 
     With the same device and number of threads, the weights on a CPU are bitwise identical to those of an uninterrupted
-    run. The number of processes may change.
+    run. The number of processes may change. A run that was killed after its last epoch only gets the files it lacks.
 
     Args:
         path: the checkpoint or the folder. Its header is read here, once.
@@ -94,7 +95,7 @@ def resumed_run(
             raise InputError(
                 f"{option} {value} can't be used with --resume: {path} was begun with {getattr(own, name)}"
             )
-    if len(resume.history.epochs) >= own.epochs:
+    if len(resume.history.epochs) >= own.epochs and is_complete(path):
         raise InputError(f"{path} has finished its {own.epochs} epochs: there is nothing to resume")
     return RunSpec(
         settings=replace(own, accumulate=given.get("accumulate", own.accumulate)),

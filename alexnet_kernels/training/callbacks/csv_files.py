@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from alexnet_kernels._files import write_atomically
+from alexnet_kernels.training.header import History
 from alexnet_kernels.training.module import Classifier
 
-__all__ = ["CSVCallback"]
+__all__ = ["CSVCallback", "write_history"]
 
 
 class CSVCallback(Checkpoint):
@@ -31,11 +32,18 @@ class CSVCallback(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         if trainer.is_global_zero:
-            _write(pl_module.history.epochs, self.folder / "metrics.csv")
-            _write(pl_module.history.layers, self.folder / "layers.csv")
+            write_history(pl_module.history, self.folder)
+
+
+def write_history(history: History, folder: Path) -> None:
+    """Write metrics.csv and layers.csv."""
+    _write(history.epochs, folder / "metrics.csv")
+    _write(history.layers, folder / "layers.csv")
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    if not rows:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -57,7 +57,8 @@ class TensorBoardCallback(Callback):
     def add_pictures(self, paths: Sequence[Path], step: int) -> None:
         """Add PNG files after the run, and close the writer."""
         if self.writer is None:
-            return
+            # Nothing was left to train.
+            self.writer = SummaryWriter(str(self.folder))
         for path in paths:
             with Image.open(path) as image:
                 self.writer.add_image(path.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from alexnet_kernels.training.distributed.environment import FAILURE, LAUNCHED, watchdog_prefix
+from alexnet_kernels.training.distributed.environment import (
+    FAILURE,
+    LOOPBACK,
+    STORE,
+    file_store,
+    watchdog_prefix,
+)
 from alexnet_kernels.training.distributed.watchdog import GRACE
 
 __all__ = ["launch"]
@@ -29,8 +35,10 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     The processes get torchrun's environment variables. SIGINT and SIGTERM are forwarded to each of them. If a signal
     ends a process, the others end too.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    failures = dist.PrefixStore(watchdog_prefix(), store)
+    file = os.memfd_create("alexnet-kernels store")
+    # The pipe's other end, which nobody writes to, is closed when this process ends.
+    starter, alive = os.pipe()
+    failures = dist.PrefixStore(watchdog_prefix(), file_store(file))
     children: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: Any) -> None:
@@ -44,7 +52,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             children.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "alexnet_kernels", *arguments],
-                    env=_environment(rank, count, store.port),
+                    env=_environment(rank, count, f"{file},{starter}"),
+                    pass_fds=(file, starter),
                     stdin=subprocess.DEVNULL,
                     # A terminal's Ctrl-C reaches this process alone.
                     start_new_session=True,
@@ -58,9 +67,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                 child.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+        for descriptor in (file, starter, alive):
+            os.close(descriptor)
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def _environment(rank: int, count: int, store: str) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
         **os.environ,
@@ -69,11 +80,11 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": LAUNCHED,
-        # Rank 0, too, connects to this process's store, which outlives all ranks.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # Lightning wants to see an address. The processes meet in the store.
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": "0",
+        STORE: store,
+        "TORCHELASTIC_RUN_ID": "alexnet-kernels",
     }
 
 

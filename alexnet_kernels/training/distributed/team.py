@@ -15,7 +15,7 @@ import torch.distributed as dist
 from alexnet_kernels._errors import InputError, RunError, first_line
 from alexnet_kernels.parallel.plan import batch_shard
 from alexnet_kernels.training.distributed.config import ParallelConfig
-from alexnet_kernels.training.distributed.environment import attempt, group_store
+from alexnet_kernels.training.distributed.environment import attempt, group_store, on_one_machine
 from alexnet_kernels.training.distributed.watchdog import Watchdog
 
 __all__ = ["Team", "join"]
@@ -176,6 +176,9 @@ def _initialize(team: Team, parallel: ParallelConfig, device: str) -> None:
     try:
         # Longer than the watchdog's timeout, whose message says more.
         timeout = timedelta(seconds=parallel.timeout + 60)
+        if on_one_machine():
+            # By itself, gloo would listen on the address of the machine's name.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = group_store(team.rank, team.size, timeout)
         dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.size, timeout=timeout)
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from alexnet_kernels._errors import InputError, RunError, first_line
-from alexnet_kernels.training.distributed.environment import FAILURE, master_address, watchdog_prefix
+from alexnet_kernels.training.distributed.environment import FAILURE, StoreAddress, watchdog_prefix
 
 __all__ = ["GRACE", "Watchdog"]
 
@@ -54,7 +54,7 @@ class Watchdog(threading.Thread):
         """Set when the main thread ends the process itself."""
         self._main_thread = threading.main_thread().ident
         # The main thread may change the environment later.
-        self._prefix, self._address = watchdog_prefix(), master_address()
+        self._prefix, self._address = watchdog_prefix(), StoreAddress.of_environment()
         self._store: Any = None
         self._stopped = threading.Event()
         self.start()
@@ -94,7 +94,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         try:
-            store = dist.TCPStore(*self._address, timeout=timedelta(seconds=self.timeout))
+            store = self._address.connect(timedelta(seconds=self.timeout))
             self._store = dist.PrefixStore(self._prefix, store)
             self._watch()
         except RuntimeError:
@@ -108,6 +108,8 @@ class Watchdog(threading.Thread):
         store.set(f"beat/{self.rank}", str(beats))
         self.started.set()
         while not self._stopped.wait(HEARTBEAT):
+            if self._address.starter_is_gone():
+                raise RuntimeError("the command has ended")
             beats += 1
             store.set(f"beat/{self.rank}", str(beats))
             if (failure := self._failure()) is not None:
