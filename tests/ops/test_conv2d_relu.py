@@ -191,9 +191,8 @@ class TestAgainstFloat64:
     @pytest.mark.parametrize("order", [(2, 0, 3, 1), (3, 0, 2, 1), (2, 3, 0, 1)])
     def test_unusual_strides_of_dimensions_of_one_element(self, order, dtype):
         """torch's gradient of grouped weights in channels_last is wrong for them in float64 and float16."""
-        for shape, window in product(
-            ((1, 4, 2, 1), (2, 4, 1, 2), (1, 4, 1, 1), (1, 4, 3, 3)), ((1, 1), (2, 1), (1, 2))
-        ):
+        shapes = (1, 4, 2, 1), (2, 4, 1, 2), (1, 4, 1, 1), (1, 4, 3, 3)
+        for shape, window in product(shapes, ((1, 1), (2, 1), (1, 2))):
             if shape[2] < window[0] or shape[3] < window[1]:
                 continue
             x = random(shape, dtype).permute(order).contiguous().permute([order.index(d) for d in range(4)])
