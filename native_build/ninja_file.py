@@ -105,9 +105,12 @@ def write_ninja(build: Path, output: Path, toolkit: Toolkit | None) -> None:
     common = ["-O3", "-std=c++20", *TARGET, *include]
     cxx = [*common, "-fvisibility=hidden", "-fPIC", "-g0", "-fno-math-errno", "-fno-trapping-math"]
     cxx += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
-    cxx += shlex.split(os.environ.get("CXXFLAGS", ""))
+    given = shlex.split(os.environ.get("CXXFLAGS", ""))
+    cxx += given
     link = ["-Ltorch/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-    link += ["-Wl,--exclude-libs,ALL", "-s"]
+    link.append("-Wl,--exclude-libs,ALL")
+    if not any(flag.startswith("-g") and flag != "-g0" for flag in given):
+        link.append("-s")
 
     version = first_line(compiler)
     file.compilers("cxx", compiler, f"{torch}, {version}")
