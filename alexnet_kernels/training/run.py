@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from rich.console import Console
 from rich.progress import Progress
 
-from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._errors import InputError, RunError, out_of_memory, printable
 from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels._version import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
@@ -60,7 +60,9 @@ class Result:
     seconds: float
     """Duration of this call, including reading images."""
     skipped: list[str]
-    """Unreadable images that were left out."""
+    """Unreadable images and folders that were left out."""
+    ignored: int
+    """Files in the splits that are not taken for images."""
     stopped: str | None
     """Why the run ended before its last epoch, or None."""
 
@@ -154,6 +156,7 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
         parameters,
         time.monotonic() - began,
         sorted({*sets[0].bad, *sets[1].bad, *module.bad}),
+        len(sets[0].ignored) + len(sets[1].ignored),
         stopped,
     )
 
@@ -260,7 +263,7 @@ def _machine_errors(folder: Path, team: Team) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, RunError):
             reason = str(error)
-        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        elif out_of_memory(error):
             reason = "out of memory: try --accumulate 2 or more, which processes a batch in parts"
         elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
             reason = f"{error.filename or folder}: {error.strerror or error}"
@@ -341,7 +344,7 @@ def _introduction(
         f"{len(train_set):,} training and {len(val_set):,} validation images of "
         f"{len(train_set.classes)} classes, "
         f"{settings.image_size} x {settings.image_size}; {settings.epochs} epochs of batches of "
-        f"{settings.batch_size}; in {folder}"
+        f"{settings.batch_size}; in {printable(str(folder))}"
     )
 
 
