@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -172,13 +173,34 @@ def _check_settings(spec: RunSpec, device: torch.device, team: Team) -> None:
         raise InputError(
             f"--image-size {settings.image_size} is too small for preset {settings.preset!r}: {smallest} at least"
         )
-    if team.parallel is not None:
+    if team.parallel is None:
+        _check_memory(settings, count_parameters(model), device)
+    else:
         team.parallel.check(team.size, settings)
         own = {**settings.to_dict(), **asdict(team.parallel), "version": __version__}
         own |= {"save_every": spec.save_every, "bad_images": spec.bad_images}
         team.check_same(**own, torch=torch.__version__.split("+")[0])
+    folder = spec.out if spec.resume is None else spec.resume.path.parent
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the run's folder {folder}: TensorBoard needs a name in UTF-8") from None
     if spec.resume is None and spec.out is not None and team.rank == 0 and not team.restarted:
         refuse_existing(spec.out)
+
+
+def _check_memory(settings: Settings, parameters: int, device: torch.device) -> None:
+    """Raise InputError if the device lacks the memory of the state: a kernel without memory kills processes."""
+    needed = 3 * 4 * parameters
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise InputError(
+            f"--width {settings.width:g}: the weights of preset {settings.preset}, their gradients and momentum take "
+            f"{needed / 1e9:,.0f} GB, {device} has {total / 1e9:,.0f} GB"
+        )
 
 
 def _check_sets(
