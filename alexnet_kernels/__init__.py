@@ -2,7 +2,8 @@
 
 import warnings
 
-from alexnet_kernels import _library, backends, nn, ops, optim, reference
+# _interrupt comes first.
+from alexnet_kernels import _interrupt, _library, backends, nn, ops, optim, reference  # noqa: F401
 from alexnet_kernels._version import __version__
 from alexnet_kernels.backends import set_backend, use_backend
 from alexnet_kernels.models import AlexNet, alexnet

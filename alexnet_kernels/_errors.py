@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 
-__all__ = ["InputError", "MissingPackage", "RunError", "first_line", "require"]
+__all__ = ["InputError", "MissingPackage", "RunError", "first_line", "out_of_memory", "printable", "require"]
 
 
 class InputError(ValueError):
@@ -22,6 +23,31 @@ class MissingPackage(ImportError):
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or its type's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error is Python's, numpy's or torch's for memory that is not there."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+# Control characters, line separators, marks that reorder text, and the bytes of names that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text on one line, for a terminal: what would control the terminal or can't be encoded is escaped."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape").decode()
 
 
 _DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}

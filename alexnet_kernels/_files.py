@@ -1,26 +1,53 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and files that others wrote."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from alexnet_kernels._errors import InputError, RunError
 
-__all__ = ["atomic_file", "link_atomically", "output_path", "remove_temporaries", "write_atomically", "write_errors"]
+__all__ = [
+    "atomic_file",
+    "link_atomically",
+    "output_path",
+    "read_bounded",
+    "remove_temporaries",
+    "write_atomically",
+    "write_errors",
+]
+
+
+class _WrittenFile(io.FileIO):
+    """A file that remembers why a write failed: libraries that write to it may raise errors without the reason."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write. It replaces `path`, on disk, when the block ends; if the block raises, `path` is unchanged."""
+    """A file to write. It replaces `path`, on disk, when the block ends; if the block raises, `path` is unchanged.
+
+    An OSError of a write is raised as such, whatever the block made of it.
+    """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path.name), suffix=".tmp", dir=path.parent)
+    raw = _WrittenFile(handle, "wb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -29,17 +56,43 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if raw.error is not None and isinstance(error, Exception) and not isinstance(error, OSError):
+            raise raw.error from error
         raise
     _sync_folder(path.parent)
 
 
+def _temporary_prefix(name: str) -> str:
+    # The temporary name must fit where the name fits: 255 bytes in most file systems.
+    return f".{os.fsdecode(os.fsencode(name)[:200])}."
+
+
 def write_atomically(path: str | Path, text: str) -> None:
-    """Write the text, in UTF-8, to `path` by `atomic_file`."""
+    """Write the text to `path` by `atomic_file`, in UTF-8. Bytes of names that are not UTF-8 become \\x escapes."""
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def read_bounded(path: str | Path, limit: int) -> bytes:
+    """The content of a file of up to `limit` bytes. ValueError if it is larger, or a pipe, a device or a folder."""
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("it is not a regular file")
+        if state.st_size > limit:
+            raise ValueError(f"it has {state.st_size:,} bytes, at most {limit:,} are read")
+        content = io.BufferedReader(file).read(state.st_size + 1)
+    if len(content) > state.st_size:
+        raise ValueError("it grew while it was read")
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def link_atomically(source: Path, path: Path) -> None:
@@ -79,7 +132,7 @@ def output_path(path: str | Path, *suffixes: str, option: str = "") -> Path:
     what, path = f"{option} {path}".strip(), Path(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"{what}: a {' or '.join(suffixes)} file is expected")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"{what}: there is no folder {path.parent}")
     return path
 

@@ -16,7 +16,7 @@ PACKAGE = Path(alexnet_kernels.__file__).parent
 NAME = "alexnet_kernels"
 # From the lowest. A module imports modules of lower layers, and of its own package.
 LAYERS = (
-    ("_errors", "_runtime", "_sources", "_torch_private", "_version"),
+    ("_errors", "_interrupt", "_runtime", "_sources", "_torch_private", "_version"),
     ("_checksum", "_files", "_library", "_lock", "reference"),
     ("_dispatch",),
     ("backends",),

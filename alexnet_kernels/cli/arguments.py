@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 
 from alexnet_kernels import backends
-from alexnet_kernels._errors import InputError
+from alexnet_kernels._errors import InputError, printable
 
 __all__ = [
     "CHECKPOINT",
@@ -17,7 +18,9 @@ __all__ = [
     "duration",
     "elapsed",
     "numbers",
+    "path",
     "positive",
+    "say",
     "use_backend",
     "workers_of",
 ]
@@ -49,6 +52,25 @@ def positive(text: str) -> int:
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers separated by commas, such as 30,60,80."""
     return tuple(count(part) for part in text.split(",") if part)
+
+
+def path(text: str) -> str:
+    """A path that a file system can have."""
+    try:
+        os.stat(text)
+    except FileNotFoundError as error:
+        if not text:
+            raise argparse.ArgumentTypeError("a path is expected, got ''") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            reason = getattr(error, "strerror", None) or error
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}{'...' * (len(text) > 60)}: {reason}") from error
+    return text
+
+
+def say(text: str) -> None:
+    """Print a line. What would control the terminal, such as an escape sequence in a file's name, is escaped."""
+    print(printable(text))
 
 
 def duration(text: str) -> float:

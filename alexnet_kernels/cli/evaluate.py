@@ -9,9 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alexnet_kernels._errors import require
+from alexnet_kernels._errors import printable, require
 from alexnet_kernels._files import output_path, write_atomically, write_errors
-from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_bad_images, add_device, positive, use_backend
+from alexnet_kernels.cli.arguments import (
+    CHECKPOINT,
+    PROGRAM,
+    add_bad_images,
+    add_device,
+    path,
+    positive,
+    say,
+    use_backend,
+)
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.devices import pick_device
 
@@ -24,12 +33,17 @@ _TABLE, _WORST = 50, 25
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="top-1 and top-5 accuracy of a checkpoint")
     add = parser.add_argument
-    add("checkpoint", help=CHECKPOINT)
-    add("--data", metavar="PATH", help="as for train; val/ is used (default: the images that the run was trained on)")
+    add("checkpoint", type=path, help=CHECKPOINT)
+    add(
+        "--data",
+        type=path,
+        metavar="PATH",
+        help="as for train; val/ is used (default: the images that the run was trained on)",
+    )
     add("--ten-crop", action="store_true", help="average over ten crops, as in the paper")
     add("--batch-size", type=positive, default=100, metavar="N", help="images per batch (default: 100)")
     add("--per-class", action="store_true", help="print each class's figures, the worst first")
-    add("--confusion", metavar="PATH", help="write the confusion matrix, a .csv or .png file")
+    add("--confusion", type=path, metavar="PATH", help="write the confusion matrix, a .csv or .png file")
     add("--json", action="store_true", help="print all figures as JSON")
     add_bad_images(parser)
     add_device(parser)
@@ -57,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({**result, "crops": crops}))
         return 0
     if skipped := result["skipped"]:
-        print(f"left out {len(skipped)} unreadable images: {'; '.join(skipped[:5])}")
+        say(f"left out {len(skipped)} unreadable images: {'; '.join(skipped[:5])}")
     print(
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  of {result['images']} images, "
         f"{crops} crop{'s' * (crops > 1)}, preset {network.header.settings.preset}"
@@ -67,19 +81,19 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_confusion(counts: list[list[int]], classes: list[str], path: Path) -> None:
-    if path.suffix.lower() == ".png":
+def _write_confusion(counts: list[list[int]], classes: list[str], target: Path) -> None:
+    if target.suffix.lower() == ".png":
         from alexnet_kernels.training import pictures
 
-        with write_errors(path):
-            pictures.confusion(counts, classes, path)
+        with write_errors(target):
+            pictures.confusion(counts, classes, target)
         return
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["true", *classes])
     rows.writerows([name, *row] for name, row in zip(classes, counts, strict=True))
-    with write_errors(path):
-        write_atomically(path, text.getvalue())
+    with write_errors(target):
+        write_atomically(target, text.getvalue())
 
 
 def _print_classes(per_class: dict[str, dict[str, Any]], confusion: list[list[int]]) -> None:
@@ -98,7 +112,13 @@ def _print_classes(per_class: dict[str, dict[str, Any]], confusion: list[list[in
         wrong = [0 if other == i else times for other, times in enumerate(confusion[i])]
         most = max(wrong)
         other = f"{names[wrong.index(most)]} ({most})" if most else ""
-        table.add_row(Text(names[i]), str(row["images"]), f"{row['top1']:.1%}", f"{row['top5']:.1%}", Text(other))
+        table.add_row(
+            Text(printable(names[i])),
+            str(row["images"]),
+            f"{row['top1']:.1%}",
+            f"{row['top5']:.1%}",
+            Text(printable(other)),
+        )
     Console().print(table)
     if len(shown) < len(classes):
         print(f"the {len(shown)} worst of {len(names)} classes; --json has all")

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alexnet_kernels._errors import InputError, require
+from alexnet_kernels._errors import InputError, printable, require
 from alexnet_kernels._files import output_path, write_errors
-from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_device, use_backend
+from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_device, path, use_backend
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.devices import pick_device
 
@@ -22,10 +22,15 @@ _PICTURED = 40
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("predict", help="the likeliest classes of images")
     add = parser.add_argument
-    add("checkpoint", help=CHECKPOINT)
-    add("images", nargs="+", metavar="image", help="an image file")
+    add("checkpoint", type=path, help=CHECKPOINT)
+    add("images", type=path, nargs="+", metavar="image", help="an image file")
     add("--ten-crop", action="store_true", help="average over ten crops, as in the paper")
-    add("--picture", metavar="PATH", help=f"draw the images, at most {_PICTURED}, and their classes, a .png file")
+    add(
+        "--picture",
+        type=path,
+        metavar="PATH",
+        help=f"draw the images, at most {_PICTURED}, and their classes, a .png file",
+    )
     add("--json", action="store_true", help="print JSON")
     add_device(parser)
     parser.set_defaults(run=run)
@@ -42,21 +47,22 @@ def run(options: argparse.Namespace) -> int:
     from alexnet_kernels.training import inference
 
     network = checkpoint.load_network(options.checkpoint, pick_device(options.device))
-    pixels = inference.read(network, options.images)
-    probabilities = inference.probabilities(network, pixels, 10 if options.ten_crop else 1)
-    results = inference.likeliest(network, probabilities)
+    crops = 10 if options.ten_crop else 1
+    results = inference.predict(network, options.images, crops=crops)
     if options.picture is not None:
         from alexnet_kernels.training import pictures
 
-        path, header = Path(options.picture), network.header
+        target, header = Path(options.picture), network.header
+        pixels = inference.read(network, options.images)
         shown = inference.centre(pixels, header.settings.image_size)
         titles = [Path(name).name for name in options.images]
-        with write_errors(path):
-            pictures.predictions(shown, None, probabilities, header.classes, path, titles)
+        with write_errors(target):
+            probabilities = inference.probabilities(network, pixels, crops)
+            pictures.predictions(shown, None, probabilities, header.classes, target, titles)
     if options.json:
         rows = [
-            {"image": path, "classes": [{"class": name, "probability": p} for name, p in result]}
-            for path, result in zip(options.images, results, strict=True)
+            {"image": name, "classes": [{"class": label, "probability": p} for label, p in result]}
+            for name, result in zip(options.images, results, strict=True)
         ]
         print(json.dumps(rows))
     else:
@@ -70,8 +76,10 @@ def _print_table(images: list[str], results: list[list[tuple[str, float]]]) -> N
     from rich.text import Text
 
     table = Table("image", "class", "probability")
-    for path, result in zip(images, results, strict=True):
+    for image, result in zip(images, results, strict=True):
         for i, (name, p) in enumerate(result):
             last = i + 1 == len(result)
-            table.add_row(Text(path if i == 0 else ""), Text(name), f"{p:6.1%}", end_section=last)
+            table.add_row(
+                Text(printable(image) if i == 0 else ""), Text(printable(name)), f"{p:6.1%}", end_section=last
+            )
     Console().print(table)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from alexnet_kernels._errors import require
-from alexnet_kernels.cli.arguments import PROGRAM, add_bad_images, elapsed, positive, workers_of
+from alexnet_kernels.cli.arguments import PROGRAM, add_bad_images, elapsed, path, positive, say, workers_of
 
 __all__ = ["add_parser", "run"]
 
@@ -19,13 +19,13 @@ __all__ = ["add_parser", "run"]
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
-        help="write images as memory-mapped squares, for training",
+        help="write images as squares of one size, for training",
         description="Writes images of any size as squares that training reads without decoding them again. "
         "If it is interrupted, run the same command to continue.",
     )
     add = parser.add_argument
-    add("source", help="a folder or zip with <split>/<class>/ images")
-    add("destination", help="a new folder, or one that the same command began")
+    add("source", type=path, help="a folder or zip with <split>/<class>/ images")
+    add("destination", type=path, help="a new folder, or one that the same command began")
     add("--size", type=positive, default=256, metavar="PIXELS",
         help="side of the squares: shorter side resized, centre kept (default: 256)")  # fmt: skip
     add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help="(default: train val)")
@@ -54,13 +54,14 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("run the same command to continue") from None
     counts = ", ".join(f"{count:,} {split}" for split, count in report.counts.items())
-    print(
+    say(
         f"{options.destination}: {counts} images of {report.classes} classes, {options.size} x {options.size}, "
         f"in {elapsed(report.seconds)}"
     )
-    if report.left_out or report.converted:
-        print(
-            f"{report.left_out} images left out, {report.converted} converted to RGB: "
+    if report.left_out or report.converted or report.ignored:
+        ignored = f", {report.ignored} other files ignored" if report.ignored else ""
+        say(
+            f"{report.left_out} images left out, {report.converted} converted to RGB{ignored}: "
             f"{os.path.join(options.destination, 'report.csv')}"
         )
     return 0

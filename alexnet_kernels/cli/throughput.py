@@ -13,7 +13,9 @@ from alexnet_kernels.cli.arguments import (
     add_device,
     count,
     duration,
+    path,
     positive,
+    say,
     use_backend,
     workers_of,
 )
@@ -31,8 +33,8 @@ def add_parser(commands: Any) -> None:
         description="Measures reading and augmentation of images and the network's training step, each by itself.",
     )
     add = parser.add_argument
-    add("--data", metavar="PATH", help="as for train (default: the package's images)")
-    add("--recipe", metavar="NAME", help="as for train")
+    add("--data", type=path, metavar="PATH", help="as for train (default: the package's images)")
+    add("--recipe", type=path, metavar="NAME", help="as for train")
     add("--preset", choices=tuple(PRESETS), help="the network (default: the recipe's)")
     add("--image-size", type=positive, metavar="PIXELS", help="side of the network's input (default: the recipe's)")
     add("--batch-size", type=positive, metavar="N", help="images per step (default: the recipe's)")
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     held = "held in memory" if not result["workers"] else f"read by {result['workers']} processes"
-    print(
+    say(
         f"{result['images']:,} images of {result['data']}, {held}; batches of {result['batch_size']}, "
         f"{result['image_size']} x {result['image_size']}, on {result['device']}; images/s:"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alexnet_kernels import _library
-from alexnet_kernels._errors import InputError, require
+from alexnet_kernels._errors import InputError, printable, require
 from alexnet_kernels.cli.arguments import (
     PROGRAM,
     add_bad_images,
@@ -20,6 +20,7 @@ from alexnet_kernels.cli.arguments import (
     duration,
     elapsed,
     numbers,
+    path,
     positive,
     use_backend,
     workers_of,
@@ -58,14 +59,19 @@ def add_parser(commands: Any) -> None:
         description="Trains an AlexNet, without arguments on 4000 small images that come with the package.",
     )
     add = parser.add_argument
-    add("--data", metavar="PATH",
+    add("--data", type=path, metavar="PATH",
         help="a folder that `prepare` wrote, or a folder or zip with train/<class>/ and val/<class>/ "
         "images")  # fmt: skip
     add_bad_images(parser)
     add("--workers", type=count, metavar="N",
         help="processes that read a set too large for memory (default: one per core, up to 8)")  # fmt: skip
-    add("--out", metavar="FOLDER", help="new folder for the run (default: the next free runs/<preset>-<n>)")
-    add("--resume", metavar="RUN", help="resume from a run's folder or checkpoint, in its folder, with its settings")
+    add("--out", type=path, metavar="FOLDER", help="new folder for the run (default: the next free runs/<preset>-<n>)")
+    add(
+        "--resume",
+        type=path,
+        metavar="RUN",
+        help="resume from a run's folder or checkpoint, in its folder, with its settings",
+    )
     add("--max-time", type=duration, metavar="TIME", help="stop after, say, 90s, 10m or 1h30m; can be resumed")
     add("--save-every", type=positive, default=1000, metavar="N",
         help="steps between checkpoints inside an epoch (default: 1000; one also after each epoch)")  # fmt: skip
@@ -101,6 +107,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recipe",
+        type=path,
         metavar="NAME",
         help=f"{', '.join(recipe_names())}, or a .yaml file, such as the recipe.yaml that every run leaves "
         "(default: quick for the package's images; with --data the preset's)",
@@ -127,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
 
     from alexnet_kernels.training.run import train
 
-    console, speaks = Console(), int(os.environ.get("RANK", "0")) == 0 or parallel is None
+    console, speaks = Console(), parallel is None or int(os.environ.get("RANK", "0")) == 0
     if speaks and (reason := _library.slow_path(pick_device(options.device))):
         console.print(f"without this package's kernels: {reason}", highlight=False, soft_wrap=True, markup=False)
     result = train(_spec(options, parallel), console)
@@ -181,10 +188,12 @@ def _launch(options: argparse.Namespace, parallel: ParallelConfig) -> int:
 
 def _print_summary(result: Result, console: Any, parallel: ParallelConfig | None) -> None:
     def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
     if result.skipped:
         say(f"left out {len(result.skipped)} unreadable images: {'; '.join(result.skipped[:5])}")
+    if result.ignored:
+        say(f"ignored {result.ignored} files that are not taken for images")
     if result.best:
         best, last = result.best, result.history[-1]
         say(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alexnet_kernels.training import shards
-from alexnet_kernels.training.image_set import StoredImages, decode_into_memory, open_splits
+from alexnet_kernels.training.image_set import StoredImages, check_unread, decode_into_memory, open_splits
 from alexnet_kernels.training.source import Source
 
 __all__ = ["IN_MEMORY", "SHIPPED", "open_data"]
@@ -39,7 +39,7 @@ def open_data(
 
     Raises:
         InputError: nothing at the path, no classes, a class without images, splits with different classes,
-            unreadable images, a prepared folder that is unfinished or damaged.
+            unreadable images or folders, a prepared folder that is unfinished or damaged.
         ValueError: another value of `bad_images`.
     """
     if bad_images not in ("refuse", "skip"):
@@ -47,6 +47,7 @@ def open_data(
     if shards.is_prepared(path):
         return shards.open_shards(path, splits)
     sets = open_splits(Source(path), splits, size)
+    check_unread(sets, bad_images)
     if sum(map(len, sets)) * size * size * 3 <= in_memory:
         for images in sets:
             decode_into_memory(images, bad_images, progress)

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from alexnet_kernels._errors import InputError
+from alexnet_kernels._files import read_bounded
 
-__all__ = ["EXTENSIONS", "decode", "error_reason", "pillow_warnings_off", "read_image"]
+__all__ = [
+    "EXTENSIONS",
+    "FORMATS",
+    "LARGEST",
+    "decode",
+    "error_reason",
+    "open_image",
+    "pillow_warnings_off",
+    "read_image",
+]
 
-EXTENSIONS = frozenset((".gif", ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+"""Pillow's decoders that read images. It has others that start programs, such as Ghostscript for EPS."""
+
+EXTENSIONS = frozenset(
+    (
+        ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+        ".webp",
+    )
+)  # fmt: skip
 """Suffixes, in lower case, of the files that are taken for images."""
+
+LARGEST = 256 << 20
+"""Bytes of the largest file that is read as an image."""
+
+_MANY_PIXELS = 32 << 20
+"""Pixels of an image of which a process decodes one at a time, whatever the number of its threads."""
+_ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_ONE_LARGE = threading.Lock()
+
+
+def open_image(file: io.BytesIO | Path) -> Image.Image:
+    """Pillow's `Image.open` with the decoders of `FORMATS` only."""
+    return Image.open(file, formats=FORMATS)
 
 
 def decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
@@ -26,33 +59,63 @@ def decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
 
     With size=None, [height, width, 3] as stored. A JPEG more than four times as large as the square is decoded at 1/2,
     1/4 or 1/8 of its size, but at least twice the square's. Grey, palette, CMYK and 16-bit images are converted to RGB,
-    transparent ones are composed on white, and an EXIF orientation is applied. For a damaged file, the decoder's own
-    exception is raised.
+    transparent ones are composed on white, and an EXIF orientation is applied, if it can be read. ValueError for pixels
+    of 32 bits or in floating point, whose range is unknown. For a damaged file, the decoder's own exception is raised.
     """
-    with Image.open(file) as opened:
+    with open_image(file) as opened:
         if size is not None:
             opened.draft(None, (2 * size, 2 * size))
-        opened.load()
-        image = _rgb(ImageOps.exif_transpose(opened))
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image))
+        with _ONE_LARGE if opened.width * opened.height > _MANY_PIXELS else nullcontext():
+            opened.load()
+            image = _upright(_rgb(opened), _orientation(opened))
+            if size is not None:
+                side = min(image.size)
+                left, top = (image.width - side) / 2, (image.height - side) / 2
+                box = (left, top, left + side, top + side)
+                image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            return torch.from_numpy(np.array(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion clips it at 255.
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(_grey(image))
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):
+        # 16 bits, in more: Pillow's own conversion clips them at 255.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        raise ValueError("32-bit pixels have no known range")
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """The upper eight bits of pixels of 16 bits, or of the 12 that a TIFF may hold."""
+    tags = getattr(image, "tag_v2", {})
+    bits = 12 if tags.get(_BITS) in ((12,), 12) else 16
+    pixels = np.asarray(image).astype(np.uint16)
+    grey = (pixels >> (bits - 8)).clip(max=255).astype(np.uint8)
+    return 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 for none and for metadata that can't be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+        6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90,
+    }  # fmt: skip
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
 @contextmanager
@@ -65,14 +128,15 @@ def pillow_warnings_off() -> Iterator[None]:
 
 def read_image(path: str | Path, size: int) -> Tensor:
     """`decode` of a file that the user named. Raises InputError if it can't be read."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, an image file is expected")
     try:
         with pillow_warnings_off():
-            return decode(path, size)
+            return decode(io.BytesIO(read_bounded(path, LARGEST)), size)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder, an image file is expected") from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise InputError(f"{path} is not a readable image: {error_reason(error)}") from error
 
@@ -80,5 +144,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
 def error_reason(error: BaseException) -> str:
     """The error's message on one line."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "no known image format"
+        return f"no known image format ({', '.join(FORMATS)})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, colon, number = name.partition(":")
-    if name != "cpu" and not (kind == "cuda" and (number.isdigit() if colon else True)):
+    if name != "cpu" and not (kind == "cuda" and (number.isascii() and number.isdigit() if colon else True)):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:<n>, got {name}")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -29,6 +29,7 @@ __all__ = [
     "StoredImages",
     "check_classes",
     "check_stored_size",
+    "check_unread",
     "decode_into_memory",
     "difference",
     "open_splits",
@@ -65,7 +66,9 @@ class StoredImages(torch.utils.data.Dataset):
     pixels: Tensor | None = None
     """The whole split, uint8 [N, size, size, 3], or None if it is read batch by batch."""
     bad: Sequence[str] = ()
-    """Unreadable files that were left out, each with the reason."""
+    """Unreadable files and folders that were left out, each with the reason."""
+    ignored: Sequence[str] = ()
+    """Files that are not taken for images, for their suffix or because they are in no class."""
     statistics: Statistics | None = None
     """Pixel statistics of all training images, if they are known."""
 
@@ -105,6 +108,7 @@ class ImageSet(StoredImages):
     size: int
     pixels: Tensor | None = None
     bad: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     def checksums(self) -> tuple[str, Sequence[int]]:
         return self.source.checksums(self.files)
@@ -122,6 +126,8 @@ class ImageSet(StoredImages):
                     try:
                         images[row] = decoding.decode(self.source.open(self.files[place]), self.size)
                         good.append(row)
+                    except MemoryError:
+                        raise
                     except Exception as error:
                         bad.append(f"{self.files[place]}: {decoding.error_reason(error)}")
             if bad:
@@ -143,12 +149,18 @@ def _split(source: Source, split: str, size: int) -> ImageSet:
     inside = [name.removeprefix(prefix) for name in source.files if name.startswith(prefix)]
     folders = {name.removeprefix(prefix).split("/")[0] for name in source.folders if name.startswith(prefix)}
     classes = sorted(folders | {name.split("/")[0] for name in inside if "/" in name})
+    unread = [line for line in source.unread if line.startswith((prefix, f"{split}:"))]
     if not classes:
-        raise InputError(f"{where}: there are no classes in {split}/; a folder of images for each is expected")
+        reason = f"; not read: {_listed(unread)}" if unread else ""
+        raise InputError(f"{where}: there are no classes in {split}/; a folder of images for each is expected{reason}")
     number = {name: i for i, name in enumerate(classes)}
-    files = [name for name in inside if "/" in name and PurePosixPath(name).suffix.lower() in decoding.EXTENSIONS]
-    labels = torch.tensor([number[name.split("/")[0]] for name in files], dtype=torch.int64)
-    result = ImageSet(source, [prefix + name for name in files], labels, classes, size)
+    files: list[str] = []
+    ignored: list[str] = []
+    for name in inside:
+        image = "/" in name and PurePosixPath(name).suffix.lower() in decoding.EXTENSIONS
+        (files if image else ignored).append(prefix + name)
+    labels = torch.tensor([number[name.split("/")[1]] for name in files], dtype=torch.int64)
+    result = ImageSet(source, files, labels, classes, size, bad=unread, ignored=ignored)
     check_classes(result, split)
     return result
 
@@ -161,6 +173,7 @@ def check_classes(images: ImageSet, split: str) -> None:
         raise InputError(
             f"{images.source.path}: no images in {_listed([f'{split}/{name}' for name in empty])} "
             f"(one of {', '.join(sorted(decoding.EXTENSIONS))} each)"
+            + (f"; not read: {_listed(images.bad)}" if images.bad else "")
         )
 
 
@@ -190,16 +203,25 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def unreadable(bad: Sequence[str]) -> InputError:
-    """The error for unreadable images under `--bad-images refuse`."""
-    count = f"{len(bad)} image{'s' * (len(bad) != 1)} can't be read"
-    return InputError(f"{count}: {_listed(bad)}; --bad-images skip leaves such images out")
+def check_unread(sets: Sequence[ImageSet], bad_images: str) -> None:
+    """InputError if there are folders that can't be listed and `bad_images` is "refuse". Before images are read."""
+    unread = [line for images in sets for line in images.bad]
+    if unread and bad_images == "refuse":
+        raise unreadable(unread, "folder")
+
+
+def unreadable(bad: Sequence[str], what: str = "image") -> InputError:
+    """The error for unreadable images, or folders, under `--bad-images refuse`."""
+    count = f"{len(bad)} {what}{'s' * (len(bad) != 1)} can't be read"
+    return InputError(f"{count}: {_listed(bad)}; --bad-images skip leaves such {what}s out")
 
 
 def _decode_all(images: ImageSet, progress: Callable[[int], None]) -> Iterator[tuple[int, Tensor | str]]:
     def one(place: int) -> Tensor | str:
         try:
             return decoding.decode(images.source.open(images.files[place]), images.size)
+        except MemoryError:
+            raise
         except Exception as error:
             return f"{images.files[place]}: {decoding.error_reason(error)}"
 

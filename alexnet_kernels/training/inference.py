@@ -171,5 +171,12 @@ def likeliest(network: Network, probabilities: Tensor, top: int = 5) -> list[lis
 def predict(
     network: Network, paths: Sequence[str | Path], *, crops: int = 1, top: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """The `top` likeliest classes of each image file with their probabilities. InputError if one can't be read."""
-    return likeliest(network, probabilities(network, read(network, paths), crops), top)
+    """The `top` likeliest classes of each image file with their probabilities. InputError if one can't be read.
+
+    A hundred images are held at a time.
+    """
+    rows: list[list[tuple[str, float]]] = []
+    for start in range(0, len(paths), _BATCH):
+        pixels = read(network, paths[start : start + _BATCH])
+        rows += likeliest(network, probabilities(network, pixels, crops), top)
+    return rows

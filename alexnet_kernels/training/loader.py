@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
+from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.training.image_set import Batch, StoredImages
 from alexnet_kernels.training.settings import Settings
 
@@ -107,9 +108,18 @@ class ImageLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         sampler = self.batch_sampler.sampler  # type: ignore[union-attr]
         self.done = getattr(sampler, "start", 0) // self.batch_sampler.batch_size  # type: ignore[union-attr]
-        for batch in super().__iter__():
-            self.done += 1
-            yield batch
+        failure: InputError | RunError | None = None
+        try:
+            for batch in super().__iter__():
+                self.done += 1
+                yield batch
+        except (InputError, RunError) as error:
+            # From a process that reads images, the message holds a traceback, whose last line is the error's.
+            line = str(error).strip().splitlines()[-1]
+            failure = type(error)(line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: "))
+        # Outside of the handler: the error refers to the iterator, whose processes end when it is freed.
+        if failure is not None:
+            raise failure
 
     def without_padding(self, batch: int) -> int:
         """How many images of the process's shard of a batch are not padding. Padding comes last."""

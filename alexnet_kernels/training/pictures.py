@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colors
+from matplotlib import colors, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from alexnet_kernels._errors import printable
 from alexnet_kernels._files import atomic_file
 
 __all__ = ["confusion", "curves", "filter_grid", "filters", "neighbours", "predictions"]
+
+# A matplotlibrc of the user's may ask for LaTeX.
+_DEFAULTS = style.context("default")
 
 
 def filter_grid(weight: Tensor, towers: int = 2, columns: int = 16) -> Tensor:
@@ -59,16 +63,17 @@ def _write(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
+@_DEFAULTS
 def curves(history: Sequence[dict[str, float]], path: Path) -> None:
     """Write loss and error over the epochs as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for split, style in (("train", "--"), ("val", "-")):
-        left.plot(epochs, [row[f"{split}_loss"] for row in history], style, marker=".", label=split)
+    for split, dashes in (("train", "--"), ("val", "-")):
+        left.plot(epochs, [row[f"{split}_loss"] for row in history], dashes, marker=".", label=split)
         for name, colour in (("top1", "C0"), ("top5", "C1")):
             error = [100 * (1 - row[f"{split}_{name}"]) for row in history]
-            right.plot(epochs, error, style, color=colour, marker=".", label=f"{split} {name[:3]}-{name[3:]}")
+            right.plot(epochs, error, dashes, color=colour, marker=".", label=f"{split} {name[:3]}-{name[3:]}")
     left.set(xlabel="epoch", ylabel="cross-entropy")
     right.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
     for axes in (left, right):
@@ -78,6 +83,7 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> None:
     _write(figure, path)
 
 
+@_DEFAULTS
 def predictions(
     images: Tensor,
     labels: Sequence[int] | None,
@@ -108,7 +114,7 @@ def predictions(
         above, below = axes[i // columns * 2, i % columns], axes[i // columns * 2 + 1, i % columns]
         above.imshow(image.cpu().numpy())
         values, places = probabilities[i].float().cpu().topk(min(5, len(classes)))
-        names = [classes[place] for place in places.tolist()]
+        names = [printable(classes[place]) for place in places.tolist()]
         right = None if labels is None else labels[i]
         colours = ["tab:red" if place == right else "tab:blue" for place in places.tolist()]
         below.set_axis_on()
@@ -121,7 +127,7 @@ def predictions(
 
 
 def _short(name: str, length: int = 30) -> str:
-    half = length // 2
+    name, half = printable(name), length // 2
     return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"
 
 
@@ -159,6 +165,7 @@ def neighbours(
         Image.fromarray(grid.numpy()).save(file, format="png")
 
 
+@_DEFAULTS
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
     """Write a confusion matrix, true classes in rows and predicted ones in columns, as a PNG.
 

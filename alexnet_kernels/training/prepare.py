@@ -1,4 +1,4 @@
-"""Writes an ImageFolder tree, or a zip of one, as the memory-mapped squares that training reads.
+"""Writes an ImageFolder tree, or a zip of one, as the squares that training reads.
 
 Images are written in the order of their names, `shard_images` to a file. Each file is written by one process, and its
 bytes do not depend on the number of processes. A process holds one decoded image and 64 squares at a time.
@@ -40,6 +40,9 @@ class Report:
     """Images of each split."""
     classes: int
     left_out: int
+    """Images that can't be read, and folders that can't be listed."""
+    ignored: int
+    """Files that are not taken for images, for their suffix or because they are in no class."""
     converted: int
     """Grey, CMYK, palette and other images that were converted to RGB."""
     seconds: float
@@ -66,11 +69,12 @@ def prepare(
         splits: names of the splits. The statistics are those of the first.
         shard_images: images per file.
         workers: processes.
-        bad_images: "skip" leaves unreadable images out and lists them in report.csv; "refuse" raises InputError.
+        bad_images: "skip" leaves unreadable images and folders out and lists them in report.csv; "refuse" raises
+            InputError.
         progress: called with the number of images done, including those of earlier calls, and the total.
 
     Raises:
-        InputError: no images, a destination with other content, refused images.
+        InputError: no images, a size above 8192, a destination with other content, refused images.
         ValueError: a number below 1, another value of `bad_images`.
         RunError: the disk is full or read-only, or a process died. Finished files are kept.
     """
@@ -79,6 +83,8 @@ def prepare(
     for name, value in (("size", size), ("shard_images", shard_images), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if size > shards.LARGEST_SIZE:
+        raise InputError(f"--size must be from 1 to {shards.LARGEST_SIZE}, got {size}")
     if not splits or len(set(splits)) < len(splits):
         raise InputError(f"splits must be different names, got {', '.join(splits) or 'none'}")
     began, root = time.monotonic(), Path(destination)
@@ -86,6 +92,7 @@ def prepare(
         raise InputError(f"{source} is already a prepared folder")
     tree = Source(source)
     sets = image_set.open_splits(tree, splits, size)
+    image_set.check_unread(sets, bad_images)
     plan = {
         "format": shards.FORMAT,
         "source": str(Path(source).resolve()),
@@ -116,6 +123,7 @@ def prepare(
         {split: sum(part["shards"]) for split, part in index["splits"].items()},
         len(index["classes"]),
         index["left_out"],
+        sum(len(images_.ignored) for images_ in sets),
         index["converted"],
         time.monotonic() - began,
     )
@@ -179,6 +187,9 @@ def _finish(
 ) -> None:
     """Write the labels, names, statistics and report of the whole set, index.json last."""
     notes: list[list[str]] = []
+    for images_ in sets:
+        notes += [[name, "left out", reason] for name, _, reason in (line.rpartition(": ") for line in images_.bad)]
+        notes += [[name, "ignored", "not taken for an image"] for name in images_.ignored]
     splits: dict[str, dict[str, list[int]]] = {}
     for split, images_ in zip(plan["splits"], sets, strict=True):
         files: list[str] = []
@@ -221,7 +232,7 @@ def _finish(
         "classes": sets[0].classes,
         "splits": splits,
         "left_out": len(left_out),
-        "converted": len(notes) - len(left_out),
+        "converted": sum(what == "converted" for _, what, _ in notes),
     }
     add_checksums(root, index)
     _write_json(root / INDEX, index)

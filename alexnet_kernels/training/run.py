@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from rich.console import Console
 from rich.progress import Progress
 
-from alexnet_kernels._errors import InputError, RunError
+from alexnet_kernels._errors import InputError, RunError, out_of_memory, printable
 from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels._version import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
@@ -60,7 +61,9 @@ class Result:
     seconds: float
     """Duration of this call, including reading images."""
     skipped: list[str]
-    """Unreadable images that were left out."""
+    """Unreadable images and folders that were left out."""
+    ignored: int
+    """Files in the splits that are not taken for images."""
     stopped: str | None
     """Why the run ended before its last epoch, or None."""
 
@@ -154,6 +157,7 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
         parameters,
         time.monotonic() - began,
         sorted({*sets[0].bad, *sets[1].bad, *module.bad}),
+        len(sets[0].ignored) + len(sets[1].ignored),
         stopped,
     )
 
@@ -169,13 +173,34 @@ def _check_settings(spec: RunSpec, device: torch.device, team: Team) -> None:
         raise InputError(
             f"--image-size {settings.image_size} is too small for preset {settings.preset!r}: {smallest} at least"
         )
-    if team.parallel is not None:
+    if team.parallel is None:
+        _check_memory(settings, count_parameters(model), device)
+    else:
         team.parallel.check(team.size, settings)
         own = {**settings.to_dict(), **asdict(team.parallel), "version": __version__}
         own |= {"save_every": spec.save_every, "bad_images": spec.bad_images}
         team.check_same(**own, torch=torch.__version__.split("+")[0])
+    folder = spec.out if spec.resume is None else spec.resume.path.parent
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the run's folder {folder}: TensorBoard needs a name in UTF-8") from None
     if spec.resume is None and spec.out is not None and team.rank == 0 and not team.restarted:
         refuse_existing(spec.out)
+
+
+def _check_memory(settings: Settings, parameters: int, device: torch.device) -> None:
+    """Raise InputError if the device lacks the memory of the state: a kernel without memory kills processes."""
+    needed = 3 * 4 * parameters
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise InputError(
+            f"--width {settings.width:g}: the weights of preset {settings.preset}, their gradients and momentum take "
+            f"{needed / 1e9:,.0f} GB, {device} has {total / 1e9:,.0f} GB"
+        )
 
 
 def _check_sets(
@@ -260,7 +285,7 @@ def _machine_errors(folder: Path, team: Team) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, RunError):
             reason = str(error)
-        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        elif out_of_memory(error):
             reason = "out of memory: try --accumulate 2 or more, which processes a batch in parts"
         elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
             reason = f"{error.filename or folder}: {error.strerror or error}"
@@ -341,7 +366,7 @@ def _introduction(
         f"{len(train_set):,} training and {len(val_set):,} validation images of "
         f"{len(train_set.classes)} classes, "
         f"{settings.image_size} x {settings.image_size}; {settings.epochs} epochs of batches of "
-        f"{settings.batch_size}; in {folder}"
+        f"{settings.batch_size}; in {printable(str(folder))}"
     )
 
 

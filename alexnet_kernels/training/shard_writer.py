@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from alexnet_kernels._errors import RunError
 from alexnet_kernels._files import atomic_file
@@ -195,7 +194,7 @@ def _write_header(file: Any, count: int, size: int) -> None:
 
 
 def _mode(content: io.BytesIO) -> str:
-    with Image.open(content) as image:
+    with decoding.open_image(content) as image:
         mode = image.mode
     content.seek(0)
     return mode

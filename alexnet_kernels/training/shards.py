@@ -1,4 +1,4 @@
-"""Prepared image sets: uint8 squares in memory-mapped files, written by `prepare`.
+"""Prepared image sets: uint8 squares in .npy files, written by `prepare`.
 
 index.json                          size, classes, the number of images in each shard of each split, and the CRC-32 of
                                     every file but the shards and of itself; written last
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alexnet_kernels._errors import InputError, first_line
+from alexnet_kernels._errors import InputError, RunError, first_line
 from alexnet_kernels.training.augmentation import PixelSums, Statistics
 from alexnet_kernels.training.image_set import Batch, StoredImages
 from alexnet_kernels.training.shard_checksums import CHECKSUMS, INDEX, STATISTICS, check_index
@@ -33,12 +35,16 @@ __all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]
 FORMAT = 2
 _WITHOUT_CHECKSUMS = 1
 """The format of earlier versions, which is read too."""
+LARGEST_SIZE = 8192
+"""Pixels of the side of the largest squares."""
+_OPEN = 256
+"""Files of a split that a process holds open."""
 PLAN, REPORT = "plan.json", "report.csv"
 
 
 def is_prepared(path: str | Path) -> bool:
     """Whether `prepare` has written this folder or begun to."""
-    return (Path(path) / INDEX).is_file() or (Path(path) / PLAN).is_file()
+    return os.path.isfile(Path(path) / INDEX) or os.path.isfile(Path(path) / PLAN)
 
 
 def shard_name(number: int) -> str:
@@ -46,8 +52,57 @@ def shard_name(number: int) -> str:
     return f"images-{number:05d}.npy"
 
 
+class _Shard:
+    """A file of squares. It is read by position: where a mapped file is truncated, reading it would end the process."""
+
+    def __init__(self, path: Path, count: int, size: int) -> None:
+        self.path, self.image_bytes = path, size * size * 3
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                if version != (1, 0):
+                    raise ValueError(f"version {version} of the format, (1, 0) is expected")
+                shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+                self.start, length = file.tell(), os.fstat(file.fileno()).st_size
+            if dtype != np.uint8 or shape != (count, size, size, 3) or in_columns:
+                raise InputError(f"{path} holds {dtype} {list(shape)} where uint8 {[count, size, size, 3]} is expected")
+            if length != self.start + count * self.image_bytes:
+                raise ValueError(f"it has {length:,} bytes, {self.start + count * self.image_bytes:,} are expected")
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is missing or truncated, remove {path.parents[1]} and prepare it again: {first_line(error)}"
+            ) from error
+
+    def read(self, handle: int, place: int, row: np.ndarray) -> None:
+        try:
+            got = os.preadv(handle, [row.data], self.start + place * self.image_bytes)
+        except OSError as error:
+            raise RunError(f"{self.path} could not be read: {error.strerror or error}") from error
+        if got < self.image_bytes:
+            raise RunError(
+                f"{self.path} was truncated while it was read: remove {self.path.parents[1]} and prepare it again"
+            )
+
+
+class _Handle:
+    """An open file, closed with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RunError(f"{path} could not be read: {error.strerror or error}") from error
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
 class ShardSet(StoredImages):
-    """One split of a prepared set, memory-mapped. `statistics` are those of the set's first split."""
+    """One split of a prepared set, read by position. `statistics` are those of the set's first split."""
 
     def __init__(self, root: Path, split: str, index: dict[str, Any], statistics: Statistics) -> None:
         self.root, self.size, self.classes, self.statistics = root / split, index["size"], index["classes"], statistics
@@ -58,20 +113,19 @@ class ShardSet(StoredImages):
             self.files = [f"{split}/{name}" for name in json.loads((self.root / "files.json").read_text())]
             summed = index["format"] != _WITHOUT_CHECKSUMS
             self._checksums = np.load(self.root / CHECKSUMS).tolist() if summed else []
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.root} is damaged, prepare it again: {error}") from error
-        self._maps = [_open(self.root / shard_name(i), count, self.size) for i, count in enumerate(counts)]
+        self._shards = [_Shard(self.root / shard_name(i), count, self.size) for i, count in enumerate(counts)]
+        self._handles: OrderedDict[int, _Handle] = OrderedDict()
         if not sum(counts) == len(self.labels) == len(self.files):
             held = f"{sum(counts)} images, {len(self.labels)} labels, {len(self.files)} names"
             raise InputError(f"{self.root} is damaged, prepare it again: it holds {held}")
+        if self.labels.dtype != torch.int64 or not ((self.labels >= 0) & (self.labels < len(self.classes))).all():
+            raise InputError(f"{self.root} is damaged, prepare it again: its labels are not those of its classes")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that unpickles this maps the files itself.
-        return {**self.__dict__, "_maps": [len(shard) for shard in self._maps]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._maps = [_open(self.root / shard_name(i), count, self.size) for i, count in enumerate(state["_maps"])]
+        # A process that unpickles this opens the files itself.
+        return {**self.__dict__, "_handles": OrderedDict()}
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
         indices = torch.as_tensor(places, dtype=torch.int64)
@@ -80,8 +134,9 @@ class ShardSet(StoredImages):
         for row, place in enumerate(indices.tolist()):
             if not 0 <= place < len(self):
                 raise IndexError(f"image {place} of {len(self)}")
-            shard = bisect.bisect_right(self.starts, place) - 1
-            rows[row] = self._maps[shard][place - self.starts[shard]]
+            number = bisect.bisect_right(self.starts, place) - 1
+            shard = self._shards[number]
+            shard.read(self._handle(number).number, place - self.starts[number], rows[row])
         damaged = [row for row, place in enumerate(places) if not self._has_checksum(place, rows[row])]
         if damaged:
             bad = [f"{self.files[places[row]]}: it is damaged in {self.root.parent}" for row in damaged]
@@ -95,19 +150,13 @@ class ShardSet(StoredImages):
     def checksums(self) -> tuple[str, Sequence[int]]:
         return "squares" if self._checksums else "", self._checksums
 
-
-def _open(path: Path, count: int, size: int) -> np.ndarray:
-    try:
-        shard = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is missing or truncated, remove {path.parents[1]} and prepare it again: {first_line(error)}"
-        ) from error
-    if shard.dtype != np.uint8 or shard.shape != (count, size, size, 3):
-        raise InputError(
-            f"{path} holds {shard.dtype} {list(shard.shape)} where uint8 {[count, size, size, 3]} is expected"
-        )
-    return shard
+    def _handle(self, number: int) -> _Handle:
+        """The shard's open file. The files that were used last stay open."""
+        handle = self._handles.pop(number, None) or _Handle(self._shards[number].path)
+        self._handles[number] = handle
+        if len(self._handles) > _OPEN:
+            self._handles.popitem(last=False)
+        return handle
 
 
 def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> list[ShardSet]:
@@ -121,15 +170,34 @@ def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> l
             raise InputError(f"{root} is of format {index['format']}, this version reads {FORMAT}")
         if index["format"] == FORMAT:
             check_index(root, index, [split for split in splits if split in index["splits"]])
+        _check_index(index)
         with np.load(root / STATISTICS) as sums:
             places, products = torch.from_numpy(sums["places"]), torch.from_numpy(sums["products"])
             statistics = PixelSums(int(sums["count"]), places, products).statistics()
+        if statistics.mean_image.shape != (3, index["size"], index["size"]):
+            raise ValueError(f"its mean image is of shape {list(statistics.mean_image.shape)}")
         missing = [split for split in splits if split not in index["splits"]]
         if missing:
             held = ", ".join(index["splits"])
             raise InputError(f"{root}: {', '.join(missing)} was not prepared, only {held}")
         return [ShardSet(root, split, index, statistics) for split in splits]
-    except InputError:
+    except (InputError, RunError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"{root} is damaged, prepare it again: {error!r}") from error
+
+
+def _check_index(index: dict[str, Any]) -> None:
+    """ValueError unless the index describes a set."""
+
+    def whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    classes, splits = index["classes"], index["splits"]
+    if not whole(index["size"], 1) or index["size"] > LARGEST_SIZE:
+        raise ValueError(f"its size is {index['size']!r}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are not names")
+    for name, split in splits.items():
+        if not all(whole(count, 0) for count in split["shards"]):
+            raise ValueError(f"its shards of {name} are not numbers of images")

@@ -60,6 +60,6 @@ class TensorBoardCallback(Callback):
             # Nothing was left to train.
             self.writer = SummaryWriter(str(self.folder))
         for path in paths:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 self.writer.add_image(path.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self.writer.close()
