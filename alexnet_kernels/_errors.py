@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
+import reprlib
 
-__all__ = ["InputError", "MissingPackage", "RunError", "first_line", "out_of_memory", "printable", "require"]
+__all__ = [
+    "InputError",
+    "MissingPackage",
+    "RunError",
+    "first_line",
+    "out_of_memory",
+    "printable",
+    "require",
+    "shortened",
+]
 
 
 class InputError(ValueError):
@@ -23,6 +33,18 @@ class MissingPackage(ImportError):
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or its type's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortened(value: object) -> str:
+    """The value as it stands in an error, cut where it is long or deeply nested."""
+    if isinstance(value, str):
+        return value if len(value) <= _MOST else f"{value[:_MOST]}..."
+    return _SHORT.repr(value)
+
+
+_MOST = 200
+_SHORT = reprlib.Repr()
+_SHORT.maxlong = _SHORT.maxother = _SHORT.maxstring = 80
 
 
 def out_of_memory(error: BaseException) -> bool:

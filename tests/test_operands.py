@@ -138,7 +138,8 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "max_pool2d: five dimensions": lambda k: pool(k, x(1, 1, 4, 8, 8)),
     "max_pool2d: integers": lambda k: pool(k, torch.ones(1, 1, 8, 8, dtype=torch.int32)),
     "max_pool2d: smaller than the window": lambda k: pool(k, x(1, 1, 2, 2)),
-    "max_pool2d: no rows": lambda k: pool(k, x(1, 1, 0, 5)),
+    "max_pool2d: no rows": lambda k: pool(k, x(1, 1, 0, 5), kernel=[2, 2], padding=[1, 1]),
+    "max_pool2d: no columns": lambda k: pool(k, x(1, 2, 5, 0), kernel=[2, 2], padding=[1, 1]),
     "max_pool2d: sparse": lambda k: pool(k, x().to_sparse()),
     "max_pool2d_backward: size of the input": lambda k: pool_backward(k, x(1, 1, 200, 200)),
     "max_pool2d_backward: size of three": lambda k: pool_backward(k, size=(1, 1, 5)),
@@ -268,6 +269,9 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     ),
     "lrn_max_pool2d: any size": lambda k: lrn_pool(k, (FAR, *LRN[1:])),
     "max_pool2d: any stride": lambda k: pool(k, x(1, 1, 3, 3), stride=[2**30, 2**30]),
+    "max_pool2d: positions beyond the right edge": lambda k: pool_backward(
+        k, x(1, 1, 1, 2), torch.tensor([[[[0, 2]]]], dtype=BYTE), (1, 1, 3, 5), stride=[3, 3]
+    ),
     "space_to_depth: padding only": lambda k: k.space_to_depth(last(), 2, [1000, 1000], [4, 4], torch.float32),
 }
 
@@ -314,6 +318,18 @@ def test_accepted(kernels: Any, call: Callable[[Any], Any]) -> None:
     result = call(kernels)
     for tensor in result if isinstance(result, tuple) else [result]:
         assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize(("row_stride", "base"), [(1000, -1), (-1, 0), (2**63 - 1, 5), (1000, -(2**63))])
+def test_every_element_of_dropout_is_written(kernels: Any, row_stride: int, base: int) -> None:
+    """Whatever its index: indices wrap around."""
+    ones = torch.ones(6, 1000)
+    for input in (ones, torch.ones(6, 10, 10, 10).contiguous(memory_format=torch.channels_last)):
+        out = kernels.dropout(input, 0.5, 2.0, torch.tensor(3), 0, 1000, row_stride, base)
+        assert set(out.unique().tolist()) == {0.0, 2.0}
+        assert 0.4 < (out == 0).double().mean() < 0.6
+    out = kernels.linear_relu_dropout(x(6, 8), x(1000, 8), None, True, 0.5, 2.0, seed(), 0, 1000, row_stride, base)
+    assert (out >= 0).all()
 
 
 def calls(op: str, backend: str) -> Iterator[tuple[str, list[Any]]]:

@@ -51,7 +51,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not JSON'}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or "machine" not in found:
         raise FormatError(f"{path}: not a report of `bench`")

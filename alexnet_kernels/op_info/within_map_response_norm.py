@@ -13,8 +13,10 @@ STRONG = {"alpha": 2.0, "k": 1.5}  # so strong that a wrong window shows
 
 
 def _domain(draw: Draw) -> Sample:
-    without_groups = {name: value for name, value in draw_lrn(draw, 1).items() if name != "groups"}
-    return sample(*draw_shape(draw), **without_groups)
+    # Windows of any size; the interpreter visits each pixel of one by itself.
+    options = {**draw_lrn(draw, 1), "size": draw((5, 5, 1, 2, 3, 4, 6, 7, 15))}
+    del options["groups"]
+    return sample(*draw_shape(draw), **options)
 
 
 INFO = OpInfo(

@@ -87,7 +87,7 @@ def conv2d_relu(
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
     device = input.device.type
-    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if input.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return input.dtype
 

@@ -61,7 +61,7 @@ def dropout(
 
     Raises:
         TypeError: input isn't a floating-point tensor, or seed isn't an integer.
-        ValueError: p outside [0, 1], an unknown scale_at, a shard outside its whole.
+        ValueError: p outside [0, 1], an unknown scale_at, a shard outside its whole, a whole of 2^63 elements or more.
 
     Source: Krizhevsky et al. 2012, section 4.2; Salmon et al. 2011 (Philox).
     """
@@ -129,6 +129,11 @@ def shards_of(op: str, shape: torch.Size, shard: Shard | None) -> list[tuple[int
     dims = [dim for dim, _, _ in shards]
     if len(dims) > 2 or len(set(dims)) < len(dims) or (len(dims) == 2 and dims[0] != 0):
         raise ValueError(f"{op}: shard must be of one dimension, or of dimension 0 and another, not of {dims}")
+    whole = list(shape)
+    for dim, _, size in shards:
+        whole[dim] = size
+    if not torch.compiler.is_compiling() and math.prod(whole) >= 2**63:
+        raise ValueError(f"{op}: shard {shard}: the whole tensor has 2^63 elements or more, which have no index")
     return shards
 
 

@@ -113,7 +113,7 @@ def _check(op: str, input: Tensor, kernel_size: list, stride: list, padding: lis
     shape = list(input.shape[:2])
     for size, kernel, step, pad in zip(input.shape[2:], *window, strict=True):
         windows = reference.pool_output_size(size, kernel, step, pad, ceil_mode)
-        if windows < 1:
+        if size < 1 or windows < 1:
             raise ValueError(
                 f"{op}: an image of {input.shape[2]} x {input.shape[3]} is smaller than the window "
                 f"{window.kernel_size[0]} x {window.kernel_size[1]} (padding {window.padding})"
@@ -129,8 +129,10 @@ def gather(values: Tensor, argmax: Tensor, window: Window) -> Tensor:
     position = argmax.long()
     rows = torch.arange(argmax.shape[2], device=argmax.device).unsqueeze(-1) * stride_h - pad_h + position // kernel_w
     columns = torch.arange(argmax.shape[3], device=argmax.device) * stride_w - pad_w + position % kernel_w
-    at = (rows * width + columns).flatten(2)
-    return values.reshape(*values.shape[:2], height * width).gather(2, at).reshape(argmax.shape)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # all that a forward call gives
+    at = (rows * width + columns).where(inside, 0).flatten(2)
+    winners = values.reshape(*values.shape[:2], height * width).gather(2, at).reshape(argmax.shape)
+    return winners.where(inside, 0)
 
 
 def _fake(input: Tensor, kernel_size, stride, padding, ceil_mode: bool, relu: bool) -> tuple[Tensor, Tensor]:

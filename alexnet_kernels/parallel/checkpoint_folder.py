@@ -40,7 +40,9 @@ _CLASSES = {
 """What an index consists of, besides dtypes, the folder's path and Python's plain types."""
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """The unpickler in Python: a few bytes make the one in C allocate gigabytes for its memo."""
+
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
@@ -56,14 +58,14 @@ class DataReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index. Raises pickle.UnpicklingError for any other content."""
-        with (Path(self.path) / INDEX).open("rb") as file:
-            try:
-                index = _IndexUnpickler(file).load()
-            except pickle.UnpicklingError:
-                raise
-            except Exception as error:
-                # Damaged pickles raise errors of many types.
-                raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
+        content = io.BytesIO((Path(self.path) / INDEX).read_bytes())
+        try:
+            index = _IndexUnpickler(content).load()
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:
+            # Damaged pickles raise errors of many types.
+            raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
         if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
             raise pickle.UnpicklingError("it is no index of a checkpoint")
         for place in index.storage_data.values():
@@ -98,10 +100,13 @@ def problem_of(folder: Path) -> str:
     try:
         if (folder / CHECKSUMS).is_file():
             sums = json.loads((folder / CHECKSUMS).read_text())
+            files = {path.name for path in folder.iterdir() if path.name != CHECKSUMS}
+            if sums.keys() != files:
+                return f"{folder} is damaged: {CHECKSUMS} is of other files"
             for name, crc in sums.items():
                 if PurePosixPath(name).name != name or crc_of_file(folder / name) != crc:
                     return f"{folder} is damaged: {name} does not have its checksum"
         DataReader(folder).read_metadata()
-    except (OSError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, pickle.UnpicklingError) as error:
         return f"{folder} is damaged, or no checkpoint of parallel.save: {error}"
     return ""

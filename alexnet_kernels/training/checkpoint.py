@@ -27,6 +27,7 @@ from alexnet_kernels.training.header import KEY, Header, History, from_dict, fro
 
 __all__ = ["Checkpoint", "Network", "best_in", "export", "export_path", "find", "load", "load_network", "save"]
 
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 MODEL = "model."
 """Prefix of the model's keys in a checkpoint's state_dict."""
 
@@ -126,6 +127,9 @@ def _load_safetensors(path: Path) -> tuple[Header, History, dict[str, Tensor]]:
 
     try:
         check_safetensors(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
+    try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -145,7 +149,7 @@ def _header_errors(path: str | Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"checkpoint {path} can't be used: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"checkpoint {path} lacks a part of its header: {first_line(error)}") from error
 
 
@@ -163,9 +167,19 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
         state = checkpoint.content.get("state_dict")
         if not isinstance(state, dict):
             raise InputError(f"checkpoint {path} holds no weights")
-        weights = {key.removeprefix(MODEL): value for key, value in state.items() if key.startswith(MODEL)}
+        weights = {
+            key.removeprefix(MODEL): value
+            for key, value in state.items()
+            if isinstance(key, str) and key.startswith(MODEL)
+        }
     settings = header.settings
     model = header.model(device="meta")
+    counters = {key for key, value in model.state_dict().items() if not value.is_floating_point()}
+    for key, value in weights.items():
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+            raise InputError(f"checkpoint {path} holds {key} as something else than a dense tensor")
+        if value.dtype not in ((torch.int64,) if key in counters else _WEIGHTS):
+            raise InputError(f"checkpoint {path} holds {key} in {value.dtype}, which weights can't have")
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -90,16 +90,39 @@ def from_dict(values: dict[str, Any]) -> tuple[Header, History]:
             f"it is of format {values['format']}, written by version {values['version']}; "
             f"this version reads format {FORMAT}"
         )
+    kinds = {"classes": list, "data": str, "train_images": int, "fingerprint": str, "stored_size": int}
+    for name, kind in {**kinds, "statistics": dict, "history": list, "layers": list}.items():
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            raise TypeError(f"{name} is of type {type(values[name]).__name__}, not {kind.__name__}")
+    if not values["classes"]:
+        raise ValueError("it has no classes")
     header = Header(
         Settings.from_dict(values["settings"]),
         [str(name) for name in values["classes"]],
-        Statistics(**values["statistics"]),
-        values["data"],
-        values["train_images"],
-        values["fingerprint"],
-        values["stored_size"],
+        _statistics(values["statistics"], values["stored_size"]),
+        *(values[name] for name in ("data", "train_images", "fingerprint", "stored_size")),
     )
-    return header, History(list(values["history"]), list(values["layers"]))
+    return header, History(*(_rows(name, values[name]) for name in ("history", "layers")))
+
+
+def _statistics(values: dict[str, Any], size: int) -> Statistics:
+    """Raises TypeError or ValueError unless they are of three channels and of squares of `size` pixels."""
+    statistics = Statistics(**values)
+    for name, shape in {"mean": (3,), "std": (3,), "components": (3, 3)}.items():
+        if (found := np.asarray(values[name], dtype=np.float64).shape) != shape:
+            raise ValueError(f"its {name} of the pixels is of shape {list(found)}, not {list(shape)}")
+    image = statistics.mean_image
+    if not isinstance(image, torch.Tensor) or image.dtype != torch.float32 or image.shape != (3, size, size):
+        raise ValueError(f"its mean image is not float32 [3, {size}, {size}]")
+    return statistics
+
+
+def _rows(name: str, rows: list[Any]) -> list[dict[str, Any]]:
+    """Raises TypeError unless the rows map names to plain values."""
+    for row in rows:
+        if not isinstance(row, dict) or not all(isinstance(value, (int, float, str)) for value in row.values()):
+            raise TypeError(f"a row of its {name} is not of plain values")
+    return list(rows)
 
 
 def to_json(header: Header, history: History) -> str:

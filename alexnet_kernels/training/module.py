@@ -45,6 +45,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.model = model
         self.header, self.history = header, History()
+        self.began = False  # whether a checkpoint, if any, has been restored
         self.team = team or Team()
         self.bad_images = bad_images
         self.bad: set[str] = set()
@@ -83,6 +84,7 @@ class Classifier(pl.LightningModule):
         return batch
 
     def on_train_start(self) -> None:
+        self.began = True
         self._step_began = time.perf_counter()
 
     def on_train_epoch_start(self) -> None:

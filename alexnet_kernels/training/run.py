@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from rich.console import Console
 from rich.progress import Progress
 
-from alexnet_kernels._errors import InputError, RunError, out_of_memory, printable
+from alexnet_kernels._errors import InputError, RunError, first_line, out_of_memory, printable
 from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels._version import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
@@ -139,7 +139,7 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
         )
         data = ImageDataModule(sets[0], sets[1], settings, spec.workers, team.batch_shard)
         try:
-            with stop.signals(), _machine_errors(folder, team):
+            with stop.signals(), _machine_errors(folder, team), _restore_errors(spec.resume, module):
                 trainer.fit(module, data, ckpt_path=None if spec.resume is None else spec.resume.path)
         except Stopped as reason:
             stopped = str(reason)
@@ -256,6 +256,19 @@ def _take(resume: ResumePoint, team: Team, held: ExitStack) -> None:
 
     with _machine_errors(resume.path.parent, team):
         team.from_first(take)
+
+
+@contextmanager
+def _restore_errors(resume: ResumePoint | None, module: Classifier) -> Iterator[None]:
+    """Turn errors of a checkpoint that Lightning can't restore into an InputError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if resume is None or module.began or isinstance(error, (InputError, RunError)) or out_of_memory(error):
+            raise
+        raise InputError(
+            f"{resume.path} can't be resumed, a part of it is of another kind: {first_line(error)}"
+        ) from error
 
 
 def _folder(spec: RunSpec, team: Team, held: ExitStack) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from alexnet_kernels._errors import InputError
+from alexnet_kernels._errors import InputError, shortened
 from alexnet_kernels._files import write_atomically
 from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
 
@@ -93,16 +93,16 @@ class Settings:
         check("dropout", "in [0, 1)", 0 <= self.dropout < 1)
         check("image_size", "from 1 to 4096", 1 <= self.image_size <= 4096)
         check("color_shift", "from 0 to 10", 0 <= self.color_shift <= 10)
-        check("epochs", "at least 1", self.epochs >= 1)
-        check("batch_size", "at least 1", self.batch_size >= 1)
+        check("epochs", "from 1 to a million", 1 <= self.epochs <= 10**6)
+        check("batch_size", "from 1 to a million", 1 <= self.batch_size <= 10**6)
         check("accumulate", "from 1 to the batch size", 1 <= self.accumulate <= self.batch_size)
         check("lr", "a positive number", 0 < self.lr < math.inf)
         check("warmup", "in [0, 1)", 0 <= self.warmup < 1)
         check("lr_factor", "in (0, 1]", 0 < self.lr_factor <= 1)
-        check("lr_drops", "not negative", self.lr_drops >= 0)
+        check("lr_drops", "from 0 to a million", 0 <= self.lr_drops <= 10**6)
         rising = list(self.lr_epochs) == sorted(set(self.lr_epochs)) and min(self.lr_epochs, default=1) >= 1
         check("lr_epochs", "rising numbers from 1 on", rising)
-        check("patience", "at least 1", self.patience >= 1)
+        check("patience", "from 1 to a million", 1 <= self.patience <= 10**6)
         check("momentum", "in [0, 1)", 0 <= self.momentum < 1)
         check("weight_decay", "a number that is not negative", 0 <= self.weight_decay < math.inf)
         check("bias_lr", "a number that is not negative", 0 <= self.bias_lr < math.inf)
@@ -111,7 +111,8 @@ class Settings:
 
     def _check(self, name: str, allowed: str, ok: bool) -> None:
         if not ok:
-            raise InputError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+            given = shortened(getattr(self, name))
+            raise InputError(f"--{name.replace('_', '-')} must be {allowed}, got {given}")
 
     def _check_type(self, name: str, expected: str) -> None:
         value = getattr(self, name)
@@ -120,6 +121,8 @@ class Settings:
         right = isinstance(value, kinds[expected]) and not isinstance(value, bool)
         if isinstance(value, tuple):
             right = right and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        if isinstance(value, int) and expected == "float":
+            right = right and abs(value) < 2**53
         self._check(name, words[expected], right)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,12 +212,16 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise InputError(f"--recipe {name}: there is no such recipe; give one of {known}, or the path of a .yaml file")
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {name} is not readable YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise InputError(f"--recipe {name} can't be read: {error.strerror or error}") from error
+    except Exception as error:
+        # PyYAML's constructors raise errors of many types.
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise InputError(f"--recipe {name} is not readable YAML: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"--recipe {name} must map names of settings to values")
     names = [setting.name for setting in fields(Settings)]
-    unknown = [str(key) for key in content if key not in names]
+    unknown = [shortened(key) for key in content if key not in names]
     if unknown:
         raise InputError(f"--recipe {name} sets {', '.join(unknown)}, which is none of {', '.join(names)}")
     for key, value in content.items():
@@ -223,9 +230,9 @@ def load_recipe(name: str) -> dict[str, Any]:
             try:
                 content[key] = float(value)
             except ValueError:
-                raise InputError(f"--recipe {name}: {key} must be a number, got {value}") from None
+                raise InputError(f"--recipe {name}: {key} must be a number, got {shortened(value)}") from None
         if key == "precision":
-            content[key] = str(value)
+            content[key] = shortened(value)
     return content
 
 
@@ -233,8 +240,8 @@ def settings_of(recipe: str, **values: Any) -> Settings:
     """A recipe's settings, overridden by `values`."""
     merged = {**load_recipe(recipe), **values}
     merged.setdefault("preset", "paper")
-    if merged["preset"] not in PRESETS:
-        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {merged['preset']}")
+    if not isinstance(merged["preset"], str) or merged["preset"] not in PRESETS:
+        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {shortened(merged['preset'])}")
     merged.setdefault("image_size", PRESETS[merged["preset"]].input_size)
     merged.setdefault("precision", _fast_precision())
     missing = [s.name for s in fields(Settings) if s.default is MISSING and s.name not in merged]

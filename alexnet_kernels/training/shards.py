@@ -171,6 +171,9 @@ def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> l
         if index["format"] == FORMAT:
             check_index(root, index, [split for split in splits if split in index["splits"]])
         _check_index(index)
+        with zipfile.ZipFile(root / STATISTICS) as archive:
+            if sum(member.file_size for member in archive.infolist()) > 64 * index["size"] ** 2 + (1 << 16):
+                raise ValueError(f"{STATISTICS} is larger than sums over squares of {index['size']} pixels")
         with np.load(root / STATISTICS) as sums:
             places, products = torch.from_numpy(sums["places"]), torch.from_numpy(sums["products"])
             statistics = PixelSums(int(sums["count"]), places, products).statistics()

@@ -55,6 +55,19 @@ class RunSpec:
     `launch`). None for one process."""
 
 
+_PARTS: dict[str, type] = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "global_step": int,
+    "epoch": int,
+    "pytorch-lightning_version": str,
+}
+"""What a checkpoint holds for resuming, besides its header."""
+
+
 def new_run(
     settings: Settings, data: str | Path | None = None, out: str | Path | None = None, **options: Any
 ) -> RunSpec:
@@ -87,6 +100,9 @@ def resumed_run(
     path = checkpoint.find(path, "last.ckpt")
     # Mapped, so that only the header is read.
     saved = checkpoint.load(path, mmap=True)
+    for name, kind in _PARTS.items():
+        if not isinstance(saved.content.get(name), kind):
+            raise InputError(f"{path} can't be resumed: its {name} is missing or of another kind")
     resume = ResumePoint(path, saved.header, saved.history)
     given, own = dict(settings or {}), resume.header.settings
     for name, value in given.items():

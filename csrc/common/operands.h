@@ -108,8 +108,8 @@ class Operands {
                  bool ceil_mode) const {
     windows(kernel, stride, padding);
     const IntList result = pooled_sizes(size, kernel, stride, padding, ceil_mode);
-    STD_TORCH_CHECK(result[2] > 0 && result[3] > 0, op_, ": images of ", size[2], " x ", size[3],
-                    " are smaller than the window");
+    STD_TORCH_CHECK(size[2] > 0 && size[3] > 0 && result[2] > 0 && result[3] > 0, op_, ": images of ", size[2], " x ",
+                    size[3], " are smaller than the window");
     return result;
   }
   // A floating-point gradient, and an argmax, of the pool of images of these sizes.

@@ -84,16 +84,18 @@ inline U32 load_words(const uint32_t* p, Count count) {
   return v;
 }
 
-// Calls body(first, count, words) over the elements [begin, end); `first` counts from `begin`.
+// Calls body(first, n, words) over `count` elements, the first of which has index `begin`; `first` counts from there.
+// Indices wrap around at 2^64.
 template <class Body>
-inline void for_words(const Dropout& d, uint64_t begin, uint64_t end, const Body& body) {
-  constexpr uint64_t kSpan = 4 * kQuads;
+inline void for_words(const Dropout& d, uint64_t begin, int64_t count, const Body& body) {
+  constexpr int64_t kSpan = 4 * kQuads;
   uint32_t words[kSpan];
-  for (uint64_t first = begin; first < end;) {
-    philox_words(d, first / 4, words);
-    const uint64_t skip = first % 4, count = std::min(kSpan - skip, end - first);
-    body(first - begin, int64_t(count), words + skip);
-    first += count;
+  for (int64_t first = 0; first < count;) {
+    const uint64_t index = begin + uint64_t(first);
+    philox_words(d, index / 4, words);
+    const int64_t skip = int64_t(index % 4), n = std::min(kSpan - skip, count - first);
+    body(first, n, words + skip);
+    first += n;
   }
 }
 
@@ -114,7 +116,7 @@ inline void dropout_run(const Dropout& d, uint64_t begin, int64_t count, const T
     return;
   }
   const uint32_t threshold = uint32_t(d.threshold);
-  for_words(d, begin, begin + count, [&](int64_t first, int64_t n, const uint32_t* words) {
+  for_words(d, begin, count, [&](int64_t first, int64_t n, const uint32_t* words) {
     if constexpr (std::is_same_v<A, double>) {
       for (int64_t i = 0; i < n; ++i) {
         const double v = x[first + i];

@@ -34,21 +34,22 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
   T* output = static_cast<T*>(a.output);
   const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
   LrnRows<T> lrn(a.lrn, tower);
-  std::vector<A> rows(a.pool.kernel_h * row_size);
-  std::vector<int64_t> held(a.pool.kernel_h, -1);  // the row of the batch in each slot
+  const int64_t slots = std::min(a.pool.kernel_h, a.H);
+  std::vector<A> rows(slots * row_size);
+  std::vector<int64_t> held(slots, -1);  // the row of the batch in each slot
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / a.OH, oh = task % a.OH;
     const int64_t top = oh * a.pool.stride_h - a.pool.pad_h;
     const int64_t last = std::min(top + a.pool.kernel_h, a.H);
     for (int64_t y = std::max<int64_t>(top, 0); y < last; ++y) {
-      const int64_t slot = y % a.pool.kernel_h, row = n * a.H + y;
+      const int64_t slot = y % slots, row = n * a.H + y;
       if (held[slot] == row) continue;
       held[slot] = row;
       lrn.template forward<kRelu, true>(input + row * row_size, &rows[slot * row_size], a.W * a.groups);
     }
     const int64_t at = task * a.OW * a.C;
     pool_row_channels_last<false, A>(
-        a.pool, a.H, a.W, a.C, oh, a.OW, [&](int64_t y) -> const A* { return &rows[y % a.pool.kernel_h * row_size]; },
+        a.pool, a.H, a.W, a.C, oh, a.OW, [&](int64_t y) -> const A* { return &rows[y % slots * row_size]; },
         output + at, a.argmax + at);
   }
 }
@@ -112,7 +113,7 @@ void forward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(a.input);
   T* output = static_cast<T*>(a.output);
   const int64_t channels = a.C / a.groups, pixels = a.H * a.W;
-  PlaneRows<A> rows(a.pool, a.W, a.OW);
+  PlaneRows<A> rows(a.pool, a.H, a.W, a.OW);
   for (int64_t task = begin; task < end; ++task) {
     const Block b = block_of(a, task);
     const int64_t first_plane = b.image * a.C + b.tower * channels;

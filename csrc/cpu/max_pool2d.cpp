@@ -37,7 +37,7 @@ void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
     return;
   }
   using A = acc_t<T>;
-  PlaneRows<A> rows(a.pool, a.W, a.OW);
+  PlaneRows<A> rows(a.pool, a.H, a.W, a.OW);
   for (int64_t plane = begin; plane < end; ++plane) {
     rows.new_plane();
     const auto fill = [&](int64_t y, A* to) {

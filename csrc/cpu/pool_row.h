@@ -150,15 +150,16 @@ inline Vec<A> load_strided(const A* p, int64_t stride) {
   return v;
 }
 
-// A ring buffer of the kernel_h rows of a plane that windows read, in the computing type, with -inf as padding.
+// A ring buffer of the rows of a plane that a row of windows reads, in the computing type, with -inf as padding.
 template <class A>
 class PlaneRows {
  public:
-  PlaneRows(const Pool& pool, int64_t W, int64_t OW)
+  PlaneRows(const Pool& pool, int64_t H, int64_t W, int64_t OW)
       : pool_(with_bounded_stride(pool, OW)),
+        slots_(std::min(pool.kernel_h, H)),
         width_(std::max((OW + kLanes<A>)*pool_.stride_w + pool.kernel_w + kLanes<A>, pool.pad_w + W)),
-        values_(pool.kernel_h * width_, -std::numeric_limits<A>::infinity()),
-        held_(pool.kernel_h, -1),
+        values_(slots_ * width_, -std::numeric_limits<A>::infinity()),
+        held_(slots_, -1),
         first_(OW + kLanes<A>) {
     for (size_t ow = 0; ow < first_.size(); ++ow) {
       first_[ow] = lane_int_t<A>(std::max<int64_t>(0, pool.pad_w - int64_t(ow) * pool_.stride_w));
@@ -173,7 +174,7 @@ class PlaneRows {
     const int64_t top = oh * pool_.stride_h - pool_.pad_h;
     const int64_t i0 = std::max<int64_t>(0, -top), i1 = std::min(pool_.kernel_h, H - top);
     for (int64_t i = i0; i < i1; ++i) {
-      const int64_t slot = (top + i) % pool_.kernel_h;
+      const int64_t slot = (top + i) % slots_;
       if (held_[slot] == top + i) continue;
       held_[slot] = top + i;
       fill(top + i, &values_[slot * width_ + pool_.pad_w]);
@@ -183,7 +184,7 @@ class PlaneRows {
       // If all pixels are -inf, the first one inside the image wins.
       IntVec<A> position = load_raw<IntVec<A>>(&first_[ow]) + lane_int_t<A>(i0 * pool_.kernel_w);
       for (int64_t i = i0; i < i1; ++i) {
-        const A* row = &values_[(top + i) % pool_.kernel_h * width_ + ow * pool_.stride_w];
+        const A* row = &values_[(top + i) % slots_ * width_ + ow * pool_.stride_w];
         for (int64_t j = 0; j < pool_.kernel_w; ++j) {
           const Vec<A> v = load_strided(row + j, pool_.stride_w);
           const auto wins = (v > best) | (v != v);
@@ -204,6 +205,7 @@ class PlaneRows {
   }
 
   const Pool pool_;
+  const int64_t slots_;  // rows that are held, no more than the plane has
   const int64_t width_;
   std::vector<A> values_;
   std::vector<int64_t> held_;  // the input row in each slot

@@ -171,3 +171,14 @@ def test_a_seed_on_the_cpu_is_read_there(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seed.device.type == "meta"
     assert seed.dtype == torch.int64
     assert seed.shape == ()
+
+
+def test_indices_up_to_the_last(device, backend):
+    """A shard of a tensor of almost 2^63 elements; a whole of more has elements without an index."""
+    rows, size = 4, 2**60
+    x = torch.ones(rows, 1000, device=device)
+    out = dropout(x, 0.5, seed=1, shard=(1, size - 1000, size), backend=backend)
+    keep = reference.dropout_keep(x.shape, 0.5, 1, 0, (1, size - 1000, size))
+    assert torch.equal(out.cpu() != 0, keep)
+    with pytest.raises(ValueError, match=r"the whole tensor has 2\^63 elements or more"):
+        dropout(x, 0.5, seed=1, shard=(1, 2**62 - 1000, 2**62), backend=backend)

@@ -105,3 +105,14 @@ def test_onnx_cases(device, backend):
         assert_same(out.cpu(), torch.from_numpy(outputs[0]), case.name)
         tried += 1
     assert tried >= 4
+
+
+def test_second_derivative_of_positions_outside_the_image():
+    """No forward call gives them; the backward operator and its derivative ignore them."""
+    grad = torch.ones(1, 1, 1, 2, dtype=torch.double, requires_grad=True)
+    argmax = torch.tensor([[[[0, 2]]]], dtype=torch.uint8)
+    result = torch.ops.alexnet_kernels.max_pool2d_backward(
+        grad, None, argmax, [1, 1, 3, 5], [3, 3], [3, 3], [0, 0], False
+    )
+    assert result.sum() == 1
+    assert torch.autograd.grad(result.sum(), grad)[0].flatten().tolist() == [1, 0]
