@@ -16,13 +16,13 @@ struct Dropout {
   float scale;
 };
 
-// Element i of row r, of `row` elements, has index base + r * row_stride + i, modulo 2^64.
+// Element i of row r, of `row` elements, has index base + r * row_stride + i.
 struct Rows {
   int64_t row, row_stride, base;
-  __device__ __forceinline__ uint64_t index(int64_t element) const {
-    if (row == row_stride) return uint64_t(base) + uint64_t(element);
+  __device__ __forceinline__ int64_t index(int64_t element) const {
+    if (row == row_stride) return base + element;
     const int64_t r = element / row;
-    return uint64_t(base) + uint64_t(r) * uint64_t(row_stride) + uint64_t(element - r * row);
+    return base + r * row_stride + (element - r * row);
   }
 };
 
@@ -31,9 +31,9 @@ __device__ __forceinline__ float dropped(const Dropout& d, float v, uint32_t wor
 }
 
 // The element of this index.
-__device__ __forceinline__ float drop(const Dropout& d, uint64_t seed, uint64_t index, float v) {
+__device__ __forceinline__ float drop(const Dropout& d, uint64_t seed, int64_t index, float v) {
   if (d.threshold == 0) return v * d.scale;
-  const Words4 words = philox(seed, d.offset, index / 4);
+  const Words4 words = philox(seed, d.offset, uint64_t(index) / 4);
   const uint32_t low = index % 2 ? words.word[1] : words.word[0], high = index % 2 ? words.word[3] : words.word[2];
   return dropped(d, v, index % 4 < 2 ? low : high);
 }
@@ -45,9 +45,9 @@ __device__ __forceinline__ void drop(const Dropout& d, const Rows& rows, uint64_
   constexpr int kStep = kCount % 4 == 0 ? 4 : 1;
 #pragma unroll
   for (int i = 0; i < kCount; i += kStep) {
-    const uint64_t index = rows.index(element + i);
+    const int64_t index = rows.index(element + i);
     if (kStep == 4 && index % 4 == 0 && rows.index(element + i + kStep - 1) == index + 3 && d.threshold != 0) {
-      const Words4 words = philox(seed, d.offset, index / 4);
+      const Words4 words = philox(seed, d.offset, uint64_t(index) / 4);
 #pragma unroll
       for (int j = 0; j < kStep; ++j) v[i + j] = dropped(d, v[i + j], words.word[j]);
     } else {
