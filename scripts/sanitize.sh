@@ -22,6 +22,8 @@ runtime="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc
 for isa in generic avx2 avx512; do
   grep -q "$isa" /proc/cpuinfo || [ "$isa" = generic ] || continue
   echo "instruction set $isa"
+  # A process that a sanitizer ends prints nothing that pytest captured.
   ALEXNET_KERNELS_ISA=$isa LD_PRELOAD="$runtime" \
-    "$python" -m pytest -q --capture=sys -p no:cacheprovider "$tests/test_operands.py" "$tests/test_fuzz.py" -k "cpu" "$@"
+    "$python" -m pytest -q --capture=sys -p no:cacheprovider "$tests/test_operands.py" "$tests/test_fuzz.py" -k cpu "$@" \
+    2>stderr || { grep -m 1 -A 60 "runtime error: \|ERROR: AddressSanitizer" stderr >&2 || tail -n 60 stderr >&2; exit 1; }
 done
