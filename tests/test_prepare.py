@@ -25,7 +25,7 @@ from PIL import Image
 
 pytest.importorskip("lightning")
 
-from runs import train
+from runs import environment, train
 
 from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.cli import main
@@ -236,6 +236,8 @@ def interrupt(source: Path, folder: Path, options: list[str], ready: Callable[[]
     """Ctrl-C in the command's terminal, `delay` seconds after it is ready: one line, and no process is left."""
     process = subprocess.Popen(
         [sys.executable, "-m", "alexnet_kernels", "prepare", str(source), str(folder), *options],
+        cwd="/",
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -402,6 +404,8 @@ class TestGoingOn:
         options = ["--size", str(SIZE), "--shard-images", "5", "--workers", workers]
         done = subprocess.run(
             [sys.executable, "-m", "alexnet_kernels", "prepare", str(tree), str(folder), *options],
+            cwd="/",
+            env=environment(),
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
             capture_output=True,
             text=True,

@@ -174,11 +174,12 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
         }
     settings = header.settings
     model = header.model(device="meta")
-    counters = {key for key, value in model.state_dict().items() if not value.is_floating_point()}
+    own = model.state_dict()
     for key, value in weights.items():
         if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
             raise InputError(f"checkpoint {path} holds {key} as something else than a dense tensor")
-        if value.dtype not in ((torch.int64,) if key in counters else _WEIGHTS):
+        allowed = _WEIGHTS if key in own and own[key].is_floating_point() else (*_WEIGHTS, torch.int64)
+        if value.dtype not in allowed:
             raise InputError(f"checkpoint {path} holds {key} in {value.dtype}, which weights can't have")
     try:
         model.load_state_dict(weights, assign=True)
