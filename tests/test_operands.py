@@ -332,13 +332,13 @@ def test_every_element_of_dropout_is_written(kernels: Any, row_stride: int, base
     assert (out >= 0).all()
 
 
-def calls(op: str, backend: str) -> Iterator[tuple[str, list[Any]]]:
+def calls(op: str, device: str, backend: str) -> Iterator[tuple[str, list[Any]]]:
     """The operator calls of an op's typical arguments."""
     info = OP_INFOS[op]
     for memory_format in FORMATS.values() if info.images else [torch.contiguous_format]:
         for sample in info.typical:
             for operator, arguments in operator_calls(
-                info, info.inputs(sample, Maker(memory_format=memory_format)), backend
+                info, info.inputs(sample, Maker(memory_format=memory_format, device=device)), backend
             ):
                 yield operator, list(arguments)
 
@@ -385,7 +385,7 @@ def test_any_change_of_one_argument_is_refused_or_harmless(op: str, device: str,
     """For a sanitizer to watch."""
     native(backend)
     refused = harmless = 0
-    for operator, arguments in calls(op, backend):
+    for operator, arguments in calls(op, device, backend):
         call = getattr(getattr(torch.ops, backends.registered(backend).namespace), operator)
         for i, argument in enumerate(arguments):
             for changed in changes(argument):
@@ -404,7 +404,7 @@ def test_memory_that_was_freed(op: str, device: str, backend: str, left: int) ->
     """As FSDP frees the memory of parameters."""
     native(backend)
     told = set()
-    for operator, arguments in calls(op, backend):
+    for operator, arguments in calls(op, device, backend):
         call = getattr(getattr(torch.ops, backends.registered(backend).namespace), operator)
         for i, argument in enumerate(arguments):
             for j in range(len(tensors(argument))):
