@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import platform
+import random
 import re
 import shutil
 import struct
@@ -154,6 +155,20 @@ class TestKernels:
         for axis in range(3):
             assert (out[:, :, axis] == np.indices(grid[::-1])[2 - axis].reshape(24, 1)).all()
             assert (out[:, :, 3 + axis] == np.indices(block[::-1])[2 - axis].reshape(1, 30)).all()
+
+    @pytest.mark.parametrize(("trial", "bits"), [("divisions", 31), ("long divisions", 63)])
+    def test_divisions_by_multiplication(self, launch, trial: str, bits: int) -> None:
+        draw = random.Random(bits)
+        most = 2**bits - 1
+        powers = [2**k + step for k in range(1, bits) for step in (-1, 0, 1)]
+        largest = min(most, 2**62)
+        divisors = {d for d in [*powers, 3 * 5 * 7, 10**9, largest] if d <= largest}
+        for divisor in [*sorted(divisors), *(draw.randrange(1, 2 ** draw.randrange(1, bits)) for _ in range(50))]:
+            quotients = [1, 2, most // divisor, *(draw.randrange(most // divisor + 1) for _ in range(20))]
+            dividends = {quotient * divisor + step for quotient in quotients for step in (-1, 0, 1)} | {most, *powers}
+            options = [divisor, *(n for n in dividends if 0 <= n <= most)]
+            threads = len(options) - 1
+            assert (launch(trial, (), threads, block=(threads,), options=options) == 1).all(), divisor
 
     @pytest.mark.parametrize("bytes", [4, 1000, 227 * 1024])
     def test_shared_memory_starts_as_nan_in_every_block(self, cuda, launch, bytes: int) -> None:

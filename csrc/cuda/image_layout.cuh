@@ -21,53 +21,49 @@ struct ImageLayout {
         H(int(size[2])),
         W(int(size[3])),
         channels_last(format == MemoryFormat::ChannelsLast),
-        vectors_per_pixel(std::max<int64_t>(1, size[1] / vector)),
-        width(std::max<int64_t>(1, size[3])),
-        pixels(std::max<int64_t>(1, size[2] * size[3])),
-        vectors_per_image(size[1] / vector * size[2] * size[3]) {
-    STD_TORCH_CHECK(vectors_per_image + kThreads < (int64_t(1) << 31) && size[2] * size[3] < (int64_t(1) << 31),
+        channel_stride(channels_last ? 1 : int(size[2] * size[3])),
+        row_stride(channels_last ? int(size[3] * size[1]) : W),
+        column_stride(channels_last ? C : 1),
+        vector_(vector),
+        elements_(size[1] * size[2] * size[3]),
+        vectors_(size[1] / vector * size[2] * size[3]),
+        count_(N * vectors_),
+        per_image_(std::max<int64_t>(1, vectors_)),
+        inner_(std::max<int64_t>(1, channels_last ? size[1] / vector : size[2] * size[3])),
+        width_(std::max<int64_t>(1, size[3])) {
+    STD_TORCH_CHECK(elements_ < (int64_t(1) << 31) && size[2] * size[3] < (int64_t(1) << 31),
                     "alexnet_kernels: the CUDA kernels take images of fewer than 2^31 elements");
   }
 
-  __host__ __device__ int64_t vectors() const { return N * vectors_per_image; }
+  __host__ __device__ int64_t vectors() const { return count_; }
 
-  // The coordinates of vector first + index. `first` must be uniform in a block: its 64-bit division is then computed
-  // once.
+  // The coordinates of vector first + index; neither is negative.
   __device__ __forceinline__ Coordinates locate(int64_t first, int index) const {
-    int64_t n = first / vectors_per_image;
-    const int at = int(first - n * vectors_per_image) + index;
-    return at < vectors_per_image ? coordinates(n, at) : later_image(n, at);
+    const int64_t vector = first + uint32_t(index), n = per_image_.quotient(vector);
+    // The difference is below 2^31: its low 32 bits are enough.
+    const int at = int(uint32_t(vector) - uint32_t(n) * uint32_t(vectors_));
+    const int outer = inner_.quotient(at), inner = at - outer * inner_.value();
+    const int pixel = channels_last ? outer : inner, c = channels_last ? inner * vector_ : outer;
+    const int y = width_.quotient(pixel);
+    return {n, c, y, pixel - y * W};
   }
 
   // The offset of channel c of pixel (y, x) of image n.
   __device__ __forceinline__ int64_t offset(int64_t n, int c, int y, int x) const {
-    const int within = channels_last ? (y * W + x) * C + c : (c * H + y) * W + x;
-    return n * (int64_t(C) * H * W) + within;
+    return n * elements_ + (y * row_stride + x * column_stride + c * channel_stride);
   }
 
   int64_t N;
   int C, H, W;
   bool channels_last;
-  Divisor vectors_per_pixel, width, pixels;
-  int64_t vectors_per_image;
+  int channel_stride, row_stride, column_stride;
 
  private:
-  __device__ __forceinline__ Coordinates later_image(int64_t n, int at) const {
-    const int images = at / int(vectors_per_image);
-    return coordinates(n + images, at - images * int(vectors_per_image));
-  }
-  __device__ __forceinline__ Coordinates coordinates(int64_t n, int at) const {
-    int c, pixel;
-    if (channels_last) {
-      pixel = vectors_per_pixel.quotient(at);
-      c = (at - pixel * vectors_per_pixel.value()) * (C / vectors_per_pixel.value());
-    } else {
-      c = pixels.quotient(at);
-      pixel = at - c * pixels.value();
-    }
-    const int y = width.quotient(pixel);
-    return {n, c, y, pixel - y * W};
-  }
+  int vector_;
+  int64_t elements_, vectors_;  // of an image
+  int64_t count_;               // vectors of all images
+  LongDivisor per_image_;
+  Divisor inner_, width_;  // inner: vectors of a pixel, or pixels of a plane
 };
 
 // The channels of a vector: 16 bytes of them in channels_last, or 1 where `channels` (of a tower) is not a multiple of

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) lrn_forward_any(ImageLayout images, 
   const int64_t first = int64_t(blockIdx.x) * kThreads, i = first + threadIdx.x;
   if (i >= images.vectors()) return;
   const Coordinates at = images.locate(first, threadIdx.x);
-  const float s = base_at<false>(lrn, x + i, at.c, images.channels_last ? 1 : images.pixels.value());
+  const float s = base_at<false>(lrn, x + i, at.c, images.channel_stride);
   y[i] = T(float(x[i]) * powers(s, lrn.beta).minus_beta);
 }
 

@@ -74,7 +74,7 @@ class Lane {
   // The first vector that the block stores. The lane's vector is index_ after it: -1 ... kStoringLanes * kWarps.
   __device__ __forceinline__ int64_t block_first() const { return int64_t(blockIdx.x) * (kStoringLanes * kWarps); }
   __device__ __forceinline__ int64_t vector() const { return block_first() + index_; }
-  // The coordinates of the lane's vector, which must be valid. The 64-bit division is uniform in the block.
+  // The coordinates of the lane's vector, which must be valid.
   __device__ __forceinline__ Coordinates locate(const ImageLayout& images) const {
     const int64_t base = max(block_first() - 1, int64_t(0));
     return images.locate(base, int(vector() - base));
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) lrn_bases(ImageLayout images, Lrn lr
   if (first + threadIdx.x >= images.vectors()) return;
   const Coordinates at = images.locate(first, threadIdx.x);
   const int64_t i = first + threadIdx.x;
-  s[i] = base_at<kRelu>(lrn, x + i, at.c, images.channels_last ? 1 : images.pixels.value());
+  s[i] = base_at<kRelu>(lrn, x + i, at.c, images.channel_stride);
 }
 
 // G: the storage type of g, T or float.
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = int64_t(blockIdx.x) * kThreads;
   if (first + threadIdx.x >= images.vectors()) return;
   const Coordinates at = images.locate(first, threadIdx.x);
-  const int stride = images.channels_last ? 1 : images.pixels.value();
+  const int stride = images.channel_stride;
   const ChannelRange window = window_of(lrn, at.c, lrn.after, lrn.before);
   const int64_t i = first + threadIdx.x;
   float sum = 0.f;

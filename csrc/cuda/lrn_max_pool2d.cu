@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= out.vectors()) return;
   const Coordinates at = out.locate(first, threadIdx.x);
   const int top = at.y * pool.stride_h - pool.pad_h, left = at.x * pool.stride_w - pool.pad_w;
-  const int stride = in.channels_last ? 1 : in.pixels.value();
+  const int stride = in.channel_stride;
   Maximum<1> maximum;
   for (int row = 0; row < pool.kernel_h; ++row) {
     if (unsigned(top + row) >= unsigned(in.H)) continue;

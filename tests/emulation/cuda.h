@@ -566,6 +566,9 @@ T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> value) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return unsigned(uint64_t(a) * b >> 32);
 }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return uint64_t(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline float rsqrtf(float v) {
   return 1.f / std::sqrt(v);
 }

@@ -5,6 +5,7 @@
 #include <map>
 #include <string>
 
+#include "cuda/divisor.cuh"
 #include "emulation/cuda.h"
 
 namespace trials {
@@ -110,6 +111,14 @@ inline void atomics(const Data& d) {
   atomicExch(d.out + 4 + index, atomicAdd(d.out + 4 + index, 0.f) + 1.f);
 }
 
+// Options: the divisor, then one dividend a thread. Whether D's quotients are exact.
+template <class D>
+void divisions(const Data& d) {
+  const int64_t divisor = d.options[0], n = d.options[1 + threadIdx.x];
+  const D by(divisor);
+  d.out[threadIdx.x] = float(by.value() == divisor && by.quotient(n) == n / divisor);
+}
+
 // The six indices of each thread, ordered by block and thread.
 inline void indices(const Data& d) {
   const dim3 t = threadIdx, b = blockIdx;
@@ -208,6 +217,8 @@ inline const std::map<std::string, Kernel>& kernels() {
       {"shuffle double", shuffle<Shuffle::by_index, double>},
       {"votes", votes},
       {"atomics", atomics},
+      {"divisions", divisions<alexnet_kernels::cuda::Divisor>},
+      {"long divisions", divisions<alexnet_kernels::cuda::LongDivisor>},
       {"indices", indices},
       {"fresh_shared", fresh_shared},
       {"divergent_barrier", divergent_barrier},
