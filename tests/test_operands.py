@@ -273,6 +273,9 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
         k, x(1, 1, 1, 2), torch.tensor([[[[0, 2]]]], dtype=BYTE), (1, 1, 3, 5), stride=[3, 3]
     ),
     "space_to_depth: padding only": lambda k: k.space_to_depth(last(), 2, [1000, 1000], [4, 4], torch.float32),
+    "space_to_depth: any padding": lambda k: k.space_to_depth(last(), 2, [0, 2**31 - 1], [4, 4], torch.float32),
+    "depth_to_space: any padding": lambda k: k.depth_to_space(last(), 2, [0, 2**31 - 1], [4, 4], torch.float32),
+    "depth_to_space: any padding of rows": lambda k: k.depth_to_space(last(), 2, [2**31 - 1, 0], [4, 4], torch.float32),
 }
 
 

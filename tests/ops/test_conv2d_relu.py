@@ -17,6 +17,7 @@ from helpers import (
 )
 
 from alexnet_kernels import reference
+from alexnet_kernels.backends import kernels_of
 from alexnet_kernels.models import PRESETS, AlexNet
 from alexnet_kernels.ops import conv2d_relu
 from alexnet_kernels.ops.conv2d_relu import _is_wrong_in_torch as is_wrong_in_torch
@@ -123,6 +124,54 @@ class TestSpaceToDepth:
         blocks = torch.ops.alexnet_kernels.space_to_depth(image, *args)
         assert torch.equal(blocks[:, (1 * 4 + 2) * 3 + 1], image[:, 1, 1::4, 2::4])
         assert torch.equal(torch.ops.alexnet_kernels.depth_to_space(blocks, 4, [0, 0], [8, 12], torch.float32), image)
+
+    @every_format
+    @pytest.mark.parametrize(
+        ("channels", "size", "block", "padding", "blocks"),
+        [
+            (3, (21, 24), 4, (2, 2), (6, 7)),
+            (3, (16, 16), 4, (0, 0), (4, 4)),
+            (3, (21, 19), 4, (1, 3), (6, 6)),
+            (3, (5, 9), 4, (9, 13), (7, 8)),
+            (4, (9, 10), 2, (1, 1), (6, 6)),
+            (1, (12, 20), 4, (0, 4), (3, 7)),
+            (2, (7, 9), 3, (1, 2), (4, 5)),
+            (6, (8, 8), 2, (2, 1), (5, 5)),
+            (16, (3, 2), 1, (0, 1), (3, 5)),
+        ],
+        ids=str,
+    )
+    def test_every_layout(self, channels, size, block, padding, blocks, memory_format, device, backend):
+        if backend == "native":
+            pytest.skip("it has no such operators")
+        kernels = kernels_of(backend)
+        (height, width), (rows, columns) = size, blocks
+        image = torch.randn(5, channels, *size)
+        image[0, 0, 0, 0], image[1, -1, -1, -1] = torch.nan, torch.inf
+        padded = F.pad(image, (padding[1], block * columns, padding[0], block * rows))
+        parts = padded[:, :, : rows * block, : columns * block].unflatten(3, (-1, block)).unflatten(2, (-1, block))
+        depth = parts.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        values = torch.randn(depth.shape)
+        parts = values.unflatten(1, (block, block, channels)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+        padded = F.pad(parts, (0, width + padding[1], 0, height + padding[0]))
+        space = padded[:, :, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
+
+        def placed(tensor, memory_format):
+            """In memory that begins `offset` elements after an aligned address."""
+            tensor = tensor.to(device, given)
+            strides = tensor.contiguous(memory_format=memory_format).stride()
+            return tensor.new_empty(tensor.numel() + offset).as_strided(tensor.shape, strides, offset).copy_(tensor)
+
+        f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+        dtypes = ((f32, f32), (bf16, bf16), (f32, bf16), (f16, f32), (bf16, f16))
+        for (given, wanted), offset in product(dtypes, (0, 1, 2)):
+            what = f"{given} to {wanted}, offset {offset}"
+            result = kernels.space_to_depth(placed(image, memory_format), block, padding, blocks, wanted)
+            assert_same(result.cpu(), depth.to(given).to(wanted), what)
+            assert result.is_contiguous(memory_format=torch.channels_last)
+            result = kernels.depth_to_space(placed(values, torch.channels_last), block, padding, size, wanted)
+            assert_same(result.cpu(), space.to(given).to(wanted), what)
+            assert result.is_contiguous(memory_format=torch.channels_last)
 
     def test_opcheck_and_gradients(self):
         image = torch.randn(1, 3, 9, 7, dtype=torch.float64, requires_grad=True)
