@@ -19,9 +19,10 @@ template <int kVec>
 constexpr int kVectorsInFlight = kVec == 1 ? 8 : 4;
 constexpr int kCombineChannels = 4;
 
-// SGD. Elements of a thread; tensors of a launch, whose descriptors fit 4 kB of kernel arguments; resident blocks of a
-// multiprocessor, which limits a thread to 40 registers.
+// SGD. Elements of a thread, and of an access: 16 bytes of float, 8 of other types; tensors of a launch, whose
+// descriptors fit 4 kB of kernel arguments; resident blocks of a multiprocessor, which limits a thread to 40 registers.
 constexpr int kSgdElements = 8;
+constexpr int kSgdGroup = 4;
 constexpr int kSgdTensors = 64;
 constexpr int kSgdBlocks = 6;
 

@@ -5,9 +5,10 @@
 //                             w <- w - lr (g + m v if nesterov, else v); momentum 0 leaves v alone
 //   params, grads: float, bfloat16 or float16 each; momentum in float or the param's type; masters in float. A step
 //   with masters updates the master and rounds it to the param. The tensors of one index have the same dense strides.
-// A thread updates kSgdElements consecutive elements of one tensor; the blocks of each tensor follow those of the
-// tensor before it. Arrays aligned to 16 bytes move as vectors; others, such as gradients inside a bucket, element by
-// element. The learning rate may be in device memory, so that a captured CUDA graph follows its schedule.
+// A thread updates kSgdElements elements of one tensor, in groups of kSgdGroup that follow those of the other threads,
+// so that a warp's accesses are contiguous for every dtype; the blocks of each tensor follow those of the tensor before
+// it. Arrays aligned to 16 bytes move as vectors; others, such as gradients inside a bucket, element by element. The
+// learning rate may be in device memory, so that a captured CUDA graph follows its schedule.
 #include "image_layout.cuh"
 
 namespace alexnet_kernels::cuda {
@@ -73,22 +74,29 @@ __device__ __forceinline__ void store_if(bool aligned, T* p, const float (&in)[k
   }
 }
 
-// The elements [at, at + kCount).
-template <int kCount, class P, class G, class M>
+// The elements [at, at + kCount) and as many at each of kGroups steps of kThreads kCount elements.
+template <int kGroups, int kCount, class P, class G, class M>
 __device__ __forceinline__ void step_at(const SgdRule& rule, const SgdRates& rates, const SgdTensor& t, int64_t at) {
-  float w[kCount], g[kCount], v[kCount];
-  if (t.master != nullptr) {
-    load_if<kCount>(t.master_aligned, t.master + at, w);
-  } else {
-    load_if<kCount>(t.param_aligned, static_cast<const P*>(t.param) + at, w);
-  }
-  load_if<kCount>(t.grad_aligned, static_cast<const G*>(t.grad) + at, g);
-  load_if<kCount>(t.momentum_aligned, static_cast<const M*>(t.momentum) + at, v);
+  constexpr int kStep = kThreads * kCount;
+  float w[kGroups][kCount], g[kGroups][kCount], v[kGroups][kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) step(rule, rates, w[i], g[i], v[i]);
-  store_if<kCount>(t.momentum_aligned, static_cast<M*>(t.momentum) + at, v);
-  if (t.master != nullptr) store_if<kCount>(t.master_aligned, t.master + at, w);
-  store_if<kCount>(t.param_aligned, static_cast<P*>(t.param) + at, w);
+  for (int i = 0; i < kGroups; ++i) {
+    if (t.master != nullptr) {
+      load_if<kCount>(t.master_aligned, t.master + at + i * kStep, w[i]);
+    } else {
+      load_if<kCount>(t.param_aligned, static_cast<const P*>(t.param) + at + i * kStep, w[i]);
+    }
+    load_if<kCount>(t.grad_aligned, static_cast<const G*>(t.grad) + at + i * kStep, g[i]);
+    load_if<kCount>(t.momentum_aligned, static_cast<const M*>(t.momentum) + at + i * kStep, v[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) step(rule, rates, w[i][j], g[i][j], v[i][j]);
+    store_if<kCount>(t.momentum_aligned, static_cast<M*>(t.momentum) + at + i * kStep, v[i]);
+    if (t.master != nullptr) store_if<kCount>(t.master_aligned, t.master + at + i * kStep, w[i]);
+    store_if<kCount>(t.param_aligned, static_cast<P*>(t.param) + at + i * kStep, w[i]);
+  }
 }
 
 template <class P, class G, class M>
@@ -96,16 +104,26 @@ __global__ void __launch_bounds__(kThreads, kSgdBlocks) sgd(SgdTensors tensors, 
   int i = 0;
   while (i + 1 < tensors.count && tensors.tensor[i + 1].first_block <= int(blockIdx.x)) ++i;
   const SgdTensor& t = tensors.tensor[i];
-  const int64_t at = (int64_t(int(blockIdx.x) - t.first_block) * kThreads + threadIdx.x) * kSgdElements;
+  const int64_t first = int64_t(int(blockIdx.x) - t.first_block) * (kThreads * kSgdElements);
   SgdRates rates = rule.rates;
   if (rule.lr_pointer != nullptr) {
     rates.lr = *rule.lr_pointer;
     rates.decay_lr = rule.weight_decay * rates.lr;
   }
-  if (at + kSgdElements <= t.count) {
-    step_at<kSgdElements, P, G, M>(rule, rates, t, at);
-  } else {
-    for (int64_t j = at; j < min(at + kSgdElements, t.count); ++j) step_at<1, P, G, M>(rule, rates, t, j);
+  constexpr int kGroups = kSgdElements / kSgdGroup;
+  int64_t at = first + threadIdx.x * kSgdGroup;
+  if (first + kThreads * kSgdElements <= t.count) {
+    step_at<kGroups, kSgdGroup, P, G, M>(rule, rates, t, at);
+    return;
+  }
+#pragma unroll 1
+  for (; at < t.count; at += kThreads * kSgdGroup) {
+    if (at + kSgdGroup <= t.count) {
+      step_at<1, kSgdGroup, P, G, M>(rule, rates, t, at);
+    } else {
+#pragma unroll 1
+      for (int64_t j = at; j < t.count; ++j) step_at<1, 1, P, G, M>(rule, rates, t, j);
+    }
   }
 }
 
