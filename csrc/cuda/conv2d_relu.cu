@@ -8,25 +8,25 @@
 namespace alexnet_kernels::cuda {
 namespace {
 
-// y = relu(y + bias) of images [N, C, H, W]; bias may be null. kRuns: a vector holds consecutive channels, so that the
-// bias is one 16-byte load.
-template <class T, int kVec, bool kRuns>
+// y = relu(y + bias); bias may be null. In channels_last a vector holds consecutive channels, and `period` is the
+// vectors of a pixel. In NCHW it holds pixels of one plane, or of that and the next, and `period` is the vectors of an
+// image.
+template <class T, int kVec, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads)
-    bias_relu(int64_t vectors, int64_t vectors_per_image, Divisor channels, Divisor pixels, bool channels_last,
-              bool with_relu, const T* bias, T* y) {
-  const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
+    bias_relu(int64_t vectors, LongDivisor period, Divisor pixels, bool with_relu, const T* bias, T* y) {
+  const int64_t vector = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (vector >= vectors) return;
-  const int at = int(first % vectors_per_image + threadIdx.x) * kVec;  // may be in the next image
   float v[kVec], b[kVec] = {};
   load<kVec>(y + vector * kVec, v);
   if (bias != nullptr) {
-    if constexpr (kRuns) {
-      load<kVec>(bias + channels.remainder(at), b);
+    const int at = int(vector - period.quotient(vector) * period.value()) * kVec;
+    if constexpr (kChannelsLast) {
+      load<kVec>(bias + at, b);
     } else {
+      const int plane = pixels.quotient(at), left = (plane + 1) * pixels.value() - at;
+      const float here = float(bias[plane]), next = left < kVec ? float(bias[plane + 1]) : 0.f;
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        b[i] = float(bias[channels.remainder(channels_last ? at + i : pixels.quotient(at + i))]);
-      }
+      for (int i = 0; i < kVec; ++i) b[i] = i < left ? here : next;
     }
   }
 #pragma unroll
@@ -50,16 +50,19 @@ Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tens
   const std::optional<Tensor> b =
       bias ? std::optional<Tensor>(in_format(*bias, MemoryFormat::Contiguous)) : std::nullopt;
   const int64_t pixels = y.size(2) * y.size(3), per_image = y.size(1) * pixels;
-  STD_TORCH_CHECK(per_image < (int64_t(1) << 31) - 16 * kThreads, "conv2d_relu: images of 2^31 elements or more");
+  STD_TORCH_CHECK(per_image < (int64_t(1) << 31), "conv2d_relu: images of 2^31 elements or more");
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   for_dtype(y, [&](auto t) {
     using T = decltype(t);
     const T* values = b ? data<T>(*b) : nullptr;
-    for_vector<T>(per_image % kVector<T> == 0 && aligned(data<T>(y), values) ? kVector<T> : 1, [&](auto vector) {
-      for_bool(channels_last && y.size(1) % vector == 0, [&](auto runs) {
+    const bool fits = channels_last ? y.size(1) % kVector<T> == 0 && aligned(values)
+                                    : per_image % kVector<T> == 0 && pixels >= kVector<T>;
+    for_vector<T>(fits && aligned(data<T>(y)) ? kVector<T> : 1, [&](auto vector) {
+      for_bool(channels_last, [&](auto last) {
         const int64_t vectors = y.numel() / vector;
-        device.launch(bias_relu<T, vector, runs>, divide_up(vectors, kThreads), kThreads, vectors, per_image / vector,
-                      Divisor(y.size(1)), Divisor(pixels), channels_last, with_relu, values, mutable_data<T>(y));
+        device.launch(bias_relu<T, vector, last>, divide_up(vectors, kThreads), kThreads, vectors,
+                      LongDivisor((last ? y.size(1) : per_image) / vector), Divisor(pixels), with_relu, values,
+                      mutable_data<T>(y));
       });
     });
   });
