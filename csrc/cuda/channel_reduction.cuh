@@ -18,6 +18,7 @@ struct ChannelPartition {
         values(channels_last ? 1 : vector),
         columns(channels_last ? C / vector : C),
         plane(size[2] * size[3] / values),
+        long_plane(plane.value()),
         length(size[0] * plane.value()),
         groups(channels_last ? divide_up(columns, kPartitionBytes / vector_bytes) : C),
         width(divide_up(columns, groups.value())),
@@ -47,7 +48,8 @@ struct ChannelPartition {
   bool channels_last;
   int values;  // elements of one channel in a vector
   int columns;
-  Divisor plane;      // vectors of a column in an image
+  Divisor plane;  // vectors of a column in an image
+  LongDivisor long_plane;
   int64_t length;     // vectors of a column
   Divisor groups;     // groups of columns: blocks of a part
   Divisor width;      // columns of a group
@@ -70,7 +72,7 @@ class ColumnIterator {
               row_ * partition.width.value();
     valid_ = row_ < partition.rows && column_ < partition.columns;
     if (!valid_) column_ = 0;
-    const int64_t first = part_ * partition.part, n = first / partition.plane.value();
+    const int64_t first = part_ * partition.part, n = partition.long_plane.quotient(first);
     count_ = valid_ ? int(min(partition.part, partition.length - first)) : 0;
     first_in_plane_ = int(first - n * partition.plane.value());
     base_ = n * partition.image + int64_t(column_) * partition.across;

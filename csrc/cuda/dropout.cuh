@@ -18,12 +18,16 @@ struct Dropout {
 
 // Element i of row r, of `row` elements, has index base + r * row_stride + i.
 struct Rows {
-  int64_t row, row_stride, base;
+  Rows(int64_t row, int64_t row_stride, int64_t base) : row(row), row_stride(row_stride), base(base) {}
+
   __device__ __forceinline__ int64_t index(int64_t element) const {
-    if (row == row_stride) return base + element;
-    const int64_t r = element / row;
-    return base + r * row_stride + (element - r * row);
+    if (row.value() == row_stride) return base + element;
+    const int64_t r = row.quotient(element);
+    return base + r * row_stride + (element - r * row.value());
   }
+
+  LongDivisor row;
+  int64_t row_stride, base;
 };
 
 __device__ __forceinline__ float dropped(const Dropout& d, float v, uint32_t word) {
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void run_dropout(const OnDevice& device, const Dropout& d, Rows rows, bool with_relu, int64_t count,
                  const int64_t* seed, const T* x, T* y) {
-  if (rows.row_stride == rows.row || rows.row >= count) rows.row = rows.row_stride = count;
+  if (rows.row.value() >= count) rows.row_stride = rows.row.value();
   for_vector<T>(count % kVector<T> == 0 && aligned(x, y) ? kVector<T> : 1, [&](auto vector) {
     device.launch(dropout_rows<T, vector>, divide_up(count, int64_t(vector) * kThreads), kThreads, d, rows, with_relu,
                   count, seed, x, y);
