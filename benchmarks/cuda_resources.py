@@ -25,8 +25,8 @@ from alexnet_kernels import _library
 
 # Kernels that move single elements, and kernels that load single elements but store vectors.
 ELEMENTS = {"lrn_bases", "lrn_backward_any", "lrn_forward_any", "forward_any", "pooled_gradient"}
-ELEMENTS |= {"combine_moments", "combine_sums"}
-GATHERS = {"augment_images", "colours_to_depth", "planes_to_depth", "to_depth", "to_space"}
+ELEMENTS |= {"augment_pixels", "combine_moments", "combine_sums"}
+GATHERS = {"augment_colours", "colours_to_depth", "planes_to_depth", "to_depth", "to_space"}
 DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32", "double": "fp64"}
 
 

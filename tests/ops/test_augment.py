@@ -5,6 +5,7 @@ import torch
 from helpers import FORMATS, assert_close, assert_format, assert_same, every_format, raises
 
 from alexnet_kernels import reference
+from alexnet_kernels.backends import kernels_of
 from alexnet_kernels.ops import augment
 
 
@@ -76,6 +77,52 @@ def test_float64_and_bfloat16_settings(device, backend):
         settings["scale"] = torch.tensor([0.5, 0.25, 2.0])
         settings = {k: v.to(device, dtype) for k, v in settings.items()}
         check_augment(backend, images, crops, (8, 16), **settings)
+
+
+@every_format
+@pytest.mark.parametrize("kind", ["colour", "crop", "image"])
+@pytest.mark.parametrize(
+    "size",
+    [(9, 24), (8, 16), (13, 17), (7, 9), (5, 4), (1, 1)],  # rows of whole vectors, rows that end inside one, less
+    ids=str,
+)
+def test_every_alignment(size, kind, memory_format, device, backend):
+    (height, width), count = (size[0] + 2, size[1] + 3), 5
+    images, crops, flips = batch(count, height, width, size, device)
+    shape = {"colour": (3,), "crop": (3, *size), "image": (3, height, width)}[kind]
+    options = {
+        "flips": flips,
+        "mean": (torch.rand(shape) * 255).to(device),
+        "color_shift": torch.randn(count, 3).to(device),
+        "scale": torch.tensor([0.5, 0.25, 2.0]).to(device),
+    }
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for offset in range(4):
+            memory = images.new_empty(images.numel() + offset)[offset:]
+            placed = memory.view(images.shape).copy_(images)
+            check_augment(backend, placed, crops, size, dtype, memory_format, **options)
+        # The last crop ends with the last image: nothing behind it may be read.
+        whole = images[:, : size[0], : size[1]].contiguous()
+        if kind != "image":
+            check_augment(backend, whole, torch.zeros_like(crops), size, dtype, memory_format, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_other_channels(channels, channels_last, device, backend):
+    """The native library's operators take any number of channels."""
+    if backend not in ("cpu", "cuda"):
+        pytest.skip("the kernels take three channels")
+    images, crops, flips = batch(3, 7, 11, (5, 8), device)
+    images = images[..., :1].repeat(1, 1, 1, channels) // torch.arange(1, channels + 1, device=device)
+    images = images.to(torch.uint8)
+    mean, scale = torch.rand(channels, 7, 11).to(device), torch.rand(channels).to(device)
+    given = (flips, None, mean, scale, torch.float32, channels_last)
+    out = kernels_of(backend).augment(images, crops, (5, 8), *given)
+    values = (images.permute(0, 3, 1, 2).double() - mean.double()) * scale.double()[:, None, None]
+    for result, value, (top, left), flip in zip(out, values, crops.tolist(), flips.tolist(), strict=True):
+        crop = value[:, top : top + 5, left : left + 8]
+        assert_close(result, crop.flip(2) if flip else crop)
 
 
 @pytest.mark.parametrize("choice", ["auto", "native"])
