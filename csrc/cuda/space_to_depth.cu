@@ -109,7 +109,7 @@ template <class From, class To, int kLoad>
 __global__ void __launch_bounds__(kThreads)
     colours_to_depth(ImageLayout space, ImageLayout units, Rows rows, int pad_w, const From* x, To* y) {
   constexpr int kVectors = kUnit / kVector<To>;
-  __shared__ Pack<To, kVector<To>> staged[kThreads * kVectors];
+  __shared__ Pack<uint32_t, 4> staged[kThreads * kVectors];
   const int64_t first = int64_t(blockIdx.x) * kThreads;
   if (first + threadIdx.x < units.vectors()) {
     const Coordinates at = units.locate(first, threadIdx.x);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
       float part[kVector<To>];
 #pragma unroll
       for (int j = 0; j < kVector<To>; ++j) part[j] = float(v.value[i + j]);
-      store<kVector<To>>(staged[threadIdx.x * kVectors + i / kVector<To>].value, part);
+      store<kVector<To>>(reinterpret_cast<To*>(staged[threadIdx.x * kVectors + i / kVector<To>].value), part);
     }
   }
   __syncwarp();
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kVectors; ++i) {
     const int at = of_warp + i * kWarp + lane;
     const int64_t vector = first * kVectors + at;
-    if (vector < units.vectors() * kVectors) reinterpret_cast<Pack<To, kVector<To>>*>(y)[vector] = staged[at];
+    if (vector < units.vectors() * kVectors) reinterpret_cast<Pack<uint32_t, 4>*>(y)[vector] = staged[at];
   }
 }
 
