@@ -303,7 +303,7 @@ def test_crops_outside_their_images() -> None:
 
 @pytest.mark.skipif("cuda" not in BACKENDS["cpu"], reason="needs the emulation")
 def test_crops_outside_their_images_on_a_gpu() -> None:
-    """The values of crops are in the device's memory: pixels outside are those of a corner."""
+    """The values of crops are in the device's memory: a crop outside is moved inside."""
     emulation.load()
     result = augment(torch.ops.alexnet_kernels_emulated, torch.full((2, 8, 8, 3), 7, dtype=BYTE), crops(at=2**40))
     assert (result == 7).all()

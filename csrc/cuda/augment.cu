@@ -17,8 +17,8 @@ enum class Mean : int { none, colour, crop, image };
 
 struct AugmentArgs {
   int C, H, W, h, w;
-  int64_t count, bytes;  // pixels of all crops, bytes of all images
-  LongDivisor pixels;    // of a crop
+  int64_t count;       // pixels of all crops
+  LongDivisor pixels;  // of a crop
   Divisor width;
   bool channels_last;
   Mean mean_kind;
@@ -28,21 +28,32 @@ struct AugmentArgs {
   const float *shift, *mean, *scale;  // may be null
 };
 
-// A pixel of a crop: (y, x), number `within`, of the crop of image n.
+// A pixel of a crop: (y, x), number `within`, of the crop of image n. The op asserts on the device that crops are
+// inside their image; until it does, a crop outside is moved inside.
 struct Pixel {
   __device__ __forceinline__ Pixel(const AugmentArgs& a, int64_t pixel)
       : n(a.pixels.quotient(pixel)),
         within(int(pixel - n * a.pixels.value())),
         y(a.width.quotient(within)),
         x(within - y * a.w),
-        row(int(a.crops[2 * n]) + y),
-        left(int(a.crops[2 * n + 1])),
+        row(inside(a.crops[2 * n], a.H - a.h) + y),
+        left(inside(a.crops[2 * n + 1], a.W - a.w)),
         flip(a.flips != nullptr && a.flips[n]) {}
+
+  // The pixel's place in the image, and that of the first of `count` pixels in its row.
+  __device__ __forceinline__ int source(const AugmentArgs& a, int count = 1) const {
+    return row * a.W + left + (flip ? a.w - count - x : x);
+  }
 
   int64_t n;
   int within, y, x;
   int row, left;  // the pixel's row in the image, and the crop's first column
   bool flip;
+
+ private:
+  static __device__ __forceinline__ int inside(int64_t begin, int last) {
+    return int(min(max(begin, int64_t(0)), int64_t(last)));
+  }
 };
 
 // mean: the mean of the channel or of its pixel, if there is one.
@@ -53,13 +64,10 @@ __device__ __forceinline__ float scale_of(const AugmentArgs& a, int c) {
   return a.scale != nullptr ? a.scale[c] : 1.f;
 }
 
-// Calls body(c, value) for every channel of a pixel. The op asserts on the device that crops are inside their image;
-// until it does, no pixel outside is read.
+// Calls body(c, value) for every channel of a pixel.
 template <class Body>
 __device__ __forceinline__ void each_channel(const AugmentArgs& a, const Pixel& p, const Body& body) {
-  const int column = p.left + (p.flip ? a.w - 1 - p.x : p.x);
-  const bool inside = unsigned(p.row) < unsigned(a.H) && unsigned(column) < unsigned(a.W);
-  const int source = inside ? p.row * a.W + column : 0;
+  const int source = p.source(a);
   const uint8_t* from = a.images + (p.n * a.H * a.W + source) * a.C;
 #pragma unroll 1
   for (int c = 0; c < a.C; ++c) {
@@ -89,20 +97,15 @@ template <int kPixels>
 struct Colours {
   static constexpr int kBytes = kColours * kPixels, kLoads = (kBytes + 6) / 4;
 
-  // From byte `first` of the images, by aligned words. False if such a word is not inside the images.
-  __device__ __forceinline__ bool load(const AugmentArgs& a, int64_t first) {
-    const uint8_t* p = a.images + first;
+  // From the words that hold bytes from p on.
+  __device__ __forceinline__ void load(const uint8_t* p) {
     const int before = int(reinterpret_cast<uintptr_t>(p) % 4);
-    const bool all = before + kBytes > 4 * (kLoads - 1);
-    if (first < before || first - before + 4 * (kLoads - !all) > a.bytes) return false;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(p - before);
     uint32_t loaded[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads - 1; ++i) loaded[i] = words[i];
-    loaded[kLoads - 1] = all ? words[kLoads - 1] : 0;
+    for (int i = 0; i < kLoads; ++i) loaded[i] = 4 * i < before + kBytes ? words[i] : 0;
 #pragma unroll
     for (int i = 0; i < kLoads - 1; ++i) word[i] = __funnelshift_r(loaded[i], loaded[i + 1], 8 * before);
-    return true;
   }
 
   // Reverses the order of the pixels.
@@ -126,21 +129,21 @@ struct Colours {
   uint32_t word[kLoads - 1];
 };
 
-// Images of three channels. In NCHW, planes are a multiple of vectors.
+// Images of three channels in whole words. In NCHW, planes are a multiple of vectors.
 template <class T, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads) augment_colours(AugmentArgs a, T* out) {
   constexpr int kPixels = kVector<T>;
   using Vector = Pack<T, kPixels>;
-  __shared__ Vector staged[kChannelsLast ? kThreads * kColours : 1];
+  __shared__ Pack<uint32_t, 4> staged[kChannelsLast ? kThreads * kColours : 1];
   const int64_t first = int64_t(blockIdx.x) * kThreads * kPixels, pixel = first + int(threadIdx.x) * kPixels;
   if (pixel < a.count) {
     const Pixel p(a, pixel);
-    T* own =
-        kChannelsLast ? staged[threadIdx.x * kColours].value : out + (p.n * kColours * a.pixels.value() + p.within);
-    const int column = p.left + (p.flip ? a.w - kPixels - p.x : p.x), source = p.row * a.W + column;
-    Colours<kPixels> colours;
-    if (p.x + kPixels <= a.w && unsigned(p.row) < unsigned(a.H) && column >= 0 && column <= a.W - kPixels &&
-        colours.load(a, (p.n * a.H * a.W + source) * kColours)) {
+    T* own = kChannelsLast ? reinterpret_cast<T*>(staged[threadIdx.x * kColours].value)
+                           : out + (p.n * kColours * a.pixels.value() + p.within);
+    if (p.x + kPixels <= a.w) {
+      const int source = p.source(a, kPixels);
+      Colours<kPixels> colours;
+      colours.load(a.images + (p.n * a.H * a.W + source) * kColours);
       if (p.flip) colours.mirror();
       float v[kColours][kPixels];
 #pragma unroll
@@ -211,10 +214,10 @@ __global__ void __launch_bounds__(kThreads) augment_colours(AugmentArgs a, T* ou
       const int vector = of_warp + i * kWarp + lane;
       const int64_t at = first * kColours + vector * kPixels, end = a.count * kColours;
       if (at + kPixels <= end) {
-        *reinterpret_cast<Vector*>(out + at) = staged[vector];
+        *reinterpret_cast<Pack<uint32_t, 4>*>(out + at) = staged[vector];
       } else {
 #pragma unroll 1
-        for (int j = 0; at + j < end; ++j) out[at + j] = staged[vector].value[j];
+        for (int j = 0; at + j < end; ++j) out[at + j] = reinterpret_cast<const T*>(staged[vector].value)[j];
       }
     }
   }
@@ -235,7 +238,7 @@ Tensor augment(const Tensor& images, const Tensor& crops, IntList size, std::opt
   a.H = int(x.size(1)), a.W = int(x.size(2)), a.C = int(x.size(3)), a.h = int(size[0]), a.w = int(size[1]);
   STD_TORCH_CHECK(int64_t(a.C) * a.H * a.W < (int64_t(1) << 31), "augment: images of 2^31 elements or more");
   const int64_t pixels = int64_t(a.h) * a.w;
-  a.count = N * pixels, a.bytes = x.numel();
+  a.count = N * pixels;
   a.pixels = LongDivisor(pixels), a.width = Divisor(a.w);
   a.channels_last = channels_last;
   a.images = data<uint8_t>(x);
@@ -260,7 +263,8 @@ Tensor augment(const Tensor& images, const Tensor& crops, IntList size, std::opt
   auto launch = [&](auto t) {
     using T = decltype(t);
     T* out = mutable_data<T>(output);
-    if (a.C == kColours && (channels_last || pixels % kVector<T> == 0)) {
+    const bool whole_words = reinterpret_cast<uintptr_t>(a.images) % 4 == 0 && x.numel() % 4 == 0;
+    if (a.C == kColours && whole_words && (channels_last || pixels % kVector<T> == 0)) {
       const int64_t blocks = divide_up(a.count, kThreads * kVector<T>);
       for_bool(channels_last, [&](auto last) { device.launch(augment_colours<T, last>, blocks, kThreads, a, out); });
     } else {
