@@ -1,25 +1,26 @@
-"""Reports the registers, shared memory and memory instructions of every CUDA kernel of the built library.
+"""Reports the resources of every CUDA kernel of the built library, and what it executes at AlexNet's layers.
 
     python benchmarks/cuda_resources.py [--library PATH] [--out benchmarks/results/cuda_resources]
 
 Needs no GPU. cuobjdump, from the CUDA toolkit or the triton package, prints the registers, stack and shared memory
-that ptxas recorded, and the machine code, whose instructions are counted. Writes OUT.json and OUT.md. Fails if a kernel
-uses local memory (spills, or arrays outside of registers), or if a vectorised kernel lacks 128-bit loads or stores.
+that ptxas recorded, and the machine code, whose instructions are counted; cuda_budget.py counts what launches execute.
+Writes OUT.json and OUT.md. Fails if a kernel uses local memory (spills, or arrays outside of registers), or if a
+vectorised kernel lacks 128-bit loads or stores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
+
+import cuda_budget
+from cubin import compiler, demangle, disassemble, find_cuobjdump, parse_name, run
+from cuda_budget import Budget
 
 from alexnet_kernels import _library
 
@@ -27,7 +28,6 @@ from alexnet_kernels import _library
 ELEMENTS = {"lrn_bases", "lrn_backward_any", "lrn_forward_any", "forward_any", "pooled_gradient"}
 ELEMENTS |= {"augment_pixels", "combine_moments", "combine_sums"}
 GATHERS = {"augment_colours", "colours_to_depth", "planes_to_depth", "to_depth", "to_space"}
-DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32", "double": "fp64"}
 
 
 @dataclass
@@ -59,49 +59,6 @@ class Kernel:
         return self.name not in ELEMENTS and (not sizes or int(sizes[0]) > 1)
 
 
-def find_cuobjdump() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    candidates = [shutil.which("cuobjdump"), *(f"{home}/bin/cuobjdump" for home in homes if home)]
-    triton = find_spec("triton")
-    if triton is not None and triton.origin:
-        candidates.append(str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"))
-    return next((path for path in candidates if path and Path(path).exists()), None)
-
-
-def demangle(names: list[str]) -> list[str]:
-    """Demangles C++ names by c++filt."""
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
-
-
-def split_arguments(text: str) -> list[str]:
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "<(") - (letter in ">)")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
-def parse_name(mangled: str, demangled: str) -> tuple[str, str, list[str]]:
-    """(source file, kernel, template arguments)."""
-    # <hash>_<length>_<file>_cu_<hash>: a hash may be all digits, but a file name starts with a letter.
-    source = re.search(r"_\d+_([a-z]\w*?)_cu_", mangled)
-    plain = demangled.replace("(anonymous namespace)::", "")
-    plain = re.sub(r"_GLOBAL__N__\w+?::|_NV_ANON_NAMESPACE::|_INTERNAL_\w+?::", "", plain)
-    match = re.match(r"(?:void )?alexnet_kernels::cuda::(\w+)(<.*>)?\(", plain)
-    assert match is not None, plain
-    arguments = split_arguments((match[2] or "<>")[1:-1])
-    arguments = [DTYPES.get(a, re.sub(r"^\((?:int|bool)\)", "", a)) for a in arguments]
-    return (f"{source[1]}.cu" if source else "headers"), match[1], arguments
-
-
-def run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
     """All kernels of the library, for each architecture with machine code."""
     found: dict[tuple[str, str], Kernel] = {}
@@ -120,7 +77,7 @@ def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
             )
     for arch in sorted({arch for arch, _ in found}):
         kernel, loads, stores = None, Counter[str](), Counter[str]()
-        for line in run(cuobjdump, "-sass", "-arch", arch, str(library)).splitlines():
+        for line in disassemble(library, cuobjdump, arch).splitlines():
             if "Function : " in line:
                 kernel = found[arch, line.split("Function : ")[1].strip()]
                 loads, stores = Counter(), Counter()
@@ -154,7 +111,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
     return texts
 
 
-def markdown(kernels: list[Kernel], compiler: str) -> str:
+def markdown(kernels: list[Kernel], budgets: list[Budget], compiler: str) -> str:
     archs = sorted({k.arch for k in kernels}, key=lambda a: int(a.removeprefix("sm_")))
     faulty = sum(bool(faults([kernel])) for kernel in kernels)
     lines = [
@@ -181,7 +138,14 @@ def markdown(kernels: list[Kernel], compiler: str) -> str:
             f"| {source} | `{title}` | {registers} | {accesses(last.loads)} | {accesses(last.stores)} | "
             f"{max(row.shared for row in rows)} B | {last.instructions} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *cuda_budget.markdown(budgets), ""])
+
+
+def report(kernels: list[Kernel], budgets: list[Budget], compiler: str) -> str:
+    """JSON with one line for each budget."""
+    head = json.dumps({"compiler": compiler, "kernels": [asdict(kernel) for kernel in kernels]}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(asdict(budget))}" for budget in budgets)
+    return f'{head[:-2]},\n "budgets": [\n{lines}\n ]\n}}\n'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,12 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     kernels = inspect(options.library, cuobjdump)
     if not kernels:
         parser.error(f"{options.library} holds no CUDA kernels")
-    nvcc = shutil.which("nvcc")
-    compiler = "nvcc " + re.search(r"V([\d.]+)", run(nvcc, "--version"))[1] if nvcc else "nvcc of unknown version"
+    budgets = []
+    if any(kernel.arch == cuda_budget.ARCH for kernel in kernels):
+        budgets = list(cuda_budget.budgets(cuda_budget.Code(options.library, cuobjdump)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"compiler": compiler, "kernels": [asdict(kernel) for kernel in kernels]}
-    options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(kernels, compiler))
+    options.out.with_suffix(".json").write_text(report(kernels, budgets, compiler()))
+    options.out.with_suffix(".md").write_text(markdown(kernels, budgets, compiler()))
     texts = faults(kernels)
     for text in texts:
         print(text, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,14 +27,10 @@ every_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FO
 
 def benchmark(name: str) -> ModuleType:
     """Imports the script benchmarks/<name>.py."""
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look the module up
-    spec.loader.exec_module(module)
-    return module
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def random(

@@ -67,8 +67,8 @@ class OnDevice {
     kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, stream_>>>(static_cast<Params>(args)...);
     check_cuda(cudaGetLastError(), "alexnet_kernels: launching a CUDA kernel");
 #else
-    check_cuda(emulation::launch(dim3(unsigned(blocks)), dim3(unsigned(threads)), 0,
-                                 [&] { kernel(static_cast<Params>(args)...); }),
+    check_cuda(emulation::launch<Params...>(dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, kernel,
+                                            static_cast<Params>(args)...),
                "alexnet_kernels: launching a CUDA kernel");
 #endif
   }

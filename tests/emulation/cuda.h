@@ -10,6 +10,7 @@
 // data races between the threads of a block, for which every CUDA thread has a fiber of its own.
 #pragma once
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -95,11 +96,22 @@ struct Thread {
   void* out;
 };
 
+// A launch that did not run. `kernel` is the offset of its function in the module; `arguments` are the bytes of its
+// parameters, as constant memory holds them.
+struct Launch {
+  size_t kernel;
+  dim3 grid, block;
+  size_t shared;
+  std::string arguments;
+};
+
 // The order of the next launches, and the size of the last one.
 struct Settings {
   unsigned order = 0;  // 0: threads and blocks start in index order; otherwise the seed of a permutation
   int64_t launches = 0;
   size_t blocks = 0, threads = 0, shared = 0;
+  bool record = false;  // launches do not run, but are added to `recorded`
+  std::vector<Launch> recorded;
 };
 inline Settings& settings() {
   static Settings s;
@@ -452,6 +464,24 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, const std::funct
     b.index = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
     b.run(kernel, shared, s.order);
   }
+  return cudaSuccess;
+}
+
+// Launches kernel(args...), or records the launch.
+template <class... Params>
+cudaError_t launch(dim3 grid, dim3 block, size_t shared, void (*kernel)(Params...), Params... args) {
+  Settings& s = settings();
+  if (!s.record) return launch(grid, block, shared, [&] { kernel(args...); });
+  Dl_info module;
+  if (!dladdr(reinterpret_cast<void*>(kernel), &module)) return cudaErrorInvalidValue;
+  const size_t offset = reinterpret_cast<char*>(kernel) - static_cast<char*>(module.dli_fbase);
+  std::string bytes;
+  auto append = [&bytes](const auto& arg) {
+    bytes.resize((bytes.size() + alignof(decltype(arg)) - 1) / alignof(decltype(arg)) * alignof(decltype(arg)));
+    bytes.append(reinterpret_cast<const char*>(&arg), sizeof(arg));
+  };
+  (append(args), ...);
+  s.recorded.push_back({offset, grid, block, shared, std::move(bytes)});
   return cudaSuccess;
 }
 

@@ -20,6 +20,25 @@ PYBIND11_MODULE(cuda_emulation, m) {
                     py::arg("shared") = s.shared);
   });
   m.def(
+      "set_recording",
+      [](bool record) {
+        emulation::settings().record = record;
+        emulation::settings().recorded.clear();
+      },
+      py::arg("record"), "Launches are recorded from now on, and not run, or run again.");
+  m.def(
+      "recorded",
+      [] {
+        py::list launches;
+        for (const emulation::Launch& l : emulation::settings().recorded) {
+          launches.append(py::make_tuple(l.kernel, Extent{l.grid.x, l.grid.y, l.grid.z},
+                                         Extent{l.block.x, l.block.y, l.block.z}, l.shared, py::bytes(l.arguments)));
+        }
+        return launches;
+      },
+      "The recorded launches: offset of the kernel's function in this module, grid, block, bytes of dynamic shared "
+      "memory, bytes of the parameters.");
+  m.def(
       "run",
       [](const std::string& trial, const Floats& in, Floats& out, Extent grid, Extent block, size_t shared,
          std::vector<int64_t> options) {
