@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import sass
 import torch
+from cubin import demangle, disassemble, find_cuobjdump, parse_name, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
-import emulation
-import sass
-from cubin import demangle, disassemble, find_cuobjdump, parse_name, run
 
 from alexnet_kernels import _library
 from alexnet_kernels.op_info import OP_INFOS, Layer, Maker, OpInfo, operator_calls
@@ -106,9 +104,16 @@ class _NoProducts(TorchDispatchMode):
 
 
 @functools.cache
+def emulation() -> ModuleType:
+    """The package tests/emulation."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    return importlib.import_module("emulation")
+
+
+@functools.cache
 def emulated_kernels() -> dict[int, tuple[str, str, tuple[str, ...]]]:
     """(source file, kernel, template arguments) of each function of the emulation's module, by offset."""
-    text = run("nm", "--debug-syms", "--no-sort", "--demangle", str(emulation.build(emulation.MODULE.name)))
+    text = run("nm", "--debug-syms", "--no-sort", "--demangle", str(emulation().build(emulation().MODULE.name)))
     found, source = {}, ""
     for line in text.splitlines():
         match = re.match(r"([0-9a-f]+) (\w) (.*)", line)
@@ -134,8 +139,8 @@ def plain(arguments: list[str]) -> tuple[str, ...]:
 
 def recorded(operator: str, args: tuple[Any, ...]) -> tuple[Any, list[tuple]]:
     """The result of an operator, uninitialised, and its launches."""
-    module = emulation.load()
-    function = getattr(getattr(torch.ops, emulation.NAMESPACE), operator).default
+    module = emulation().load()
+    function = getattr(getattr(torch.ops, emulation().NAMESPACE), operator).default
     module.set_recording(True)
     try:
         with torch.no_grad(), _NoProducts():
@@ -207,7 +212,8 @@ def budgets(code: Code, only: str = "") -> Iterator[Budget]:
                     continue
                 make = Maker(dtype, torch.channels_last, initialize=False)
                 calls = operator_calls(info, layer.inputs(make, BATCH), "cuda", run=False)
-                for operator, args in {operator: (operator, args) for operator, args in reversed(calls)}.values():
+                firsts = {operator: (operator, args) for operator, args in reversed(calls)}
+                for operator, args in reversed(firsts.values()):
                     result, launches = recorded(operator, args)
                     if not launches:
                         continue

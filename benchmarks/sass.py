@@ -152,6 +152,16 @@ def constant_bank(
     return bank, [i < len(sizes) for i in range(base)] + list(known if known is not None else [True] * len(arguments))
 
 
+def pack(values: Sequence[tuple[int, int | None]]) -> tuple[bytes, list[bool]]:
+    """Parameters as constant memory holds them, and which bytes are known, of (bits, integer or None) each."""
+    packed, known = b"", []
+    for bits, value in values:
+        padding = -len(packed) % (bits // 8)
+        packed += bytes(padding) + ((value or 0) % (1 << bits)).to_bytes(bits // 8, "little")
+        known += [True] * padding + [value is not None] * (bits // 8)
+    return packed, known
+
+
 def count(
     code: Function | str,
     arguments: bytes,
@@ -199,14 +209,11 @@ def main(argv: list[str] | None = None) -> int:
     if cuobjdump is None:
         parser.error("cuobjdump is in neither PATH, CUDA_HOME nor the triton package")
     code = disassemble(options.file, cuobjdump, options.arch)
-    arguments, known = b"", []
+    values = []
     for argument in options.argument:
         bits, value = argument.split(":")
-        size = int(bits) // 8
-        padding = -len(arguments) % size
-        number = 0 if value == "?" else int(value, 0) % (1 << int(bits))
-        arguments += bytes(padding) + number.to_bytes(size, "little")
-        known += [True] * padding + [value != "?"] * size
+        values.append((int(bits), None if value == "?" else int(value, 0)))
+    arguments, known = pack(values)
     for name, text in split(code).items():
         if re.search(options.kernel, name):
             print(name)

@@ -27,6 +27,9 @@ Bits = NDArray[np.uint32]
 Flags = NDArray[np.bool_]
 
 
+ALL_BITS = np.uint32(0xFFFFFFFF)
+
+
 class UnknownError(Exception):
     """What a kernel executes depends on something that the interpreter does not know."""
 
@@ -89,13 +92,16 @@ class Machine:
         shape = (256, self.lanes)
         self.values = {"R": np.zeros(shape, np.uint32), "UR": np.zeros(shape, np.uint32)}
         self.values |= {"P": np.zeros((8, self.lanes), bool), "UP": np.zeros((8, self.lanes), bool)}
-        self.knowns = {kind: np.zeros(values.shape, bool) for kind, values in self.values.items()}
+        # Which bits of a register, and which predicates, are known.
+        self.knowns = {kind: np.zeros_like(values) for kind, values in self.values.items()}
         for kind, last in (("R", 255), ("UR", 255), ("P", 7), ("UP", 7)):
-            self.knowns[kind][last] = True
+            self.knowns[kind][last] = True if kind in ("P", "UP") else ALL_BITS
             self.values[kind][last] = kind in ("P", "UP")
         self.alive = thread < threads
         self.pc = np.zeros(self.lanes, np.int64)
         self.waiting = np.full(self.lanes, -1)
+        self.group = np.zeros(self.lanes, np.int64)
+        self.groups = 1
         self.barriers = np.zeros((16, self.lanes), bool)
         # Warps that issued each instruction, and those of which a lane executed it.
         self.issued = np.zeros(len(function), np.int64)
@@ -131,7 +137,8 @@ class Machine:
 
     def raw(self, operand: Operand) -> Value:
         if operand.kind in self.values:
-            return self.values[operand.kind][operand.index], self.knowns[operand.kind][operand.index]
+            known = self.knowns[operand.kind][operand.index]
+            return self.values[operand.kind][operand.index], known if operand.predicate else known == ALL_BITS
         if operand.kind in ("integer", "float"):
             return self.everywhere(operand.index)
         if operand.kind == "constant":
@@ -150,6 +157,13 @@ class Machine:
         if operand.negated:
             value = np.uint32(0) - value
         return value, known
+
+    def read_bits(self, operand: Operand) -> tuple[Bits, Bits]:
+        """An integer, and which of its bits are known."""
+        value, known = self.read(operand)
+        if operand.kind in self.values and not operand.negated and not operand.absolute:
+            return value, self.knowns[operand.kind][operand.index]
+        return value, as_bits(known)
 
     def read_wide(self, operand: Operand) -> Value:
         """A 64-bit integer in two registers."""
@@ -178,9 +192,10 @@ class Machine:
         return np.repeat(values[first], LANES)
 
     def write(self, operand: Operand, value: NDArray, known: Flags) -> None:
-        last = 7 if operand.predicate else 255
-        if operand.index == last:
+        if operand.index == (7 if operand.predicate else 255):
             return
+        if not operand.predicate and known.dtype == np.bool_:
+            known = as_bits(known)
         values, knowns = self.values[operand.kind][operand.index], self.knowns[operand.kind][operand.index]
         executing, perhaps = self.executing, self.perhaps
         if operand.kind in ("UR", "UP") and executing is not self.everything:
@@ -191,10 +206,11 @@ class Machine:
         if executing is self.everything:
             values[:], knowns[:] = value, known
             return
+        if perhaps is not self.nothing[1]:
+            # Written or not: what both values agree in stays known.
+            np.copyto(knowns, knowns & known & ~(values ^ value), where=perhaps)
         np.copyto(values, value, where=executing)
         np.copyto(knowns, known, where=executing)
-        if perhaps is not self.nothing[1]:
-            knowns &= ~perhaps
 
     def write_wide(self, operand: Operand, value: NDArray[np.uint64], known: Flags) -> None:
         self.write(operand, value.astype(np.uint32), known)
@@ -210,17 +226,29 @@ class Machine:
             if not runnable.any():
                 raise UnknownError("lanes wait at a barrier that others do not reach")
             at = int(self.pc[runnable].min())
-            active = runnable & (self.pc == at)
+            active = self.one_group(runnable & (self.pc == at))
             behind = self.pc[runnable & ~active]
             until = int(behind.min()) if len(behind) else len(self.function)
             warps = warps_of(active)
             if active.all():
                 active = self.everything
-            while at < until and self.step(at, active, warps):
+            onward = True
+            while onward:
+                onward = self.step(at, active, warps) and at + 1 < until
                 at += 1
                 total += 1
             if total > LIMIT:
                 raise UnknownError(f"more than {LIMIT} instructions: a loop that may depend on what is unknown")
+
+    def one_group(self, lanes: Flags) -> Flags:
+        """Of each warp, lanes that have not parted: a warp issues an instruction once for each group."""
+        groups = np.where(lanes, self.group, self.groups)
+        return lanes & (self.group == np.repeat(groups.reshape(-1, LANES).min(1), LANES))
+
+    def part(self, lanes: Flags) -> None:
+        """Makes these lanes of each warp a group."""
+        self.group[lanes] = self.groups
+        self.groups += 1
 
     def step(self, at: int, active: Flags, warps: int) -> bool:
         """Executes an instruction; whether the one after it is next for these lanes."""
@@ -269,9 +297,13 @@ class Machine:
             elif not slow[0]:
                 rank = unknown.reshape(-1, LANES).cumsum(1).reshape(-1)
                 taken = taken | (unknown & (rank % 2 == 0))
+        if (active & taken).any():
+            self.part(active & taken)
         self.pc[active] = np.where(taken, target, at + 1)[active]
 
     def call(self, at: int, active: Flags, taken: Flags, known: Flags) -> None:
+        if (active & taken & known).any():
+            self.part(active & taken & known)
         self.pc[active] = np.where(taken & known, self.target(self.function[at].operands[-1].index), at + 1)[active]
 
     def back(self, at: int, active: Flags, taken: Flags, known: Flags) -> None:
@@ -325,7 +357,10 @@ class Machine:
             here = self.waiting == barrier
             if here.any():
                 missing = (self.barriers[barrier] & self.alive & ~here).reshape(-1, LANES).any(1)
-                self.waiting[here & ~np.repeat(missing, LANES)] = -1
+                released = here & ~np.repeat(missing, LANES)
+                self.waiting[released] = -1
+                if released.any():
+                    self.part(released)
 
 
 CONTROL: dict[str, Callable[[Machine, int, Flags, Flags, Flags], None]] = {
@@ -341,6 +376,10 @@ CONTROL: dict[str, Callable[[Machine, int, Flags, Flags, Flags], None]] = {
     "JMX": Machine.refuse,
     "BPT": Machine.refuse,
 }
+
+
+def as_bits(flags: Flags) -> Bits:
+    return np.uint32(0) - flags.astype(np.uint32)
 
 
 def warps_of(lanes: Flags) -> int:
@@ -524,16 +563,18 @@ def shift(machine: Machine, instruction: Instruction) -> None:
 def logic(machine: Machine, instruction: Instruction) -> None:
     predicates, register, operands = results(instruction)
     assert register is not None
-    table, inputs = operands[3].index, [machine.read(operand) for operand in operands[:3]]
-    value = np.zeros(machine.lanes, np.uint32)
+    inputs = [machine.read_bits(operand) for operand in operands[:3]]
+    # The bits that may be 0, and those that may be 1.
+    may = [np.zeros(machine.lanes, np.uint32), np.zeros(machine.lanes, np.uint32)]
     for i in range(8):
-        if table >> i & 1:
-            terms = [word if i >> (2 - j) & 1 else ~word for j, (word, _) in enumerate(inputs)]
-            value |= terms[0] & terms[1] & terms[2]
-    known = inputs[0][1] & inputs[1][1] & inputs[2][1]
-    machine.write(register, value, known)
+        fits = ALL_BITS
+        for j, (word, known) in enumerate(inputs):
+            fits = fits & ((word if i >> (2 - j) & 1 else ~word) | ~known)
+        may[operands[3].index >> i & 1] |= fits
+    machine.write(register, may[1], may[0] ^ may[1])
     for predicate in predicates:
-        machine.write(predicate, *combine(machine, ("OR",), value != 0, known, operands[4]))
+        some, none = may[1] & ~may[0] != 0, may[1] == 0
+        machine.write(predicate, *combine(machine, ("OR",), some, some | none, operands[4]))
 
 
 def predicate_logic(machine: Machine, instruction: Instruction) -> None:
@@ -603,21 +644,42 @@ def select(machine: Machine, instruction: Instruction) -> None:
     register, a, b, which = instruction.operands
     if instruction.name == "FSEL":
         (x, x_known), (y, y_known) = machine.read_float(a), machine.read_float(b)
-        x, y = x.view(np.uint32), y.view(np.uint32)
+        x, y, x_known, y_known = x.view(np.uint32), y.view(np.uint32), as_bits(x_known), as_bits(y_known)
     else:
-        (x, x_known), (y, y_known) = machine.read(a), machine.read(b)
+        (x, x_known), (y, y_known) = machine.read_bits(a), machine.read_bits(b)
     chosen, known = machine.read(which)
-    same = x_known & y_known & (x == y)
-    machine.write(register, np.where(chosen, x, y), (known & np.where(chosen, x_known, y_known)) | same)
+    same = x_known & y_known & ~(x ^ y)
+    machine.write(register, np.where(chosen, x, y), np.where(known, np.where(chosen, x_known, y_known), same))
 
 
 def move(machine: Machine, instruction: Instruction) -> None:
-    machine.write(instruction.operands[0], *machine.read(instruction.operands[1]))
+    machine.write(instruction.operands[0], *machine.read_bits(instruction.operands[1]))
 
 
 def absolute(machine: Machine, instruction: Instruction) -> None:
     value, known = machine.read(instruction.operands[1])
     machine.write(instruction.operands[0], np.abs(value.view(np.int32)).view(np.uint32), known)
+
+
+def extend(machine: Machine, instruction: Instruction) -> None:
+    """SGXT: the lowest bits, extended by their sign or by zeros."""
+    register, operand, width = instruction.operands
+    (value, known), (bits, bits_known) = machine.read(operand), machine.read(width)
+    unused = (32 - np.clip(bits.view(np.int32), 0, 32)).astype(np.uint64)
+    shifted = (value.astype(np.uint64) << unused).astype(np.uint32)
+    if "U32" in instruction.modifiers:
+        result = (shifted.astype(np.uint64) >> unused).astype(np.uint32)
+    else:
+        result = (shifted.view(np.int32).astype(np.int64) >> unused.view(np.int64)).astype(np.uint32)
+    machine.write(register, result, known & bits_known)
+
+
+def bit_mask(machine: Machine, instruction: Instruction) -> None:
+    """BMSK: `width` ones from a position."""
+    register, at, width = instruction.operands
+    (start, a), (bits, b) = machine.read(at), machine.read(width)
+    ones = (np.uint64(1) << np.minimum(bits, 32).astype(np.uint64)) - np.uint64(1)
+    machine.write(register, (ones << np.minimum(start, 32).astype(np.uint64)).astype(np.uint32), a & b)
 
 
 def add_two(machine: Machine, instruction: Instruction) -> None:
@@ -799,21 +861,22 @@ def answer(value: bool) -> Callable[[Machine, Instruction], None]:
 
 def predicates_to_register(machine: Machine, instruction: Instruction) -> None:
     register, _, base, mask = instruction.operands
-    value, known = machine.read(base)
-    value = value & ~np.uint32(mask.index)
+    value, known = machine.read_bits(base)
+    value, known = value & ~np.uint32(mask.index), known | np.uint32(mask.index)
     for i in range(7):
         if mask.index >> i & 1:
             value = value | machine.values["P"][i].astype(np.uint32) << np.uint32(i)
-            known = known & machine.knowns["P"][i]
+            known = known & ~((~machine.knowns["P"][i]).astype(np.uint32) << np.uint32(i))
     machine.write(register, value, known)
 
 
 def register_to_predicates(machine: Machine, instruction: Instruction) -> None:
     _, register, mask = instruction.operands
-    value, known = machine.read(register)
+    value, known = machine.read_bits(register)
     for i in range(7):
         if mask.index >> i & 1:
-            machine.write(Operand("P", i), (value >> np.uint32(i) & np.uint32(1)).astype(bool), known)
+            bit = np.uint32(1 << i)
+            machine.write(Operand("P", i), value & bit != 0, known & bit != 0)
 
 
 SEMANTICS: dict[str, Callable[[Machine, Instruction], None]] = {
@@ -833,6 +896,8 @@ SEMANTICS: dict[str, Callable[[Machine, Instruction], None]] = {
     **dict.fromkeys(("I2F", "I2FP"), to_float),
     **dict.fromkeys(("FADD", "FMUL", "FFMA"), arithmetic),
     **dict.fromkeys(("VOTE", "VOTEU"), vote),
+    **dict.fromkeys(("SGXT", "USGXT"), extend),
+    **dict.fromkeys(("BMSK", "UBMSK"), bit_mask),
     "VIADD": add_two,
     "IABS": absolute,
     "FSETP": compare_floats,

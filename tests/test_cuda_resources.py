@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cuda_resources.py"
 COMMITTED = SCRIPT.parent / "results" / "cuda_resources.json"
 
 
-cuda_resources = benchmark("cuda_resources")
+cuda_resources, cuda_budget = benchmark("cuda_resources"), benchmark("cuda_budget")
 needs_kernels = pytest.mark.skipif(
     ("max_pool2d", "CUDA") not in _library.KERNELS
     or cuda_resources.find_cuobjdump() is None
@@ -48,6 +49,71 @@ class TestKernels:
         named = {(k["source"], k["name"], *k["arguments"]) for k in committed if k["arch"] in archs}
         assert named == {(k.source, k.name, *k.arguments) for k in kernels}
         assert not any(k["stack"] or k["local"] or k["local_accesses"] for k in committed)
+
+
+@needs_kernels
+class TestBudgets:
+    @pytest.fixture(scope="class")
+    def budgets(self, kernels: list) -> list:
+        if not any(kernel.arch == cuda_budget.ARCH for kernel in kernels):
+            pytest.skip(f"the library has no machine code for {cuda_budget.ARCH}")
+        pytest.importorskip("emulation")
+        return list(cuda_budget.budgets(cuda_budget.Code(_library.PATH, cuda_resources.find_cuobjdump())))
+
+    def test_none_has_grown(self, budgets: list) -> None:
+        committed = json.loads(COMMITTED.read_text())
+        if committed["compiler"] != cuda_resources.compiler():
+            pytest.skip(f"the report is of {committed['compiler']}, whose machine code differs")
+        assert cuda_budget.faults(budgets, committed["budgets"]) == []
+
+    def test_every_op_has_some(self, budgets: list) -> None:
+        assert {budget.op for budget in budgets} == set(ops.__all__)
+
+    def test_vectors_of_a_known_layer(self, budgets: list) -> None:
+        (budget,) = (b for b in budgets if b.name == "local_response_norm, layer 1, bfloat16")
+        assert budget.vectors == 128 * 96 * 55 * 55 / 8
+        assert budget.bytes == 2 * 2 * 128 * 96 * 55 * 55
+        assert budget.memory_us["H100"] == pytest.approx(budget.bytes / 3e6, rel=1e-3)
+        (launch,) = budget.launches
+        # 30 of 32 lanes store a vector.
+        assert launch.blocks == -(-budget.vectors // (30 * 8))
+        assert launch.instructions == pytest.approx(launch.warp * 32 / 30, rel=1e-3)
+
+
+class TestBudgetFaults:
+    def budget(self, **changes: object) -> object:
+        given = {"source": "max_pool2d.cu", "kernel": "pool_forward<bf16, 8, true>", "blocks": 10, "threads": 256}
+        given |= {"warp": 700.0, "instructions": 170.0, "special": 0.5, "mix": {"integer": 170.0}}
+        times = {"issue_us": 24.5, "pipe": "ALU", "pipe_us": 28.2}
+        launch = cuda_budget.Launch(**(given | times | changes))
+        memory = {"H100": 33.7, "H200": 23.5}
+        return cuda_budget.Budget("max_pool2d", "max_pool2d", "layer 1", "bfloat16", 9, 1e8, memory, [launch])
+
+    def committed(self) -> list[dict]:
+        return [dataclasses.asdict(self.budget())]
+
+    @pytest.mark.parametrize("instructions", [100.0, 170.0, 178.4])
+    def test_growth_up_to_a_twentieth_is_none(self, instructions: float) -> None:
+        assert cuda_budget.faults([self.budget(instructions=instructions)], self.committed()) == []
+
+    def test_growth_of_six_percent_is_told(self) -> None:
+        (fault,) = cuda_budget.faults([self.budget(instructions=1.06 * 170)], self.committed())
+        assert fault.startswith(
+            "max_pool2d, layer 1, bfloat16: pool_forward<bf16, 8, true> executes 180.2 instructions"
+        )
+        assert "170.0 in the report" in fault
+        assert "python benchmarks/cuda_resources.py" in fault
+
+    def test_what_the_report_lacks_is_told(self) -> None:
+        (fault,) = cuda_budget.faults([self.budget(kernel="pool_forward_rows<bf16>")], self.committed())
+        assert "lacks its launches, pool_forward_rows<bf16>" in fault
+        (fault,) = cuda_budget.faults([self.budget()], [])
+        assert "lacks its launches" in fault
+
+    def test_what_binds(self) -> None:
+        assert self.budget().binds("H100") == "memory"
+        assert self.budget().binds("H200") == "ALU"
+        assert self.budget(issue_us=40.0).binds("H100") == "issue"
 
 
 class TestFaults:

@@ -198,6 +198,35 @@ class TestKernels:
         assert cuda.last_launch()["launches"] == launches
 
 
+class TestRecording:
+    @pytest.fixture
+    def recording(self, cuda: ModuleType) -> Iterator[ModuleType]:
+        cuda.set_recording(True)
+        yield cuda
+        cuda.set_recording(False)
+
+    def test_launches_do_not_run(self, recording: ModuleType) -> None:
+        x = torch.zeros(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+        operators = getattr(torch.ops, emulation.NAMESPACE)
+        before = recording.last_launch()["launches"]
+        y, argmax = operators.max_pool2d(x, [3, 3], [2, 2], [0, 0], False, False)
+        assert recording.last_launch()["launches"] == before
+        ((kernel, grid, block, shared, arguments),) = recording.recorded()
+        assert (grid, block, shared) == ([1, 1, 1], [256, 1, 1], 0)
+        pointers = struct.pack("3Q", x.data_ptr(), y.data_ptr(), argmax.data_ptr())
+        assert arguments.endswith(pointers)
+        assert len(arguments) % 8 == 0
+        operators.max_pool2d(x, [3, 3], [1, 1], [0, 0], False, False)
+        assert [launch[0] for launch in recording.recorded()] == [kernel, kernel]
+
+    def test_they_run_again_afterwards(self, recording: ModuleType) -> None:
+        recording.set_recording(False)
+        x = torch.ones(1, 1, 3, 3)
+        y, _ = getattr(torch.ops, emulation.NAMESPACE).max_pool2d(x, [3, 3], [1, 1], [0, 0], False, False)
+        assert y.item() == 1
+        assert recording.recorded() == []
+
+
 class TestFaults:
     @pytest.mark.parametrize("order", [0, 3])
     @pytest.mark.parametrize(
