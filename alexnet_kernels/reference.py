@@ -70,6 +70,12 @@ def pool_output_size(size: int, kernel_size: int, stride: int, padding: int, cei
     return windows - 1 if (windows - 1) * stride >= size + padding else windows
 
 
+def _biased(input: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """input + bias of each channel, or max(0, that) with `relu`."""
+    x = input if bias is None else input + bias.to(input.dtype).reshape(-1, 1, 1)
+    return torch.relu(x) if relu else x
+
+
 def max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int] = 3,
@@ -77,16 +83,17 @@ def max_pool2d(
     padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     *,
+    bias: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
     """Maximum of each window: `out[p, q] = max_{r, s} x[p * stride + r - padding, q * stride + s - padding]`.
 
-    input [N, C, H, W]; r and s count the window's rows and columns; x is input, or max(0, input) with `relu`;
-    positions outside the input take no part. Of equal maxima the first in row-major order takes the gradient.
-    NaN counts as larger than any number, and a later NaN as larger than an earlier one: torch's rule. Source:
-    Krizhevsky et al. 2012, section 3.4 (3x3 windows, stride 2, overlapping).
+    input [N, C, H, W], bias [C]; r and s count the window's rows and columns; x is input + bias or, with `relu`,
+    max(0, input + bias); positions outside the input take no part. Of equal maxima the first in row-major order takes
+    the gradient. NaN counts as larger than any number, and a later NaN as larger than an earlier one: torch's rule.
+    Source: Krizhevsky et al. 2012, section 3.4 (3x3 windows, stride 2, overlapping).
     """
-    x = torch.relu(input) if relu else input
+    x = _biased(input, bias, relu)
     (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = map(_pair, (kernel_size, stride, padding))
     height, width = x.shape[-2:]
     p = torch.arange(pool_output_size(height, kernel_h, stride_h, pad_h, ceil_mode), device=x.device)
@@ -143,14 +150,16 @@ def lrn_max_pool2d(
     padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     *,
+    bias: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`max_pool2d(local_response_norm(x))`, where x is input [N, C, H, W], or max(0, input) with `relu`.
+    """`max_pool2d(local_response_norm(x))`, where x is input + bias, or max(0, input + bias) with `relu`.
 
+    input [N, C, H, W], bias [C].
     Source: Krizhevsky et al. 2012, section 3.5: response normalisation, then max-pooling, after layers 1 and
     2.
     """
-    x = torch.relu(input) if relu else input
+    x = _biased(input, bias, relu)
     return max_pool2d(local_response_norm(x, size, alpha, beta, k, groups), kernel_size, stride, padding, ceil_mode)
 
 

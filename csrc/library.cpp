@@ -74,11 +74,11 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
   m.def("relu_dropout_backward(Tensor grad, Tensor output, float scale) -> Tensor");
 
   m.def(
-      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool relu) "
-      "-> (Tensor output, Tensor argmax)");
+      "max_pool2d(Tensor input, Tensor? bias, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+      "bool relu) -> (Tensor output, Tensor argmax)");
   m.def(
-      "max_pool2d_backward(Tensor grad, Tensor? output, Tensor argmax, int[] input_size, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, bool relu) -> Tensor");
+      "max_pool2d_backward(Tensor grad, Tensor? output, Tensor argmax, Tensor? bias, int[] input_size, "
+      "int[2] kernel_size, int[2] stride, int[2] padding, bool relu) -> (Tensor grad_input, Tensor grad_bias)");
 
   m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor");
   m.def(
@@ -86,11 +86,13 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
       "int groups) -> Tensor");
 
   m.def(
-      "lrn_max_pool2d(Tensor input, int size, float alpha, float beta, float k, int groups, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, bool ceil_mode, bool relu) -> (Tensor output, Tensor argmax)");
+      "lrn_max_pool2d(Tensor input, Tensor? bias, int size, float alpha, float beta, float k, int groups, "
+      "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool relu) "
+      "-> (Tensor output, Tensor argmax)");
   m.def(
-      "lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor argmax, int size, float alpha, float beta, float k, "
-      "int groups, int[2] kernel_size, int[2] stride, int[2] padding, bool relu) -> Tensor");
+      "lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor argmax, int size, float alpha, "
+      "float beta, float k, int groups, int[2] kernel_size, int[2] stride, int[2] padding, bool relu) "
+      "-> (Tensor grad_input, Tensor grad_bias)");
 
   m.def("within_map_response_norm(Tensor input, int size, float alpha, float beta, float k) -> Tensor");
   m.def(

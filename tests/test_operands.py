@@ -52,8 +52,15 @@ POOL: dict[str, Any] = {"kernel": [3, 3], "stride": [2, 2], "padding": [0, 0]}
 LRN = (5, 1.0, 0.75, 1.0, 1)
 
 
-def pool(k: Any, input: Tensor | None = None, ceil: bool = False, relu: bool = False, **window: Any) -> Any:
-    return k.max_pool2d(x() if input is None else input, *{**POOL, **window}.values(), ceil, relu)
+def pool(
+    k: Any,
+    input: Tensor | None = None,
+    ceil: bool = False,
+    relu: bool = False,
+    bias: Tensor | None = None,
+    **window: Any,
+) -> Any:
+    return k.max_pool2d(x() if input is None else input, bias, *{**POOL, **window}.values(), ceil, relu)
 
 
 def pool_backward(
@@ -63,20 +70,28 @@ def pool_backward(
     size: tuple[int, ...] = (1, 1, 5, 5),
     output: Tensor | None = None,
     relu: bool = False,
+    bias: Tensor | None = None,
     **window: Any,
 ) -> Any:
     grad = x(1, 1, 2, 2) if grad is None else grad
     argmax = winners(*grad.shape) if argmax is None else argmax
-    return k.max_pool2d_backward(grad, output, argmax, size, *{**POOL, **window}.values(), relu)
+    return k.max_pool2d_backward(grad, output, argmax, bias, size, *{**POOL, **window}.values(), relu)
 
 
-def lrn_pool(k: Any, lrn: tuple = LRN, **window: Any) -> Any:
-    return k.lrn_max_pool2d(last(), *lrn, *{**POOL, **window}.values(), False, False)
+def lrn_pool(k: Any, lrn: tuple = LRN, bias: Tensor | None = None, **window: Any) -> Any:
+    return k.lrn_max_pool2d(last(), bias, *lrn, *{**POOL, **window}.values(), False, False)
 
 
-def lrn_pool_backward(k: Any, grad: Tensor, argmax: Tensor, input: Tensor | None = None, lrn: tuple = LRN) -> Any:
+def lrn_pool_backward(
+    k: Any,
+    grad: Tensor,
+    argmax: Tensor,
+    input: Tensor | None = None,
+    lrn: tuple = LRN,
+    bias: Tensor | None = None,
+) -> Any:
     input = x(4, 8, 8, 8) if input is None else input
-    return k.lrn_max_pool2d_backward(grad, input, argmax, *lrn, *POOL.values(), False)
+    return k.lrn_max_pool2d_backward(grad, input, bias, argmax, *lrn, *POOL.values(), False)
 
 
 def dropout(k: Any, input: Tensor | None = None, p: float = 0.5, key: Tensor | None = None, row: int = 1024) -> Any:
@@ -140,6 +155,12 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "max_pool2d: smaller than the window": lambda k: pool(k, x(1, 1, 2, 2)),
     "max_pool2d: no rows": lambda k: pool(k, x(1, 1, 0, 5), kernel=[2, 2], padding=[1, 1]),
     "max_pool2d: no columns": lambda k: pool(k, x(1, 2, 5, 0), kernel=[2, 2], padding=[1, 1]),
+    "max_pool2d: short bias": lambda k: pool(k, bias=x(7)),
+    "max_pool2d: bias of two dimensions": lambda k: pool(k, bias=x(8, 1)),
+    "max_pool2d: bias of integers": lambda k: pool(k, bias=torch.ones(8, dtype=INT)),
+    "max_pool2d: bias of another dtype": lambda k: pool(k, bias=x(8, dtype=HALF)),
+    "max_pool2d: double bias": lambda k: pool(k, bias=x(8, dtype=DOUBLE)),
+    "max_pool2d: bias on another device": lambda k: pool(k, bias=x(8).to("meta")),
     "max_pool2d: sparse": lambda k: pool(k, x().to_sparse()),
     "max_pool2d_backward: size of the input": lambda k: pool_backward(k, x(1, 1, 200, 200)),
     "max_pool2d_backward: size of three": lambda k: pool_backward(k, size=(1, 1, 5)),
@@ -157,6 +178,8 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     ),
     "max_pool2d_backward: small output": lambda k: pool_backward(k, output=x(1, 1, 1, 1), relu=True),
     "max_pool2d_backward: argmax of int64": lambda k: pool_backward(k, argmax=torch.full((1, 1, 2, 2), 4)),
+    "max_pool2d_backward: short bias": lambda k: pool_backward(k, bias=x(2)),
+    "max_pool2d_backward: bias of another dtype": lambda k: pool_backward(k, bias=x(1, dtype=DOUBLE)),
     "max_pool2d_backward: stride 0": lambda k: pool_backward(k, stride=[0, 0]),
     "local_response_norm: size 0": lambda k: k.local_response_norm(x(), 0, 1.0, 0.75, 1.0, 1),
     "local_response_norm: size negative": lambda k: k.local_response_norm(last(), -100000, 1.0, 0.75, 1.0, 1),
@@ -174,6 +197,14 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "lrn_max_pool2d: kernel 0": lambda k: lrn_pool(k, kernel=[0, 0]),
     "lrn_max_pool2d: stride 0": lambda k: lrn_pool(k, stride=[0, 0]),
     "lrn_max_pool2d: padding": lambda k: lrn_pool(k, padding=[99, 99]),
+    "lrn_max_pool2d: short bias": lambda k: lrn_pool(k, bias=x(1)),
+    "lrn_max_pool2d: bias of another dtype": lambda k: lrn_pool(k, bias=x(8, dtype=DOUBLE)),
+    "lrn_max_pool2d_backward: short bias": lambda k: lrn_pool_backward(
+        k, x(4, 8, 3, 3), winners(4, 8, 3, 3), bias=x(7)
+    ),
+    "lrn_max_pool2d_backward: bias of another dtype": lambda k: lrn_pool_backward(
+        k, x(4, 8, 3, 3), winners(4, 8, 3, 3), bias=x(8, dtype=HALF)
+    ),
     "lrn_max_pool2d_backward: large gradient": lambda k: lrn_pool_backward(k, x(4, 8, 300, 300), winners(4, 8, 3, 3)),
     "lrn_max_pool2d_backward: small argmax": lambda k: lrn_pool_backward(k, x(4, 8, 3, 3), winners(4, 8, 1, 1)),
     "lrn_max_pool2d_backward: another dtype": lambda k: lrn_pool_backward(

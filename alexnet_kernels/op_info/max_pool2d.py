@@ -16,11 +16,13 @@ from alexnet_kernels.op_info._record import (
     Draw,
     Inputs,
     Layer,
+    Maker,
     OpInfo,
     Sample,
     Work,
     draw_shape,
     make_distinct,
+    make_images,
     sample,
 )
 
@@ -63,8 +65,34 @@ def draw_window(draw: Draw) -> Inputs:
         "stride": (draw(range(1, 6)), draw(range(1, 6))),
         "padding": tuple(draw(range(side // 2 + 1)) for side in kernel),
         "ceil_mode": draw((False, True)),
+        "bias": draw((None, "own", "float32")),
         "relu": draw((False, True)),
     }
+
+
+def make_bias(make: Maker, channels: int, dtype: str | None) -> Inputs:
+    """A bias in the images' own dtype or, for those of 16 bits, in float32; none for None."""
+    return {} if dtype is None else {"bias": make(channels, dtype=None if dtype == "own" else make.wide)}
+
+
+def distinct_bias(make: Maker, channels: int, dtype: str | None, step: float = 0.01) -> Inputs:
+    """A bias that keeps images of `make_distinct` away from zero: multiples of step."""
+    return {} if dtype is None else {"bias": (torch.arange(channels) - 1).to(make.device, make.dtype) * step}
+
+
+def _make(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
+    """With a bias, multiples of 1/16 of few bits: their sums are exact in every dtype."""
+    bias = make_bias(make, shape[1], options.pop("bias", None))
+    inputs = {**make_images(make, shape, options), **bias}
+    if bias:
+        for name in ("input", "bias"):
+            inputs[name] = (inputs[name] * 16).round().clamp(-64, 64) / 16
+    return inputs
+
+
+def _make_derivative(make: Maker, shape: tuple[int, ...], options: Inputs) -> Inputs:
+    bias = distinct_bias(make, shape[1], options.pop("bias", None))
+    return {**make_distinct(make, shape, options), **bias}
 
 
 def _domain(draw: Draw) -> Sample:
@@ -94,18 +122,30 @@ INFO = OpInfo(
         sample(1, 18, 3, 3),
         sample(1, 2, 10, 10, kernel_size=2, stride=5),
         sample(2, 1, 7, 7, relu=True),
+        sample(1, 64, 7, 9, bias="own", relu=True),
+        sample(2, 17, 13, 9, bias="float32", relu=True),
+        sample(2, 40, 8, 7, ceil_mode=True, padding=1, bias="own"),
+        sample(2, 9, 6, 5, kernel_size=2, stride=3, padding=1, bias="float32"),
         sample(0, 16, 7, 7),
+        sample(0, 16, 7, 7, bias="own", relu=True),
     ),
-    typical=(sample(2, 20, 7, 9), sample(2, 20, 7, 9, relu=True)),
-    large=sample(4, 48, 13, 13),
+    typical=(sample(2, 20, 7, 9, bias="float32", relu=True), sample(2, 20, 7, 9), sample(2, 20, 7, 9, relu=True)),
+    large=sample(4, 48, 13, 13, bias="own"),
+    make=_make,
     domain=_domain,
     ones=(
-        sample(1, 1, 1, 1, kernel_size=1, stride=1, relu=True),
+        sample(1, 1, 1, 1, kernel_size=1, stride=1, bias="own", relu=True),
         sample(3, 5, 2, 3, kernel_size=(1, 3), stride=1, padding=(0, 1)),
     ),
     comparison=lambda setting: Comparison(exact=True),
-    derivatives=(sample(1, 2, 5, 5), sample(1, 2, 5, 5, relu=True)),
-    make_derivative=make_distinct,
+    wrt=("input", "bias"),
+    derivatives=(
+        sample(1, 2, 5, 5),
+        sample(1, 2, 5, 5, relu=True),
+        sample(1, 2, 5, 5, bias="own"),
+        sample(1, 3, 5, 3, bias="own", relu=True),
+    ),
+    make_derivative=_make_derivative,
     on_images=lambda x: {"input": x, "relu": True},
     layers=tuple(
         Layer(layer, partial(map_inputs, layer), partial(work, elements(layer), pooled(layer))) for layer in MAPS

@@ -1,8 +1,8 @@
-"""Overlapping max-pooling with a one-byte argmax, optionally of the ReLU of its input.
+"""Overlapping max-pooling with a one-byte argmax, optionally with the bias and the ReLU before it.
 
 See: schema in csrc/library.cpp, csrc/cpu/max_pool2d.cpp, csrc/cuda/max_pool2d.cu, alexnet_kernels/triton/max_pool2d.py,
 reference.max_pool2d, op_info/max_pool2d.py, tests/ops/test_max_pool2d.py.
-Autocast: the input's dtype is kept.
+Autocast: the input's dtype is kept; a float32 bias goes with any 16-bit input.
 """
 
 from __future__ import annotations
@@ -39,19 +39,24 @@ def max_pool2d(
     padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     *,
+    bias: Tensor | None = None,
     relu: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The maximum of each window; with `relu`, of max(0, input), at no cost.
+    """The maximum of each window of x: the input plus a bias of each channel and, with `relu`, max(0, that).
 
-    What torch.nn.functional.max_pool2d computes, NaN and ties included; backward is bitwise repeatable, because each
-    input pixel gathers from its windows.
+    Without them what torch.nn.functional.max_pool2d computes, NaN and ties included; backward is bitwise repeatable,
+    because each input pixel gathers from its windows. The bias is added to the maximum, in float32 (float64 for
+    float64), and the sum is rounded once: a pass over the output in place of one over the input. An infinite or NaN
+    bias, which makes values of a window equal, leaves the gradient with the maximum of the input.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any memory format.
         kernel_size, stride, padding: pixels, an int or (rows, columns). A window holds at most 256 pixels. Padding
             takes no part in the maximum; it is at most half the kernel.
         ceil_mode: windows may extend beyond the bottom and right edges.
+        bias: [C] or None; in the input's dtype, or float32 where that is bfloat16 or float16.
+        relu: applies max(0, x) at no cost.
         backend: see `alexnet_kernels.backends`.
 
     Returns:
@@ -59,20 +64,24 @@ def max_pool2d(
         `OH = floor((H + 2 * padding - kernel_size) / stride) + 1` (ceil with ceil_mode).
 
     Raises:
-        TypeError: input isn't a floating-point tensor, or a size isn't integer.
-        ValueError: another rank, or an image smaller than the window (with ceil_mode, than the smallest part of a
-            window that torch accepts).
+        TypeError: input or bias isn't a floating-point tensor, bias has another dtype, or a size isn't integer.
+        ValueError: another rank, a bias of another shape, or an image smaller than the window (with ceil_mode, than the
+            smallest part of a window that torch accepts).
+        RuntimeError: tensors on different devices.
 
     Source: Krizhevsky et al. 2012, section 3.4.
     """
     window = window_of(OP, kernel_size, stride, padding)
     images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
-    check_pool(OP, images, window, ceil_mode)
+    check_pool(OP, images, bias, window, ceil_mode)
     chosen = select(OP, images, backend)
-    if chosen == "native":
+    if chosen != "native":
+        output = kernels_of(chosen).max_pool2d(images, bias, *window, ceil_mode, relu)[0]
+    elif bias is None:
         output = F.max_pool2d(F.relu(images) if relu else images, *window, ceil_mode=ceil_mode)
     else:
-        output = kernels_of(chosen).max_pool2d(images, *window, ceil_mode, relu)[0]
+        maximum = F.max_pool2d(images, *window, ceil_mode=ceil_mode) + bias.reshape(-1, 1, 1)
+        output = (F.relu(maximum) if relu else maximum).to(images.dtype)
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -101,15 +110,24 @@ def _window(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
     return window
 
 
-def check_pool(op: str, input: Tensor, window: Window, ceil_mode: bool) -> list:
+def check_pool(op: str, input: Tensor, bias: Tensor | None, window: Window, ceil_mode: bool) -> list:
     """Checks the arguments; returns the output's shape."""
-    return _check(op, input, *window, ceil_mode)
+    return _check(op, input, bias, *window, ceil_mode)
 
 
 @checks.cache_validation
-def _check(op: str, input: Tensor, kernel_size: list, stride: list, padding: list, ceil_mode: bool) -> list:
+def _check(
+    op: str, input: Tensor, bias: Tensor | None, kernel_size: list, stride: list, padding: list, ceil_mode: bool
+) -> list:
     window = Window(kernel_size, stride, padding)
     checks.check_images(op, input)
+    if bias is not None:
+        checks.check_device(op, "bias", bias, input)
+        allowed = [input.dtype, *([torch.float32] if input.dtype in checks.LOW_PRECISION else [])]
+        if bias.dtype not in allowed:
+            raise TypeError(f"{op}: bias must be {' or '.join(map(str, allowed))}, not {bias.dtype}")
+        if list(bias.shape) != [input.shape[1]]:
+            raise ValueError(f"{op}: bias must be [{input.shape[1]}], not of shape {list(bias.shape)}")
     shape = list(input.shape[:2])
     for size, kernel, step, pad in zip(input.shape[2:], *window, strict=True):
         windows = reference.pool_output_size(size, kernel, step, pad, ceil_mode)
@@ -135,42 +153,55 @@ def gather(values: Tensor, argmax: Tensor, window: Window) -> Tensor:
     return winners.where(inside, 0)
 
 
-def _fake(input: Tensor, kernel_size, stride, padding, ceil_mode: bool, relu: bool) -> tuple[Tensor, Tensor]:
+def empty_bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor:
+    """For fakes: the bias's gradient; without a bias of no elements."""
+    return grad.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def _fake(
+    input: Tensor, bias: Tensor | None, kernel_size, stride, padding, ceil_mode: bool, relu: bool
+) -> tuple[Tensor, Tensor]:
     window = window_of(OP, kernel_size, stride, padding)
-    shape = check_pool(OP, input, window, ceil_mode)
+    shape = check_pool(OP, input, bias, window, ceil_mode)
     return empty_like(input, shape), empty_like(input, shape, torch.uint8)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, kernel_size, stride, padding, _, relu = inputs
+    input, bias, kernel_size, stride, padding, _, relu = inputs
     values, argmax = output
     ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(values if relu else None, argmax)
+    ctx.save_for_backward(values if relu else None, argmax, bias)
     ctx.args = (list(input.shape), kernel_size, stride, padding, relu)
 
 
 def _backward(kernels, ctx, grad: Tensor, _):
-    output, argmax = ctx.saved_tensors
-    grad_input = kernels.max_pool2d_backward(grad, output, argmax, *ctx.args)
-    return grad_input, None, None, None, None, None
+    output, argmax, bias = ctx.saved_tensors
+    bias = bias if ctx.needs_input_grad[1] else None
+    grad_input, grad_bias = kernels.max_pool2d_backward(grad, output, argmax, bias, *ctx.args)
+    return grad_input, None if bias is None else grad_bias, *[None] * 5
 
 
-def _fake_backward(grad: Tensor, output: Tensor | None, argmax: Tensor, input_size, *args) -> Tensor:
-    return empty_like(argmax, input_size, grad.dtype)
+def _fake_backward(grad: Tensor, output, argmax: Tensor, bias: Tensor | None, input_size, *args):
+    return empty_like(argmax, input_size, grad.dtype), empty_bias_gradient(grad, bias)
 
 
 def _setup_double_backward(ctx, inputs, output) -> None:
-    _, values, argmax, _, *window, ctx.relu = inputs
-    ctx.window = Window(*window)
+    grad, values, argmax, bias, _, *window, ctx.relu = inputs
+    ctx.window, ctx.dtype = Window(*window), grad.dtype
+    if bias is None:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(values, argmax)
 
 
-def _double_backward(kernels, ctx, grad_grad: Tensor):
+def _double_backward(kernels, ctx, grad_grad: Tensor | None, grad_grad_bias: Tensor | None):
     values, argmax = ctx.saved_tensors
-    grad = gather(grad_grad, argmax, ctx.window)
-    if ctx.relu:
+    grad = None if grad_grad is None else gather(grad_grad, argmax, ctx.window)
+    if grad_grad_bias is not None and grad_grad_bias.numel():
+        of_bias = grad_grad_bias.to(ctx.dtype).reshape(-1, 1, 1)
+        grad = of_bias.expand(argmax.shape) if grad is None else grad + of_bias
+    if ctx.relu and grad is not None:
         grad = grad.masked_fill(values <= 0, 0)
-    return grad, None, None, None, None, None, None, None
+    return grad, *[None] * 8
 
 
 register_op(OP, _fake, _backward, _setup_context)

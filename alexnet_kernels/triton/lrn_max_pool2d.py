@@ -22,7 +22,14 @@ from alexnet_kernels.triton._channels import (
 )
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 from alexnet_kernels.triton.local_response_norm import normalise, normalise_backward, window_constants
-from alexnet_kernels.triton.max_pool2d import pool_constants, pooled, update_maximum, window_over, window_start
+from alexnet_kernels.triton.max_pool2d import (
+    bias_gradient,
+    pool_constants,
+    pooled,
+    update_maximum,
+    window_over,
+    window_start,
+)
 
 
 @triton.jit
@@ -126,6 +133,11 @@ def lrn_max_pool2d_backward_kernel(
     store_channels(dx_ptr + at, dx, mask, VEC)
 
 
+def biased(input: Tensor, bias: Tensor | None) -> Tensor:
+    """input + bias in float32."""
+    return input if bias is None else input.float() + bias.float().reshape(-1, 1, 1)
+
+
 def fused_constants(
     x: Tensor,
     channels_last: bool,
@@ -147,6 +159,7 @@ def fused_constants(
 @triton_op
 def lrn_max_pool2d(
     input: Tensor,
+    bias: Tensor | None,
     size: int,
     alpha: float,
     beta: float,
@@ -158,25 +171,26 @@ def lrn_max_pool2d(
     ceil_mode: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, memory_format = in_own_format(input)
+    x, memory_format = in_own_format(biased(input, bias))
     shape = [*x.shape[:2], *pooled(x, kernel_size, stride, padding, ceil_mode)]
     out = empty_like(x, shape)
     arg = empty_like(x, shape, torch.uint8)
     if out.numel() == 0:
-        return out, arg
+        return out.to(input.dtype), arg
     constants = fused_constants(x, is_channels_last(memory_format), size, beta, groups, kernel_size, stride, padding)
     launch, count = launch_of(constants["VEC"]), out.numel() // constants["VEC"]
     wrap_triton(lrn_max_pool2d_forward_kernel)[(triton.cdiv(count, launch.block),)](
         x, out, arg, count, *x.shape[2:], *out.shape[2:], alpha / size, beta, k,
         **constants, RELU=relu, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
-    return out, arg
+    return out.to(input.dtype), arg
 
 
 @triton_op
 def lrn_max_pool2d_backward(
     grad: Tensor,
     input: Tensor,
+    bias: Tensor | None,
     argmax: Tensor,
     size: int,
     alpha: float,
@@ -187,16 +201,16 @@ def lrn_max_pool2d_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     relu: bool,
-) -> Tensor:
-    x, memory_format = in_own_format(input)
+) -> tuple[Tensor, Tensor]:
+    x, memory_format = in_own_format(biased(input, bias))
     g, arg = contiguous_as(grad, memory_format), contiguous_as(argmax, memory_format)
     dx = empty_like(x)
     if x.numel() == 0:
-        return dx
+        return dx.to(input.dtype), bias_gradient(dx, bias)
     constants = fused_constants(x, is_channels_last(memory_format), size, beta, groups, kernel_size, stride, padding)
     launch, count = launch_of(constants["VEC"]), x.numel() // constants["VEC"]
     wrap_triton(lrn_max_pool2d_backward_kernel)[(triton.cdiv(count, launch.block),)](
         g, x, arg, dx, count, *x.shape[2:], *g.shape[2:], alpha / size, beta, k,
         **constants, RELU=relu, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
-    return dx
+    return dx.to(input.dtype), bias_gradient(dx, bias)

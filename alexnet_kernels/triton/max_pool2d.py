@@ -147,6 +147,11 @@ def pool_constants(kernel_size: Sequence[int], stride: Sequence[int], padding: S
     }
 
 
+def bias_gradient(dx: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum of the images' gradients; without a bias no elements."""
+    return dx.new_empty(0) if bias is None else dx.float().sum((0, 2, 3)).to(bias.dtype)
+
+
 def pooled(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool):
     """The rows and columns of windows."""
     axes = zip(x.shape[2:], kernel_size, stride, padding, strict=True)
@@ -156,6 +161,7 @@ def pooled(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding
 @triton_op
 def max_pool2d(
     input: Tensor,
+    bias: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -172,10 +178,14 @@ def max_pool2d(
     launch, count = launch_of(vector), out.numel() // vector
     wrap_triton(max_pool2d_forward_kernel)[(triton.cdiv(count, launch.block),)](
         x, out, arg, count, *x.shape[2:], *out.shape[2:],
-        C=x.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
+        C=x.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu and bias is None,
+        CHANNELS_LAST=channels_last,
         UNROLL=kernel_size[0] * kernel_size[1] <= _config.UNROLLED_TAPS,
         VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
+    if bias is not None:
+        y = out.float() + bias.float().reshape(-1, 1, 1)
+        out.copy_(y.relu() if relu else y)
     return out, arg
 
 
@@ -184,18 +194,19 @@ def max_pool2d_backward(
     grad: Tensor,
     output: Tensor | None,
     argmax: Tensor,
+    bias: Tensor | None,
     input_size: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     relu: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     arg, memory_format = in_own_format(argmax)
     g = contiguous_as(grad, memory_format)
     out = g if output is None else contiguous_as(output, memory_format)
     dx = empty_like(arg, input_size, g.dtype)
     if dx.numel() == 0:
-        return dx
+        return dx, bias_gradient(dx, bias)
     channels_last = is_channels_last(memory_format)
     vector = vector_of(g, channels_last, g.shape[1])
     launch, count = launch_of(vector), dx.numel() // vector
@@ -205,4 +216,4 @@ def max_pool2d_backward(
         C=g.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
         UNROLL=windows <= _config.UNROLLED_TAPS, VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
-    return dx
+    return dx, bias_gradient(dx, bias)

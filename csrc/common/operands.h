@@ -61,6 +61,12 @@ class Operands {
   void channels(const char* name, const std::optional<Tensor>& t, int64_t count) const {
     if (t) channels(name, *t, count);
   }
+  // The bias of maps of so many channels: in their dtype or, where that has 16 bits, in float32.
+  void map_bias(const std::optional<Tensor>& bias, ScalarType type, int64_t count) const {
+    channels("bias", bias, count);
+    const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+    if (bias && !(half && bias->scalar_type() == ScalarType::Float)) tensor("bias", *bias, type);
+  }
   // One element of a dtype.
   void one(const char* name, const Tensor& t, ScalarType type) const {
     tensor(name, t, type);

@@ -207,6 +207,7 @@ void lrn_max_pool_backward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
 }  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
+#include "common/bias.h"
 #include "operator.h"
 
 namespace alexnet_kernels::cpu {
@@ -228,14 +229,21 @@ LrnMaxPoolArgs arguments(const Tensor& x, MemoryFormat format, const Lrn& lrn, i
   return args;
 }
 
-std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, double alpha, double beta, double k,
-                                          int64_t groups, IntList kernel, IntList stride, IntList padding,
-                                          bool ceil_mode, bool relu) {
+std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, std::optional<Tensor> bias, int64_t size, double alpha,
+                                          double beta, double k, int64_t groups, IntList kernel, IntList stride,
+                                          IntList padding, bool ceil_mode, bool relu) {
   const Operands given = operands("lrn_max_pool2d", "input", input);
   given.images("input", input);
+  given.map_bias(bias, input.scalar_type(), input.size(1));
   given.towers(size, groups, input.size(1));
   const IntList shape = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
+  if (bias) {
+    const Tensor sum = rounded(plus_bias(input, *bias), widened(*bias).scalar_type(), format);
+    const auto [output, argmax] =
+        lrn_max_pool2d(sum, std::nullopt, size, alpha, beta, k, groups, kernel, stride, padding, ceil_mode, relu);
+    return {rounded(output, input.scalar_type(), format), argmax};
+  }
   const Tensor x = in_format(input, format);
   const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
@@ -249,17 +257,26 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, dou
   return {output, argmax};
 }
 
-Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& argmax, int64_t size,
-                               double alpha, double beta, double k, int64_t groups, IntList kernel, IntList stride,
-                               IntList padding, bool relu) {
+std::tuple<Tensor, Tensor> lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, std::optional<Tensor> bias,
+                                                   const Tensor& argmax, int64_t size, double alpha, double beta,
+                                                   double k, int64_t groups, IntList kernel, IntList stride,
+                                                   IntList padding, bool relu) {
   const Operands given = operands("lrn_max_pool2d_backward", "grad", grad);
   given.tensor("input", input, grad.scalar_type());
   given.dimensions("input", input, 4);
+  given.map_bias(bias, input.scalar_type(), input.size(1));
   given.towers(size, groups, input.size(1));
   given.pool_gradient(grad, argmax, sizes_of(input), kernel, stride, padding);
   const MemoryFormat format = memory_format_of(input);
+  if (bias) {
+    const Tensor sum = rounded(plus_bias(input, *bias), widened(*bias).scalar_type(), format);
+    const Tensor dx = std::get<0>(lrn_max_pool2d_backward(widened(grad), sum, std::nullopt, argmax, size, alpha, beta,
+                                                          k, groups, kernel, stride, padding, relu));
+    return {rounded(dx, input.scalar_type(), format), bias_gradient(dx, bias)};
+  }
   const Tensor x = in_format(input, format), g = in_format(grad, format), winners = in_format(argmax, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
+  const Tensor grad_bias = bias_gradient(grad_input, std::nullopt);
   const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
   args.OH = g.size(2), args.OW = g.size(3);
@@ -268,7 +285,7 @@ Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Te
   args.output = grad_input.mutable_data_ptr();
   const int64_t tasks = x.size(0) * (args.channels_last ? args.H : groups * blocks_of(args));
   if (x.numel() > 0) run(pick_lrn_max_pool_backward(), args, tasks, x.numel() * 16);
-  return grad_input;
+  return {grad_input, grad_bias};
 }
 
 }  // namespace

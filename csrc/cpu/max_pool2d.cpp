@@ -96,6 +96,7 @@ void max_pool_backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
 }  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
+#include "common/bias.h"
 #include "operator.h"
 
 namespace alexnet_kernels::cpu {
@@ -104,10 +105,17 @@ ALEXNET_DECLARE_KERNEL(max_pool_backward, MaxPoolArgs)
 
 namespace {
 
-std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding,
-                                      bool ceil_mode, bool relu) {
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor> bias, IntList kernel, IntList stride,
+                                      IntList padding, bool ceil_mode, bool relu) {
   const Operands given = operands("max_pool2d", "input", input);
   given.images("input", input);
+  given.map_bias(bias, input.scalar_type(), input.size(1));
+  if (bias) {
+    const auto [maximum, argmax] = max_pool2d(input, std::nullopt, kernel, stride, padding, ceil_mode, false);
+    const Tensor sum = plus_bias(maximum, *bias);
+    return {rounded(relu ? call_torch("aten::relu", stack_of(sum)) : sum, input.scalar_type(), memory_format_of(input)),
+            argmax};
+  }
   const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
@@ -127,11 +135,13 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
   return {output, argmax};
 }
 
-Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
-                           IntList kernel, IntList stride, IntList padding, bool relu) {
+std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax,
+                                               std::optional<Tensor> bias, IntList input_size, IntList kernel,
+                                               IntList stride, IntList padding, bool relu) {
   const Operands given = operands("max_pool2d_backward", "grad", grad);
   given.pool_gradient(grad, argmax, input_size, kernel, stride, padding);
   if (relu) given.alike("output", given.required("output", output), grad);
+  given.map_bias(bias, grad.scalar_type(), grad.size(1));
   const MemoryFormat format = memory_format_of(argmax);
   const Tensor g = in_format(grad, format), y = relu ? in_format(*output, format) : grad, k = in_format(argmax, format);
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
@@ -147,7 +157,7 @@ Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, con
   args.grad_input = grad_input.mutable_data_ptr();
   const int64_t tasks = input_size[0] * (args.channels_last ? args.H : args.C);
   if (grad_input.numel() > 0) run(pick_max_pool_backward(), args, tasks, grad_input.numel() * 8);
-  return grad_input;
+  return {grad_input, bias_gradient(grad_input, bias)};
 }
 
 }  // namespace

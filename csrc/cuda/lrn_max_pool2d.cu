@@ -6,6 +6,7 @@
 // outputs of one column from top to bottom: the row of normalised pixels that two windows share is computed once, 27
 // vectors instead of 36. Backward, a lane holds a vector of the input and gathers the windows that contain it. General
 // kernels: forward, one output a thread; backward in three kernels.
+#include "common/bias.h"
 #include "lrn.cuh"
 #include "pool.cuh"
 
@@ -128,14 +129,21 @@ __global__ void __launch_bounds__(kThreads)
   g[i] = sum[0];
 }
 
-std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, double alpha, double beta, double k,
-                                          int64_t groups, IntList kernel, IntList stride, IntList padding,
-                                          bool ceil_mode, bool relu) {
+std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, std::optional<Tensor> bias, int64_t size, double alpha,
+                                          double beta, double k, int64_t groups, IntList kernel, IntList stride,
+                                          IntList padding, bool ceil_mode, bool relu) {
   const Operands given = operands("lrn_max_pool2d", "input", input);
   given.images("input", input);
+  given.map_bias(bias, input.scalar_type(), input.size(1));
   given.towers(size, groups, input.size(1));
   const IntList pooled = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
+  if (bias) {
+    const Tensor sum = rounded(plus_bias(input, *bias), widened(*bias).scalar_type(), format);
+    const auto [output, argmax] =
+        lrn_max_pool2d(sum, std::nullopt, size, alpha, beta, k, groups, kernel, stride, padding, ceil_mode, relu);
+    return {rounded(output, input.scalar_type(), format), argmax};
+  }
   const Tensor x = in_format(input, format);
   Tensor output = empty(pooled, x.scalar_type(), x, format), argmax = empty(pooled, ScalarType::Byte, x, format);
   if (output.numel() == 0) return {output, argmax};
@@ -162,18 +170,27 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, int64_t size, dou
   return {output, argmax};
 }
 
-Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Tensor& argmax, int64_t size,
-                               double alpha, double beta, double k, int64_t groups, IntList kernel, IntList stride,
-                               IntList padding, bool relu) {
+std::tuple<Tensor, Tensor> lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, std::optional<Tensor> bias,
+                                                   const Tensor& argmax, int64_t size, double alpha, double beta,
+                                                   double k, int64_t groups, IntList kernel, IntList stride,
+                                                   IntList padding, bool relu) {
   const Operands given = operands("lrn_max_pool2d_backward", "grad", grad);
   given.tensor("input", input, grad.scalar_type());
   given.dimensions("input", input, 4);
+  given.map_bias(bias, input.scalar_type(), input.size(1));
   given.towers(size, groups, input.size(1));
   given.pool_gradient(grad, argmax, sizes_of(input), kernel, stride, padding);
   const MemoryFormat format = memory_format_of(input);
+  if (bias) {
+    const Tensor sum = rounded(plus_bias(input, *bias), widened(*bias).scalar_type(), format);
+    const Tensor dx = std::get<0>(lrn_max_pool2d_backward(widened(grad), sum, std::nullopt, argmax, size, alpha, beta,
+                                                          k, groups, kernel, stride, padding, relu));
+    return {rounded(dx, input.scalar_type(), format), bias_gradient(dx, bias)};
+  }
   const Tensor x = in_format(input, format), g = in_format(grad, format), argmaxes = in_format(argmax, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
-  if (x.numel() == 0) return grad_input;
+  const Tensor grad_bias = bias_gradient(grad_input, std::nullopt);
+  if (x.numel() == 0) return {grad_input, grad_bias};
   const OnDevice device(x);
   const Lrn lrn(size, alpha, beta, k, groups, x.size(1));
   const PoolShape pool(kernel, stride, padding);
@@ -199,7 +216,7 @@ Tensor lrn_max_pool2d_backward(const Tensor& grad, const Tensor& input, const Te
                     data<T>(x), data<float>(s), mutable_data<T>(grad_input));
     });
   });
-  return grad_input;
+  return {grad_input, grad_bias};
 }
 
 }  // namespace

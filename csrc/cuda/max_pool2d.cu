@@ -3,6 +3,7 @@
 //   i * kernel_w + j of the maximum in its window; all in one memory format; float, bfloat16 or float16
 // A thread holds a vector of channels of one pixel: of the output in forward, of the input in backward, which gathers
 // from the windows that contain the pixel. Positions are those of pool.cuh's Maximum.
+#include "common/bias.h"
 #include "pool.cuh"
 
 namespace alexnet_kernels::cuda {
@@ -58,10 +59,17 @@ __global__ void __launch_bounds__(kThreads) pool_backward(ImageLayout in, ImageL
   store<kVec>(dx + vector * kVec, sum);
 }
 
-std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntList stride, IntList padding,
-                                      bool ceil_mode, bool relu) {
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor> bias, IntList kernel, IntList stride,
+                                      IntList padding, bool ceil_mode, bool relu) {
   const Operands given = operands("max_pool2d", "input", input);
   given.images("input", input);
+  given.map_bias(bias, input.scalar_type(), input.size(1));
+  if (bias) {
+    const auto [maximum, argmax] = max_pool2d(input, std::nullopt, kernel, stride, padding, ceil_mode, false);
+    const Tensor sum = plus_bias(maximum, *bias);
+    return {rounded(relu ? call_torch("aten::relu", stack_of(sum)) : sum, input.scalar_type(), memory_format_of(input)),
+            argmax};
+  }
   const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
@@ -82,16 +90,18 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntList kernel, IntLi
   return {output, argmax};
 }
 
-Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax, IntList input_size,
-                           IntList kernel, IntList stride, IntList padding, bool relu) {
+std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax,
+                                               std::optional<Tensor> bias, IntList input_size, IntList kernel,
+                                               IntList stride, IntList padding, bool relu) {
   const Operands given = operands("max_pool2d_backward", "grad", grad);
   given.pool_gradient(grad, argmax, input_size, kernel, stride, padding);
   if (relu) given.alike("output", given.required("output", output), grad);
+  given.map_bias(bias, grad.scalar_type(), grad.size(1));
   const MemoryFormat format = memory_format_of(argmax);
   const Tensor g = in_format(grad, format), argmaxes = in_format(argmax, format);
   const std::optional<Tensor> y = relu ? std::optional<Tensor>(in_format(*output, format)) : std::nullopt;
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
-  if (grad_input.numel() == 0) return grad_input;
+  if (grad_input.numel() == 0) return {grad_input, bias_gradient(grad_input, bias)};
   const OnDevice device(g);
   for_dtype(g, [&](auto t) {
     using T = decltype(t);
@@ -104,7 +114,7 @@ Tensor max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, con
                     mutable_data<T>(grad_input));
     });
   });
-  return grad_input;
+  return {grad_input, bias_gradient(grad_input, bias)};
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ from helpers import (
 )
 
 from alexnet_kernels import reference
-from alexnet_kernels.op_info import OP_INFOS
+from alexnet_kernels.op_info import OP_INFOS, Maker
 from alexnet_kernels.ops import max_pool2d
 
 
@@ -21,7 +21,8 @@ from alexnet_kernels.ops import max_pool2d
 @pytest.mark.parametrize("sample", OP_INFOS["max_pool2d"].samples, ids=lambda sample: sample.id)
 def test_ties_go_to_the_first(sample, dtype, memory_format, device, backend):
     x = torch.randint(-1, 2, sample.shape).to(device, dtype).contiguous(memory_format=memory_format)
-    check_op("max_pool2d", {"input": x, **sample.options}, backend)
+    inputs = OP_INFOS["max_pool2d"].inputs(sample, Maker(dtype, memory_format, device))
+    check_op("max_pool2d", {**inputs, "input": x}, backend)
 
 
 @every_format
@@ -111,8 +112,8 @@ def test_second_derivative_of_positions_outside_the_image():
     """No forward call gives them; the backward operator and its derivative ignore them."""
     grad = torch.ones(1, 1, 1, 2, dtype=torch.double, requires_grad=True)
     argmax = torch.tensor([[[[0, 2]]]], dtype=torch.uint8)
-    result = torch.ops.alexnet_kernels.max_pool2d_backward(
-        grad, None, argmax, [1, 1, 3, 5], [3, 3], [3, 3], [0, 0], False
+    result, _ = torch.ops.alexnet_kernels.max_pool2d_backward(
+        grad, None, argmax, None, [1, 1, 3, 5], [3, 3], [3, 3], [0, 0], False
     )
     assert result.sum() == 1
     assert torch.autograd.grad(result.sum(), grad)[0].flatten().tolist() == [1, 0]
