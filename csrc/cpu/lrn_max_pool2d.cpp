@@ -1,5 +1,5 @@
-// Local response normalisation and max-pooling in one pass, forward and backward, optionally with the ReLU before them.
-// The normalised activations are not written to memory.
+// Local response normalisation and max-pooling in one pass, forward and backward, optionally with the bias [C] and the
+// ReLU before them. The normalised activations are not written to memory.
 //   input [N, C, H, W], output and argmax [N, C, OH, OW], in the input's memory format
 // Channels_last: a task is one output row (backward: one input row) of one image. A ring buffer holds the kernel_h
 // normalised rows of a window. NCHW: a task is kLrnPoolTaskChannels channels of one image.
@@ -18,6 +18,8 @@ struct LrnMaxPoolArgs {
   const void *input, *grad;
   void* output;  // the gradient of the input in backward
   uint8_t* argmax;
+  const void* bias;    // in the computing type; null without a bias
+  void* partial_bias;  // its gradient, from each input row (channels_last) or image; null without
 };
 
 inline int64_t blocks_of(const LrnMaxPoolArgs& a) {
@@ -27,13 +29,13 @@ inline int64_t blocks_of(const LrnMaxPoolArgs& a) {
 namespace ALEXNET_ISA {
 namespace {
 
-template <class T, bool kRelu>
+template <class T, bool kRelu, bool kBias>
 void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
   T* output = static_cast<T*>(a.output);
   const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
-  LrnRows<T> lrn(a.lrn, tower);
+  LrnRows<T> lrn(a.lrn, tower, static_cast<const A*>(a.bias), a.groups);
   const int64_t slots = std::min(a.pool.kernel_h, a.H);
   std::vector<A> rows(slots * row_size);
   std::vector<int64_t> held(slots, -1);  // the row of the batch in each slot
@@ -45,7 +47,7 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
       const int64_t slot = y % slots, row = n * a.H + y;
       if (held[slot] == row) continue;
       held[slot] = row;
-      lrn.template forward<kRelu, true>(input + row * row_size, &rows[slot * row_size], a.W * a.groups);
+      lrn.template forward<kRelu, kBias, true>(input + row * row_size, &rows[slot * row_size], a.W * a.groups);
     }
     const int64_t at = task * a.OW * a.C;
     pool_row_channels_last<false, A>(
@@ -54,35 +56,43 @@ void forward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
   }
 }
 
-template <class T, bool kRelu>
+template <class T, bool kRelu, bool kBias>
 void backward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
   const T* grad = static_cast<const T*>(a.grad);
   T* grad_input = static_cast<T*>(a.output);
   const int64_t tower = a.C / a.groups, row_size = a.W * a.C;
-  LrnRows<T> lrn(a.lrn, tower);
+  LrnRows<T> lrn(a.lrn, tower, static_cast<const A*>(a.bias), a.groups);
   std::vector<A> sum(row_size);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t at = task / a.H * a.OH * a.OW * a.C;
     pool_row_backward_channels_last<false, T>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, nullptr,
                                               a.argmax + at, sum.data());
     const int64_t i = task * row_size;
-    lrn.template backward<kRelu>(input + i, sum.data(), grad_input + i, a.W * a.groups);
+    A* partial = kBias ? static_cast<A*>(a.partial_bias) + task * a.C : nullptr;
+    if (kBias) std::fill(partial, partial + a.C, A(0));
+    lrn.template backward<kRelu, kBias>(input + i, sum.data(), grad_input + i, a.W * a.groups, partial);
   }
 }
 
 // The planes of one tower: channel c is plane c, of `pixels` elements.
-template <class T, bool kRelu>
+template <class T, bool kRelu, bool kBias>
 struct Planes {
   using A = acc_t<T>;
   const Lrn& lrn;
   const T* tower;
+  const A* bias;  // of the tower's channels
   int64_t channels, pixels;
 
   template <class Count>
-  Vec<A> input(int64_t c, int64_t p, Count count) const {
+  Vec<A> biased(int64_t c, int64_t p, Count count) const {
     const Vec<A> v = load_n(tower + c * pixels + p, count);
+    return kBias ? v + bias[c] : v;
+  }
+  template <class Count>
+  Vec<A> input(int64_t c, int64_t p, Count count) const {
+    const Vec<A> v = biased(c, p, count);
     return kRelu ? vrelu(v) : v;
   }
   template <class Count>
@@ -107,7 +117,7 @@ inline Block block_of(const LrnMaxPoolArgs& a, int64_t task) {
           std::min(first + kLrnPoolTaskChannels, a.C / a.groups)};
 }
 
-template <class T, bool kRelu>
+template <class T, bool kRelu, bool kBias>
 void forward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
@@ -117,7 +127,8 @@ void forward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const Block b = block_of(a, task);
     const int64_t first_plane = b.image * a.C + b.tower * channels;
-    const Planes<T, kRelu> planes{a.lrn, input + first_plane * pixels, channels, pixels};
+    const A* bias = kBias ? static_cast<const A*>(a.bias) + b.tower * channels : nullptr;
+    const Planes<T, kRelu, kBias> planes{a.lrn, input + first_plane * pixels, bias, channels, pixels};
     for (int64_t c = b.first; c < b.last; ++c) {
       rows.new_plane();
       const auto fill = [&](int64_t y, A* to) {
@@ -135,7 +146,7 @@ void forward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, bool kRelu>
+template <class T, bool kRelu, bool kBias>
 void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
@@ -150,7 +161,8 @@ void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const Block b = block_of(a, task);
     const int64_t first_plane = b.image * a.C + b.tower * channels;
-    const Planes<T, kRelu> planes{a.lrn, input + first_plane * pixels, channels, pixels};
+    const A* bias = kBias ? static_cast<const A*>(a.bias) + b.tower * channels : nullptr;
+    const Planes<T, kRelu, kBias> planes{a.lrn, input + first_plane * pixels, bias, channels, pixels};
     const int64_t low = std::max<int64_t>(b.first - before, 0), high = std::min(b.last + after, channels);
     for (int64_t c = low; c < high; ++c) {
       A* d = &direct[(c - low) * pixels];
@@ -167,39 +179,47 @@ void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
     }
     for (int64_t c = b.first; c < b.last; ++c) {
       const int64_t from = std::max(c - before, low), to = std::min(c + after + 1, high);
+      PlaneSum<A> total;
       for_lanes<A>(pixels, [&](int64_t p, auto count) {
         Vec<A> sum{};
         for (int64_t j = from; j < to; ++j) sum += load_n(&ratio[(j - low) * pixels + p], count);
-        const Vec<A> raw = load_n(planes.tower + c * pixels + p, count);
+        const Vec<A> raw = planes.biased(c, p, count);
         const Vec<A> v = kRelu ? vrelu(raw) : raw;
         Vec<A> dx = load_n(&direct[(c - low) * pixels + p], count) + factor * v * sum;
         if (kRelu) dx = raw <= Vec<A>{} ? Vec<A>{} : dx;
         store_n(grad_input + (first_plane + c) * pixels + p, dx, count);
+        if (kBias) total.add(dx, count);
       });
+      if (kBias) static_cast<A*>(a.partial_bias)[first_plane + c] = total.total();
     }
   }
+}
+
+// Calls body(value of the storage type, relu, biased), the latter two as compile-time constants.
+template <class Body>
+void for_variant(const LrnMaxPoolArgs& a, const Body& body) {
+  for_dtype(a.dtype, [&](auto t) {
+    const auto with_relu = [&](auto relu) {
+      a.bias != nullptr ? body(t, relu, std::true_type{}) : body(t, relu, std::false_type{});
+    };
+    a.relu ? with_relu(std::true_type{}) : with_relu(std::false_type{});
+  });
 }
 
 }  // namespace
 
 void lrn_max_pool_forward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto t) {
+  for_variant(a, [&](auto t, auto relu, auto biased) {
     using T = decltype(t);
-    if (a.channels_last) {
-      a.relu ? forward_channels_last<T, true>(a, begin, end) : forward_channels_last<T, false>(a, begin, end);
-    } else {
-      a.relu ? forward_planes<T, true>(a, begin, end) : forward_planes<T, false>(a, begin, end);
-    }
+    a.channels_last ? forward_channels_last<T, relu, biased>(a, begin, end)
+                    : forward_planes<T, relu, biased>(a, begin, end);
   });
 }
 void lrn_max_pool_backward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto t) {
+  for_variant(a, [&](auto t, auto relu, auto biased) {
     using T = decltype(t);
-    if (a.channels_last) {
-      a.relu ? backward_channels_last<T, true>(a, begin, end) : backward_channels_last<T, false>(a, begin, end);
-    } else {
-      a.relu ? backward_planes<T, true>(a, begin, end) : backward_planes<T, false>(a, begin, end);
-    }
+    a.channels_last ? backward_channels_last<T, relu, biased>(a, begin, end)
+                    : backward_planes<T, relu, biased>(a, begin, end);
   });
 }
 
@@ -207,8 +227,7 @@ void lrn_max_pool_backward(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) 
 }  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/bias.h"
-#include "operator.h"
+#include "map_bias.h"
 
 namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(lrn_max_pool_forward, LrnMaxPoolArgs)
@@ -238,16 +257,12 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d(const Tensor& input, std::optional<Ten
   given.towers(size, groups, input.size(1));
   const IntList shape = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
-  if (bias) {
-    const Tensor sum = rounded(plus_bias(input, *bias), widened(*bias).scalar_type(), format);
-    const auto [output, argmax] =
-        lrn_max_pool2d(sum, std::nullopt, size, alpha, beta, k, groups, kernel, stride, padding, ceil_mode, relu);
-    return {rounded(output, input.scalar_type(), format), argmax};
-  }
   const Tensor x = in_format(input, format);
   const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
   args.OH = shape[2], args.OW = shape[3];
+  const MapBias b(bias);
+  args.bias = b.data();
   Tensor output = empty(shape, x.scalar_type(), x, format);
   Tensor argmax = empty(shape, ScalarType::Byte, x, format);
   args.output = output.mutable_data_ptr();
@@ -268,15 +283,8 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d_backward(const Tensor& grad, const Ten
   given.towers(size, groups, input.size(1));
   given.pool_gradient(grad, argmax, sizes_of(input), kernel, stride, padding);
   const MemoryFormat format = memory_format_of(input);
-  if (bias) {
-    const Tensor sum = rounded(plus_bias(input, *bias), widened(*bias).scalar_type(), format);
-    const Tensor dx = std::get<0>(lrn_max_pool2d_backward(widened(grad), sum, std::nullopt, argmax, size, alpha, beta,
-                                                          k, groups, kernel, stride, padding, relu));
-    return {rounded(dx, input.scalar_type(), format), bias_gradient(dx, bias)};
-  }
   const Tensor x = in_format(input, format), g = in_format(grad, format), winners = in_format(argmax, format);
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
-  const Tensor grad_bias = bias_gradient(grad_input, std::nullopt);
   const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
   args.OH = g.size(2), args.OW = g.size(3);
@@ -284,8 +292,12 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d_backward(const Tensor& grad, const Ten
   args.argmax = static_cast<uint8_t*>(const_cast<void*>(winners.const_data_ptr()));
   args.output = grad_input.mutable_data_ptr();
   const int64_t tasks = x.size(0) * (args.channels_last ? args.H : groups * blocks_of(args));
+  const MapBias b(bias);
+  const MapBiasGradient grad_bias(bias, grad, x.numel() == 0 ? 0 : x.size(0) * (args.channels_last ? args.H : 1));
+  args.bias = b.data();
+  args.partial_bias = grad_bias.partial();
   if (x.numel() > 0) run(pick_lrn_max_pool_backward(), args, tasks, x.numel() * 16);
-  return {grad_input, grad_bias};
+  return {grad_input, grad_bias.sum()};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Overlapping max-pooling with a one-byte argmax, optionally of relu(input). Backward gathers in channels_last.
+// Overlapping max-pooling with a one-byte argmax, optionally of relu(input + bias). Backward gathers in channels_last.
 //   input [N, C, H, W], output, argmax [N, C, OH, OW], all in the input's memory format
+//   bias [C]: max(x + b) = max(x) + b, one addition an output; its gradient is the sum of the output's
 //   relu: max(relu(x)) = relu(max(x)), one ReLU an output; the mask of its gradient is output > 0
 // A task is one output row (backward: one input row) of one image (channels_last), or one plane (NCHW).
 #include <vector>
@@ -17,6 +18,8 @@ struct MaxPoolArgs {
   void* output;              // written by forward, read by backward
   uint8_t* argmax;
   void* grad_input;
+  const void* bias;    // in the computing type; null without a bias
+  void* partial_bias;  // its gradient, from each output row (channels_last) or plane; null without
 };
 
 namespace ALEXNET_ISA {
@@ -24,7 +27,9 @@ namespace {
 
 template <class T, bool kRelu>
 void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
   const T* input = static_cast<const T*>(a.input);
+  const A* bias = static_cast<const A*>(a.bias);
   T* output = static_cast<T*>(a.output);
   if (a.channels_last) {
     for (int64_t task = begin; task < end; ++task) {
@@ -33,10 +38,12 @@ void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
       pool_row_channels_last<kRelu, T>(
           a.pool, a.H, a.W, a.C, task % a.OH, a.OW, [&](int64_t y) { return image + y * a.W * a.C; }, output + at,
           a.argmax + at);
+      if (bias != nullptr) {
+        (a.relu ? add_bias_to_pixels<true, T> : add_bias_to_pixels<false, T>)(bias, a.OW, a.C, output + at);
+      }
     }
     return;
   }
-  using A = acc_t<T>;
   PlaneRows<A> rows(a.pool, a.H, a.W, a.OW);
   for (int64_t plane = begin; plane < end; ++plane) {
     rows.new_plane();
@@ -48,6 +55,10 @@ void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
       const int64_t at = (plane * a.OH + oh) * a.OW;
       rows.template pool_row<kRelu>(a.H, oh, a.OW, fill, output + at, a.argmax + at);
     }
+    if (bias != nullptr) {
+      (a.relu ? add_bias_to_plane<true, T> : add_bias_to_plane<false, T>)(bias[plane % a.C], a.OH * a.OW,
+                                                                          output + plane * a.OH * a.OW);
+    }
   }
 }
 
@@ -57,11 +68,18 @@ void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   const T* grad = static_cast<const T*>(a.grad);
   const T* output = static_cast<const T*>(a.output);
   T* grad_input = static_cast<T*>(a.grad_input);
+  A* partial = static_cast<A*>(a.partial_bias);
   if (a.channels_last) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t at = task / a.H * a.OH * a.OW * a.C;
       pool_row_backward_channels_last<kRelu>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, output + at,
                                              a.argmax + at, grad_input + task * a.W * a.C);
+      if (partial == nullptr) continue;
+      // The share of the output's rows that falls to this row.
+      const int64_t first = task * a.OH / a.H, last = (task + 1) * a.OH / a.H;
+      for (int64_t row = first; row < last; ++row) {
+        sum_pixels<kRelu>(grad + row * a.OW * a.C, output + row * a.OW * a.C, a.OW, a.C, partial + row * a.C);
+      }
     }
     return;
   }
@@ -73,6 +91,7 @@ void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
     std::fill(into, into + pixels, A(0));
     const int64_t at = plane * a.OH * a.OW;
     pool_plane_backward<kRelu>(a.pool, a.H, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
+    if (partial != nullptr) partial[plane] = sum_plane<kRelu>(grad + at, output + at, a.OH * a.OW);
     if constexpr (!std::is_same_v<A, T>) {
       for_lanes<A>(pixels, [&](int64_t i, auto lanes) { store_n(to + i, load_n(into + i, lanes), lanes); });
     }
@@ -83,7 +102,7 @@ void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
 
 void max_pool_forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   for_dtype(a.dtype, [&](auto t) {
-    a.relu ? forward<decltype(t), true>(a, begin, end) : forward<decltype(t), false>(a, begin, end);
+    a.relu && !a.bias ? forward<decltype(t), true>(a, begin, end) : forward<decltype(t), false>(a, begin, end);
   });
 }
 void max_pool_backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
@@ -96,8 +115,7 @@ void max_pool_backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
 }  // namespace alexnet_kernels::cpu
 
 #ifdef ALEXNET_REGISTER
-#include "common/bias.h"
-#include "operator.h"
+#include "map_bias.h"
 
 namespace alexnet_kernels::cpu {
 ALEXNET_DECLARE_KERNEL(max_pool_forward, MaxPoolArgs)
@@ -110,12 +128,6 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
   const Operands given = operands("max_pool2d", "input", input);
   given.images("input", input);
   given.map_bias(bias, input.scalar_type(), input.size(1));
-  if (bias) {
-    const auto [maximum, argmax] = max_pool2d(input, std::nullopt, kernel, stride, padding, ceil_mode, false);
-    const Tensor sum = plus_bias(maximum, *bias);
-    return {rounded(relu ? call_torch("aten::relu", stack_of(sum)) : sum, input.scalar_type(), memory_format_of(input)),
-            argmax};
-  }
   const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
@@ -131,6 +143,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
   args.input = x.const_data_ptr();
   args.output = output.mutable_data_ptr();
   args.argmax = static_cast<uint8_t*>(argmax.mutable_data_ptr());
+  const MapBias b(bias);
+  args.bias = b.data();
   if (output.numel() > 0) run(pick_max_pool_forward(), args, args.channels_last ? N * OH : N * C, x.numel() * 8);
   return {output, argmax};
 }
@@ -156,8 +170,11 @@ std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional
   args.argmax = static_cast<uint8_t*>(const_cast<void*>(k.const_data_ptr()));
   args.grad_input = grad_input.mutable_data_ptr();
   const int64_t tasks = input_size[0] * (args.channels_last ? args.H : args.C);
-  if (grad_input.numel() > 0) run(pick_max_pool_backward(), args, tasks, grad_input.numel() * 8);
-  return {grad_input, bias_gradient(grad_input, bias)};
+  const bool empty = grad_input.numel() == 0;
+  const MapBiasGradient grad_bias(bias, grad, empty ? 0 : input_size[0] * (args.channels_last ? args.OH : 1));
+  args.partial_bias = grad_bias.partial();
+  if (!empty) run(pick_max_pool_backward(), args, tasks, grad_input.numel() * 8);
+  return {grad_input, grad_bias.sum()};
 }
 
 }  // namespace

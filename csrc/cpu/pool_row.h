@@ -212,6 +212,92 @@ class PlaneRows {
   std::vector<lane_int_t<A>> first_;
 };
 
+// Adds the bias of their channels to `pixels` pixels in channels_last, then applies ReLU with kRelu.
+template <bool kRelu, class T>
+inline void add_bias_to_pixels(const acc_t<T>* bias, int64_t pixels, int64_t channels, T* y) {
+  using A = acc_t<T>;
+  for (int64_t p = 0; p < pixels; ++p, y += channels) {
+    for_lanes<A>(channels, [&](int64_t c, auto count) {
+      const Vec<A> v = load_n(y + c, count) + load_n(bias + c, count);
+      store_n(y + c, kRelu ? vrelu(v) : v, count);
+    });
+  }
+}
+
+// The same for pixels of one channel.
+template <bool kRelu, class T>
+inline void add_bias_to_plane(acc_t<T> bias, int64_t pixels, T* y) {
+  using A = acc_t<T>;
+  for_lanes<A>(pixels, [&](int64_t p, auto count) {
+    const Vec<A> v = load_n(y + p, count) + bias;
+    store_n(y + p, kRelu ? vrelu(v) : v, count);
+  });
+}
+
+// The gradient g of ReLU's output, with kRelu zero where that is not positive. A NaN is.
+template <bool kRelu, class T, class Count>
+inline Vec<acc_t<T>> masked(Vec<acc_t<T>> g, const T* output, Count count) {
+  using V = Vec<acc_t<T>>;
+  if constexpr (kRelu) return load_n(output, count) <= V{} ? V{} : g;
+  return g;
+}
+
+// The gradient of the bias from `pixels` pixels in channels_last.
+template <bool kRelu, class T>
+inline void sum_pixels(const T* grad, const T* output, int64_t pixels, int64_t channels, acc_t<T>* to) {
+  using A = acc_t<T>;
+  for_lanes<A>(channels, [&](int64_t c, auto count) {
+    Vec<A> sum{};
+    for (int64_t p = 0; p < pixels; ++p) {
+      const Vec<A> g = load_n(grad + p * channels + c, count);
+      sum += masked<kRelu>(g, output + p * channels + c, count);
+    }
+    store_n(to + c, sum, count);
+  });
+}
+
+// The sum of vectors, of which kMost are added in the computing type, those sums in double.
+template <class A>
+class PlaneSum {
+ public:
+  template <class Count>
+  void add(Vec<A> v, Count count) {
+    if constexpr (std::is_same_v<Count, int>) {
+      for (int i = 0; i < count; ++i) total_ += double(v[i]);
+    } else {
+      sum_ += v;
+      if (++held_ == kMost) flush();
+    }
+  }
+  A total() {
+    flush();
+    return A(total_);
+  }
+
+ private:
+  void flush() {
+    for (int i = 0; i < kLanes<A>; ++i) total_ += double(sum_[i]);
+    sum_ = Vec<A>{};
+    held_ = 0;
+  }
+
+  static constexpr int kMost = 256;
+  Vec<A> sum_{};
+  double total_ = 0;
+  int held_ = 0;
+};
+
+// The same from pixels of one channel.
+template <bool kRelu, class T>
+inline acc_t<T> sum_plane(const T* grad, const T* output, int64_t pixels) {
+  using A = acc_t<T>;
+  PlaneSum<A> sum;
+  for_lanes<A>(pixels, [&](int64_t p, auto count) {
+    sum.add(masked<kRelu>(load_n(grad + p, count), output + p, count), count);
+  });
+  return sum.total();
+}
+
 // The gradient of one pixel, gathered from the `rows` x `columns` windows that contain it. grad, output and argmax
 // point to the first window, in which the pixel has position (i, j); rows of windows are `below` elements apart.
 template <bool kRelu, class T, class U, class Rows, class Columns>
@@ -225,8 +311,7 @@ inline void pool_pixel_backward(const Pool& pool, int64_t i, int64_t j, int64_t 
         const int64_t at = r * below + q * channels + c;
         const lane_int_t<A> position((i - r * pool.stride_h) * pool.kernel_w + j - q * pool.stride_w);
         const auto selected = load_bytes_n<A>(argmax + at, count) == position;
-        Vec<A> g = load_n(grad + at, count);
-        if (kRelu) g = load_n(output + at, count) <= Vec<A>{} ? Vec<A>{} : g;
+        const Vec<A> g = masked<kRelu>(load_n(grad + at, count), output + at, count);
         sum += selected ? g : Vec<A>{};
       }
     }
