@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from alexnet_kernels._dispatch.checks import LOW_PRECISION
 from alexnet_kernels._torch_private import is_transformed
+from alexnet_kernels.backends import select
 from alexnet_kernels.nn.modules import Dropout, LocalResponseNorm
 from alexnet_kernels.ops.batch_norm_relu import batch_norm_relu
 from alexnet_kernels.ops.conv2d_relu import conv2d_relu
@@ -30,7 +32,7 @@ class FusedSequential(nn.Sequential):
 
     | children | op |
     |---|---|
-    | Conv2d[, ReLU] | conv2d_relu; where a max-pool follows, the pool takes the ReLU |
+    | Conv2d[, ReLU] | conv2d_relu; where a max-pool follows, the pool takes the ReLU and, on backend "cuda", the bias |
     | ReLU, [LocalResponseNorm,] MaxPool2d | max_pool2d or lrn_max_pool2d with relu=True |
     | LocalResponseNorm, MaxPool2d | lrn_max_pool2d |
     | MaxPool2d, ReLU | max_pool2d with relu=True: the same function |
@@ -56,9 +58,9 @@ class FusedSequential(nn.Sequential):
         kinds = _kinds(children)
         x, i = input, 0
         while i < len(children):
-            run = _run_at(kinds, i)
+            run = _run_with_bias_at(kinds, children, i, x, overwritten) or _run_at(kinds, i)
             end = i + len(run)
-            if run and _takes(_RULES[run], x) and not _overwrites_input(kinds, children, end, overwritten):
+            if run and _takes(_rule(run), x) and not _overwrites_input(kinds, children, end, overwritten):
                 x = _compute(run, children[i:end], x)
                 i = end
             else:
@@ -232,17 +234,28 @@ def _conv2d_relu(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     return conv2d_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.groups, relu=run == "CR")
 
 
+def _conv_pool(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+    """The convolution alone; the pool adds its bias."""
+    conv = children[0]
+    x = conv2d_relu(x, conv.weight, None, conv.stride, conv.padding, conv.groups, relu=False)
+    bias = conv.bias
+    # Autocast keeps the parameter, which is float32 as a rule: the sum is rounded once.
+    if bias.dtype != x.dtype and not (bias.dtype == torch.float32 and x.dtype in LOW_PRECISION):
+        bias = bias.to(x.dtype)
+    return (_lrn_max_pool2d if "N" in run else _max_pool2d)(run, children, x, bias)
+
+
 def _local_response_norm(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     return local_response_norm(x, *_norm_arguments(children[0]))
 
 
-def _max_pool2d(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
-    return max_pool2d(x, *_pool_arguments(children[run.index("P")]), relu="R" in run)
+def _max_pool2d(run: str, children: Sequence[Any], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return max_pool2d(x, *_pool_arguments(children[run.index("P")]), bias=bias, relu="R" in run)
 
 
-def _lrn_max_pool2d(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+def _lrn_max_pool2d(run: str, children: Sequence[Any], x: Tensor, bias: Tensor | None = None) -> Tensor:
     norm, pool = children[run.index("N")], children[run.index("P")]
-    return lrn_max_pool2d(x, *_norm_arguments(norm), *_pool_arguments(pool), relu="R" in run)
+    return lrn_max_pool2d(x, *_norm_arguments(norm), *_pool_arguments(pool), bias=bias, relu="R" in run)
 
 
 def _norm_arguments(norm: nn.LocalResponseNorm) -> tuple[int, float, float, float, int]:
@@ -291,6 +304,8 @@ def _batch_norm_relu(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     return batch_norm_relu(x, mean, var, norm.weight, norm.bias, from_batch, momentum, norm.eps)
 
 
+_RULES_WITH_BIAS: dict[str, Rule] = {run: Rule(_conv_pool) for run in ("CRNP", "CRP", "CNP", "CPR", "CP")}
+"""By run, the longer ones first: those whose pool may take the bias of the convolution."""
 _RULES: dict[str, Rule] = {
     "RNP": Rule(_lrn_max_pool2d),
     "RP": Rule(_max_pool2d),
@@ -314,11 +329,37 @@ _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64
 _DEVICES = frozenset(("cpu", "cuda", "meta"))
 
 
+def _rule(run: str) -> Rule:
+    return _RULES_WITH_BIAS.get(run) or _RULES[run]
+
+
 def _run_at(kinds: str, i: int) -> str:
     """The run that starts at child i; "" if the child is called by itself."""
     for following, run in _MATCHES:
         if kinds.startswith(following, i):
             return run
+    return ""
+
+
+def _run_with_bias_at(kinds: str, children: Sequence[Any], i: int, x: Any, overwritten: bool) -> str:
+    """The run that starts at child i, if its pool should take the bias of its convolution; otherwise "".
+
+    On backend "cuda" the convolution is cuDNN's, after which bias and ReLU are a pass over its output and, backward,
+    their gradients two more. The pool computes them in its own pass. oneDNN and Triton's kernel add the bias for free.
+    Layers that compute their runs themselves keep their bias.
+    """
+    for run, rule in _RULES_WITH_BIAS.items():
+        if kinds.startswith(run, i):
+            conv, end = children[i], i + len(run)
+            taken = (
+                _takes(rule, x)
+                and conv.bias is not None
+                and conv.bias.dtype == conv.weight.dtype
+                and not any(type(child) in _RUN_LAYERS for child in children[i:end])
+                and not _overwrites_input(kinds, children, end, overwritten)
+                and select("conv2d_relu", x, None) == "cuda"
+            )
+            return run if taken else ""
     return ""
 
 
@@ -336,4 +377,4 @@ def _compute(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     for child in children:
         if type(child) in _RUN_LAYERS:
             return child.compute_run(run, children, x)
-    return _RULES[run].compute(run, children, x)
+    return _rule(run).compute(run, children, x)
