@@ -71,10 +71,10 @@ inline IntList sizes_of(const Tensor& t) {
 #endif
 
 // Calls the default overload of one of torch's operators. The dispatcher replaces the first argument by the result.
-template <size_t kCount>
-inline Tensor call_torch(const char* op, std::array<StableIValue, kCount> stack) {
+template <class Result = Tensor, size_t kCount>
+inline Result call_torch(const char* op, std::array<StableIValue, kCount> stack) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Result>(stack[0]);
 }
 
 template <class... Args>

@@ -49,9 +49,10 @@ def test_gradients_only_where_wanted(frozen, device, backend):
 
 
 @every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_nan_and_infinity(value, memory_format, device, backend):
-    values = tensors((2, 8, 7, 7), (16, 8, 3, 3), torch.float32, memory_format, device)
+def test_nan_and_infinity(value, dtype, memory_format, device, backend):
+    values = tensors((2, 8, 7, 7), (16, 8, 3, 3), dtype, memory_format, device)
     values["input"][1, 3, 2, 2] = value
     out = conv2d_relu(**values, backend=backend)
     expected = reference.conv2d_relu(**{k: v.double() for k, v in values.items()})
