@@ -46,12 +46,16 @@ CASES = {
     "nchw": {**CONV3, "format": torch.contiguous_format},
     "no relu": {**CONV3, "relu": False},
     "not acceptable": {**CONV3, "acceptable": False},
+    "deterministic algorithms": {**CONV3, "mode": "algorithms"},
+    "deterministic cuDNN": {**CONV3, "mode": "cudnn"},
     "no images": {**CONV3, "x": (0, 256, 13, 13)},
 }
 
 def run(x, w, padding=0, stride=1, groups=1, dtype=torch.bfloat16, format=LAST, relu=True, bias=True, sliced=False,
-        acceptable_now=True):
+        acceptable_now=True, mode=""):
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(mode == "algorithms")
+    torch.backends.cudnn.deterministic = mode == "cudnn"
     # Multiples of which every sum is exact: the order of additions and roundings in between do not matter.
     x = torch.randint(-1, 2, x).to(dtype).contiguous(memory_format=format).requires_grad_()
     w = (torch.randint(-1, 2, w).to(dtype) / 64).requires_grad_()

@@ -81,7 +81,10 @@ def conv2d_relu(
         if to_depth:
             images, weight = space_to_depth(kernels, images, weight, dtype, stride[0], padding)
             stride, padding = [1, 1], [0, 0]
-        output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu)
+        # The operator may fuse ReLU into cuDNN's kernel, whose algorithms torch does not restrict.
+        apart = relu and chosen == "cuda" and groups == 1 and dtype in checks.LOW_PRECISION and _must_repeat()
+        output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu and not apart)
+        output = F.relu(output) if apart else output
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -90,6 +93,11 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     if input.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return input.dtype
+
+
+def _must_repeat() -> bool:
+    """Whether the user asked for algorithms of cuDNN that give the same bits in every run."""
+    return torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
 
 
 def _is_wrong_in_torch(
