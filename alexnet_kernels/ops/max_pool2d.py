@@ -47,8 +47,9 @@ def max_pool2d(
 
     Without them what torch.nn.functional.max_pool2d computes, NaN and ties included; backward is bitwise repeatable,
     because each input pixel gathers from its windows. The bias is added to the maximum, in float32 (float64 for
-    float64), and the sum is rounded once: a pass over the output in place of one over the input. An infinite or NaN
-    bias, which makes values of a window equal, leaves the gradient with the maximum of the input.
+    float64), and the sum is rounded once: a pass over the output in place of one over the input. The gradient
+    goes to the maximum of the input also where an infinite or NaN bias makes all sums equal, and a bias of infinity
+    makes NaN of -infinity only where that is the maximum.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any memory format.

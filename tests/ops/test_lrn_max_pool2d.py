@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import (
     assert_close,
+    assert_same,
     check_compiled,
     every_format,
     forward_backward,
+    raises,
     random,
 )
 
@@ -40,6 +42,43 @@ def test_nan_and_infinity(relu, value, memory_format, device, backend):
     out = lrn_max_pool2d(x, **options, backend=backend)
     assert_close(out, reference.lrn_max_pool2d(x.double(), **options))
     assert out.isnan().any() or (relu and value == -torch.inf)
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_sum_with_a_float32_bias_is_not_rounded(groups, dtype, memory_format, device, backend):
+    """The values of float32, rounded once."""
+    x = random((2, 36, 9, 10), dtype, memory_format, device)
+    bias = random((36,), device=device)
+    options = {"groups": groups, "relu": True, **STRONG}
+    out = lrn_max_pool2d(x, bias=bias, **options, backend=backend)
+    assert_same(out, lrn_max_pool2d(x.float() + bias[:, None, None], **options, backend=backend).to(dtype))
+
+
+@every_format
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_nan_and_infinity_in_the_bias(relu, value, memory_format, device, backend):
+    x, bias = random((2, 40, 7, 7), torch.float32, memory_format, device), random((40,), device=device)
+    bias[21] = value
+    options = {"relu": relu, **STRONG}
+    out = lrn_max_pool2d(x, bias=bias, **options, backend=backend)
+    assert_close(out, reference.lrn_max_pool2d(x.double(), bias=bias.double(), **options))
+    assert out.isnan().any() or (relu and value == -torch.inf)
+
+
+@pytest.mark.parametrize("choice", ["auto", "native"])
+def test_errors_of_the_bias(choice):
+    x, bias = torch.zeros(2, 8, 7, 7), torch.zeros(8)
+
+    def call(x=x, bias=bias):
+        return lambda: lrn_max_pool2d(x, bias=bias, backend=choice)
+
+    raises(TypeError, r"lrn_max_pool2d: bias must be a Tensor, not float", call(bias=0.5))
+    raises(ValueError, r"lrn_max_pool2d: bias must be \[8\], not of shape \[9\]", call(bias=torch.zeros(9)))
+    raises(TypeError, r"bias must be torch.float16 or torch.float32, not torch.float64", call(x.half(), bias.double()))
+    raises(RuntimeError, r"lrn_max_pool2d: bias is on meta, but the input is on cpu", call(bias=bias.to("meta")))
 
 
 def test_compiles_with_inductor(device, fresh_dynamo):

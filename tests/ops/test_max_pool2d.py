@@ -8,6 +8,7 @@ from helpers import (
     assert_same,
     every_dtype,
     every_format,
+    raises,
     random,
 )
 
@@ -57,6 +58,101 @@ def test_every_half_precision_number(relu, dtype, memory_format, device, backend
     grad = torch.arange(out.numel(), device=device).remainder(7).add(1).reshape(out.shape).to(dtype)
     grads = torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(expected, wide, grad.float())[0]
     assert torch.equal(grads[0].float(), grads[1])
+
+
+BIASES = {"own": None, "float32": torch.float32}
+every_bias = pytest.mark.parametrize("bias_dtype", BIASES.values(), ids=BIASES)
+
+
+@every_format
+@every_dtype
+@every_bias
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_the_sum_with_the_bias_is_rounded_once(relu, bias_dtype, dtype, memory_format, device, backend):
+    if bias_dtype is not None and dtype == torch.float64:
+        pytest.skip("a float64 input takes a float64 bias")
+    x = random((2, 21, 9, 10), dtype, memory_format, device)
+    bias = random((21,), bias_dtype or dtype, device=device)
+    out = max_pool2d(x, bias=bias, relu=relu, backend=backend)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    maximum = reference.max_pool2d(x.to(wide)) + bias.to(wide)[:, None, None]
+    assert_same(out, (maximum.relu() if relu else maximum).to(dtype))
+
+
+@every_format
+@every_dtype
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_nan_infinity_and_zeros_with_a_bias(relu, dtype, memory_format, device, backend):
+    x = random((2, 20, 9, 9), dtype, memory_format, device)
+    x[0, 0, 4, 4] = x[1, 17, 0, 1] = torch.nan
+    x[0, 1, 2, 2] = torch.inf
+    x[1, 3] = -torch.inf
+    x[:, 4], x[:, 5], x[:, 6] = 0.0, -0.0, -1.0
+    bias = random((20,), dtype, device=device)
+    bias[4:7] = torch.tensor([-0.0, -0.0, 1.0])
+    bias[7], bias[8], bias[9] = torch.nan, torch.inf, -torch.inf
+    bias[1] = -torch.inf
+    out = max_pool2d(x.requires_grad_(), bias=bias.requires_grad_(), relu=relu, backend=backend)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = reference.max_pool2d(x.to(wide), bias=bias.to(wide), relu=relu).to(dtype)
+    assert_same(out, expected)
+    grads = torch.autograd.grad(out, [x, bias], torch.ones_like(out))
+    assert [bool(grad.isfinite().all()) for grad in grads] == [True, True]
+    if relu:  # sums of zero are not positive
+        assert not grads[0][:, 4:7].any()
+        assert not grads[1][4:7].any()
+
+
+@every_format
+@every_dtype
+@every_bias
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_the_gradient_of_the_bias_is_summed_in_float32(relu, bias_dtype, dtype, memory_format, device, backend):
+    """More terms than bfloat16 or float16 can count."""
+    if bias_dtype is not None and dtype == torch.float64:
+        pytest.skip("a float64 input takes a float64 bias")
+    x = random((3, 5, 61, 67), dtype, memory_format, device).abs().requires_grad_()
+    bias = torch.full((5,), 0.5, dtype=bias_dtype or dtype, device=device)
+    bias[3] = -100
+    out = max_pool2d(x, bias=bias.requires_grad_(), relu=relu, backend=backend)
+    (grad,) = torch.autograd.grad(out, bias, torch.ones_like(out))
+    count = float(out[:, 0].numel())
+    expected = torch.tensor([count, count, count, 0.0 if relu else count, count], device=device)
+    assert_same(grad, expected.to(bias.dtype))
+
+
+@every_format
+def test_a_frozen_bias_or_input(memory_format, device, backend):
+    x, bias = random((2, 9, 7, 7), torch.float32, memory_format, device), random((9,), device=device)
+    leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+    both = torch.autograd.grad(max_pool2d(*leaves[:1], bias=leaves[1], relu=True, backend=backend).sum(), leaves)
+    (alone,) = torch.autograd.grad(max_pool2d(leaves[0], bias=bias, relu=True, backend=backend).sum(), leaves[0])
+    assert_same(alone, both[0])
+    (alone,) = torch.autograd.grad(max_pool2d(x, bias=leaves[1], relu=True, backend=backend).sum(), leaves[1])
+    assert_same(alone, both[1])
+
+
+def test_an_image_without_a_batch_takes_a_bias(device, backend):
+    x, bias = random((9, 7, 7), device=device), random((9,), device=device)
+    expected = max_pool2d(x[None], bias=bias, backend=backend)[0]
+    assert_same(max_pool2d(x, bias=bias, backend=backend), expected)
+
+
+@pytest.mark.parametrize("choice", ["auto", "native"])
+def test_errors_of_the_bias(choice):
+    x, bias = torch.zeros(2, 8, 7, 7), torch.zeros(8)
+
+    def call(x=x, bias=bias):
+        return lambda: max_pool2d(x, bias=bias, backend=choice)
+
+    raises(TypeError, r"max_pool2d: bias must be a Tensor, not list", call(bias=[0.0] * 8))
+    raises(ValueError, r"max_pool2d: bias must be \[8\], not of shape \[7\]", call(bias=bias[1:]))
+    raises(ValueError, r"max_pool2d: bias must be \[8\], not of shape \[8, 1\]", call(bias=bias[:, None]))
+    raises(TypeError, r"max_pool2d: bias must be torch.float32, not torch.bfloat16", call(bias=bias.bfloat16()))
+    message = r"max_pool2d: bias must be torch.bfloat16 or torch.float32, not torch.float16"
+    raises(TypeError, message, call(x.bfloat16(), bias.half()))
+    raises(TypeError, r"max_pool2d: bias must be torch.float64, not torch.float32", call(x.double()))
+    raises(RuntimeError, r"max_pool2d: bias is on meta, but the input is on cpu", call(bias=bias.to("meta")))
 
 
 @every_format
