@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import FORMATS, assert_same, check_network, every_format, forward_backward
+from helpers import FORMATS, assert_close, assert_same, check_network, every_format, forward_backward
 
-from alexnet_kernels import AlexNet, ops, optim, use_backend
+from alexnet_kernels import AlexNet, ops, optim, reference, use_backend
 from alexnet_kernels.op_info import OP_INFOS
 
 try:
@@ -127,3 +127,46 @@ def test_memory_that_is_not_aligned(launches) -> None:
             actual = forward_backward(lambda x, op=op: OPS[op](x), x)
             assert launches() >= 2
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+class TestPools:
+    @pytest.mark.parametrize("op", ["max_pool2d", "lrn_max_pool2d"])
+    @pytest.mark.parametrize("channels", [8, 28], ids=["one vector a pixel", "seven"])
+    def test_sums_of_the_bias_over_many_steps(self, op: str, channels: int, launches: Callable[[], int]) -> None:
+        """More steps than blocks: each block takes several, and a second launch adds the sums of the blocks."""
+        height, width = (760, 720) if channels == 8 else (361, 415)
+        x = image(1, channels, height, width, memory_format=torch.channels_last, dtype=torch.float32)
+        bias = torch.randn(channels).requires_grad_()
+        arguments = {"alpha": 0.5} if op == "lrn_max_pool2d" else {}
+        out = getattr(ops, op)(x.requires_grad_(), bias=bias, relu=True, backend="cuda", **arguments)
+        grad = torch.randn_like(out)
+        assert launches() == 1
+        grad_input, grad_bias = torch.autograd.grad(out, [x, bias], grad)
+        assert launches() == 2
+        expected = grad_input.double().sum((0, 2, 3))
+        torch.testing.assert_close(grad_bias.double(), expected, rtol=1e-5, atol=1e-3)
+        again = torch.autograd.grad(getattr(ops, op)(x, bias=bias, relu=True, backend="cuda", **arguments), bias, grad)
+        assert_same(again[0], grad_bias)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize(
+        ("channels", "height", "width"),
+        [(8, 3, 3), (16, 9, 200), (96, 31, 19), (480, 5, 9), (1280, 3, 5), (2048, 5, 3), (4096, 3, 4)],
+    )
+    def test_tiles_of_any_width(self, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
+        """From many columns in a block of few channels to more channels than a block takes."""
+        x = image(2, channels, height, width, memory_format=torch.channels_last, dtype=dtype)
+        bias = torch.randn(channels)
+        for padding, ceil_mode in ((0, False), (1, False), (0, True), (1, True)):
+            arguments = {"alpha": 0.5, "padding": padding, "ceil_mode": ceil_mode, "relu": True}
+            leaves = [x.detach().requires_grad_(), bias.detach().requires_grad_()]
+            out = ops.lrn_max_pool2d(leaves[0], bias=leaves[1], **arguments, backend="cuda")
+            grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+            expected = reference.lrn_max_pool2d(wide[0], bias=wide[1], **arguments)
+            assert_close(out, expected)
+            others = torch.autograd.grad(expected, wide, torch.ones_like(expected))
+            # A tie of rounded values may go to another pixel.
+            for grad, other in zip(grads, others, strict=True):
+                wrong = (grad.double() - other).abs() > 0.02 * other.abs().max()
+                assert wrong.double().mean() < 0.002

@@ -55,6 +55,10 @@ inline Tensor in_format(const Tensor& t, MemoryFormat format) {
   return has_channels_last_strides(t) ? t : torch::stable::contiguous(t, format);
 }
 
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(in_format(*t, MemoryFormat::Contiguous)) : std::nullopt;
+}
+
 inline Tensor empty(const IntList& size, ScalarType dtype, const Tensor& like,
                     MemoryFormat format = MemoryFormat::Contiguous) {
   return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, format);

@@ -34,10 +34,6 @@ __global__ void __launch_bounds__(kThreads)
   store<kVec>(y + vector * kVec, v);
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& bias) {
-  return bias ? std::optional<Tensor>(in_format(*bias, MemoryFormat::Contiguous)) : std::nullopt;
-}
-
 // Whether cuDNN's kernel with bias and ReLU takes the convolution, and is faster. An H100, bfloat16, batch 128
 // (benchmarks/results/h100/report.md): conv3 68.8 us against 77.2. With two groups it is slower, conv4 366.8 us against
 // 121.9 and conv5 975.6 against 69.0. It checks no shapes: those that do not fit go to conv2d, which raises.

@@ -7,8 +7,14 @@ constexpr int kThreads = 256;  // of every block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
-// Vertically adjacent outputs of a thread. Neighbouring outputs share the rows of their windows.
-constexpr int kLrnPoolRows = 4;
+// LRN and max-pooling, forward. The most warps of a block, and the outputs of a column that a block computes, fewer
+// where blocks would be fewer than two for each multiprocessor.
+constexpr int kLrnPoolWarps = 16;
+constexpr int kLrnPoolRows = 7;
+constexpr int kLrnPoolBlocks = 264;
+
+// Pools, backward: the most blocks, four for each of 132 multiprocessors, whose sums of the bias's gradient are added.
+constexpr int64_t kBiasBlocks = 528;
 
 // Batch normalisation. Blocks of a launch, unless there are more groups of columns than that; bytes that the columns of
 // a block take at one pixel, a cache line; vectors whose loads a thread issues together; channels of a block that

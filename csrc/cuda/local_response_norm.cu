@@ -11,14 +11,12 @@ __global__ void __launch_bounds__(kThreads) lrn_forward(Lrn lrn, int64_t vectors
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int64_t at = lane.vector() * kVec;
-  float a[kVec + 2 * kHalo] = {}, own[kVec] = {};
+  float own[kVec] = {}, c[kVec], s[kVec];
   if (lane.valid(vectors)) load<kVec>(x + at, own);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) a[kHalo + i] = own[i];
-  const int in_tower = lane.in_tower(tower);
-  exchange<kVec>(a, in_tower == 0, in_tower == tower.value() - 1);
-  float s[kVec];
-  bases<kVec>(lrn, a, s);
+  for (int i = 0; i < kVec; ++i) c[i] = lrn.scale * own[i];
+  const int in_tower = lane.remainder(tower);
+  bases<kVec>(lrn, c, in_tower == 0, in_tower == tower.value() - 1, s);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) own[i] *= fast_powers(s[i]).minus_beta;
   if (lane.stores(vectors)) store<kVec>(y + at, own);
@@ -31,18 +29,16 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int64_t at = lane.vector() * kVec;
-  float a[kVec + 2 * kHalo] = {}, own[kVec] = {}, grad[kVec] = {};
+  float c[kVec] = {}, grad[kVec] = {}, d[kVec];
   if (lane.valid(vectors)) {
-    load<kVec>(x + at, own);
+    load<kVec>(x + at, c);
     load<kVec>(g + at, grad);
   }
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) a[kHalo + i] = own[i];
-  const int in_tower = lane.in_tower(tower);
-  const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
-  exchange<kVec>(a, first, last);
-  lrn_backward<kVec>(lrn, a, grad, first, last, own);
-  if (lane.stores(vectors)) store<kVec>(dx + at, own);
+  for (int i = 0; i < kVec; ++i) c[i] *= lrn.scale;
+  const int in_tower = lane.remainder(tower);
+  lrn_backward<kVec>(lrn, c, grad, in_tower == 0, in_tower == tower.value() - 1, d);
+  if (lane.stores(vectors)) store<kVec>(dx + at, d);
 }
 
 template <class T>
@@ -69,7 +65,7 @@ Tensor local_response_norm(const Tensor& input, int64_t size, double alpha, doub
     const int vector = vector_of<T>(format, lrn.group.value(), data<T>(x));
     if (lrn.fast && vector > 1) {
       const int64_t vectors = x.numel() / vector;
-      device.launch(lrn_forward<T>, blocks_of_lanes(vectors), kThreads, lrn, vectors,
+      device.launch(lrn_forward<T>, steps_of_lanes(vectors), kThreads, lrn, vectors,
                     Divisor(lrn.group.value() / vector), data<T>(x), mutable_data<T>(output));
     } else {
       const ImageLayout images(sizes_of(x), format, 1);
@@ -97,7 +93,7 @@ Tensor local_response_norm_backward(const Tensor& grad, const Tensor& input, int
     const int vector = vector_of<T>(format, lrn.group.value(), data<T>(x), data<T>(g));
     if (lrn.fast && vector > 1) {
       const int64_t vectors = x.numel() / vector;
-      device.launch(lrn_backward_fast<T>, blocks_of_lanes(vectors), kThreads, lrn, vectors,
+      device.launch(lrn_backward_fast<T>, steps_of_lanes(vectors), kThreads, lrn, vectors,
                     Divisor(lrn.group.value() / vector), data<T>(g), data<T>(x), mutable_data<T>(grad_input));
     } else {
       const ImageLayout images(sizes_of(x), format, 1);

@@ -3,9 +3,10 @@
 // window(i) = [i - n/2, i + (n-1)/2], cut at the ends of the tower.
 //
 // The fast kernels take the paper's window of 5 channels and beta = 3/4 in channels_last. The lanes of a warp hold
-// consecutive vectors of channels. The halo of a vector, two channels on each side, comes from the neighbouring lanes
-// by shuffle. Lanes 0 and 31 supply halo values and do not store: 30 of 32 lanes store, and consecutive warps overlap
-// by two vectors.
+// consecutive vectors of channels. What a vector needs of the two channels on each side comes from the neighbouring
+// lanes by shuffle. Lanes 0 and 31 supply it and do not store: 30 of 32 lanes store, and consecutive warps overlap by
+// two vectors. They compute with c = sqrt(alpha/n) a, so that s[i] = k + sum_j c[j]^2 and
+//   dx[i] = d[i] - 2 beta c[i] sum_{j: i in window(j)} d[j] c[j] / s[j],  d[i] = g[i] s[i]^-beta
 #pragma once
 
 #include "image_layout.cuh"
@@ -19,17 +20,19 @@ struct Lrn {
         alpha_over_n(float(alpha / double(size))),
         beta(float(beta)),
         k(float(k)),
+        scale(std::sqrt(alpha_over_n)),
+        inverse_scale(1.f / scale),
         group(channels / groups),
-        // k > 1e-30 keeps s out of the subnormal numbers, which approximate_rsqrt flushes to zero.
-        fast(size == 5 && beta == 0.75 && alpha >= 0 && k > 1e-30) {}
+        fast(size == 5 && beta == 0.75 && alpha_over_n > 1e-12f && alpha_over_n < 1e12f && k > 1e-6) {}
 
   int before, after;  // channels of a window before and after its centre
   float alpha_over_n, beta, k;
-  Divisor group;  // channels of a tower
+  float scale, inverse_scale;  // c / a, a / c
+  Divisor group;               // channels of a tower
+  // In these ranges s is a normal number, which approximate_rsqrt takes, and b[i] is finite for every finite a.
   bool fast;
 };
 
-constexpr int kHalo = 2;  // channels of the fast kernels' window on each side of its centre
 constexpr int kStoringLanes = kWarp - 2;
 
 // One MUFU instruction each, accurate to two units in the last place; subnormal numbers become zero.
@@ -50,7 +53,7 @@ __device__ __forceinline__ float approximate_sqrt(float v) {
 #endif
 }
 
-// s^-beta and 1 / s. For beta = 3/4, with r = s^(-1/2): s^-beta = r sqrt(r), 1 / s = r^2.
+// s^-beta and 1 / s. For beta = 3/4, with t = s^(-1/2): s^-beta = t sqrt(t), 1 / s = t^2.
 struct Powers {
   float minus_beta, inverse;
 };
@@ -66,91 +69,88 @@ __device__ __forceinline__ Powers powers(float s, float beta) {
   return {powf(s, -beta), 1.f / s};
 }
 
-// The vector of a lane, in an array of `count` vectors of which each warp stores kStoringLanes.
+// The vector of a lane, in an array of which each warp stores kStoringLanes vectors and each step of a block kStep.
+constexpr int kStep = kStoringLanes * kWarps;
 class Lane {
  public:
-  __device__ __forceinline__ Lane()
-      : lane_(int(threadIdx.x % kWarp)), index_(int(threadIdx.x / kWarp) * kStoringLanes + lane_ - 1) {}
-  // The first vector that the block stores. The lane's vector is index_ after it: -1 ... kStoringLanes * kWarps.
-  __device__ __forceinline__ int64_t block_first() const { return int64_t(blockIdx.x) * (kStoringLanes * kWarps); }
-  __device__ __forceinline__ int64_t vector() const { return block_first() + index_; }
+  __device__ __forceinline__ Lane(int64_t step = blockIdx.x)
+      : lane_(int(threadIdx.x % kWarp)), position_(int(threadIdx.x / kWarp) * kStoringLanes + lane_ - 1), step_(step) {}
+  // The lane's vector is position() after the first one that the step stores: -1 ... kStep.
+  __device__ __forceinline__ int position() const { return position_; }
+  __device__ __forceinline__ int64_t vector() const { return step_ * kStep + position_; }
   // The coordinates of the lane's vector, which must be valid.
-  __device__ __forceinline__ Coordinates locate(const ImageLayout& images) const {
-    const int64_t base = max(block_first() - 1, int64_t(0));
-    return images.locate(base, int(vector() - base));
-  }
+  __device__ __forceinline__ Coordinates locate(const ImageLayout& images) const { return images.locate(vector(), 0); }
   __device__ __forceinline__ bool valid(int64_t count) const { return vector() >= 0 && vector() < count; }
-  __device__ __forceinline__ bool stores(int64_t count) const {
-    return lane_ > 0 && lane_ < kWarp - 1 && vector() < count;
-  }
-  // vector() modulo the vectors of a tower, by 32-bit arithmetic.
-  __device__ __forceinline__ int in_tower(const Divisor& tower) const {
-    return tower.remainder(tower.remainder(int(blockIdx.x)) * (kStoringLanes * kWarps) + index_ + tower.value());
+  __device__ __forceinline__ bool stores(int64_t count) const { return stores() && vector() < count; }
+  __device__ __forceinline__ bool stores() const { return lane_ > 0 && lane_ < kWarp - 1; }
+  // The remainder of the vector in the block's first step, by 32-bit arithmetic: of a tower's or a pixel's vectors.
+  __device__ __forceinline__ int remainder(const Divisor& vectors) const {
+    return vectors.remainder(vectors.remainder(int(blockIdx.x)) * kStep + position_ + vectors.value());
   }
 
  private:
-  int lane_, index_;
+  int lane_, position_;
+  int64_t step_;
 };
-inline int64_t blocks_of_lanes(int64_t vectors) {
-  return divide_up(vectors, kStoringLanes * kWarps);
+inline int64_t steps_of_lanes(int64_t vectors) {
+  return divide_up(vectors, kStep);
 }
 
-// Fills the halo of `row`, whose middle holds the lane's channels, from the neighbouring lanes: four shuffles. The halo
-// beyond the tower is zero: first, last tell whether the vector begins or ends its tower. Every lane of the warp must
-// call it.
-template <int kVec>
-__device__ __forceinline__ void exchange(float (&row)[kVec + 2 * kHalo], bool first, bool last) {
+// The sums over the windows of five channels of a lane's vector: of two pairs of channels, (0, 1), (2, 3), ..., and of
+// one channel, which `add` adds. Two windows share two pairs. Beyond the tower a pair is `outside`, a channel 0: first,
+// last tell whether the vector begins or ends its tower. Four shuffles; every lane of the warp must call it.
+template <int kVec, class Add>
+__device__ __forceinline__ void window_sums(const float (&v)[kVec], const float (&own_pairs)[kVec / 2], float outside,
+                                            bool first, bool last, float (&sums)[kVec], const Add& add) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const float pair_before = __shfl_up_sync(kAll, own_pairs[kVec / 2 - 1], 1);
+  const float before = __shfl_up_sync(kAll, v[kVec - 1], 1);
+  const float pair_after = __shfl_down_sync(kAll, own_pairs[0], 1), after = __shfl_down_sync(kAll, v[0], 1);
+  float pairs[kVec / 2 + 2], all[kVec + 2];
+  pairs[0] = first ? outside : pair_before;
+  pairs[kVec / 2 + 1] = last ? outside : pair_after;
+  all[0] = first ? 0.f : before;
+  all[kVec + 1] = last ? 0.f : after;
 #pragma unroll
-  for (int i = 0; i < kHalo; ++i) {
-    const float before = __shfl_up_sync(0xffffffffu, row[kVec + i], 1);
-    const float after = __shfl_down_sync(0xffffffffu, row[kHalo + i], 1);
-    // kVec >= kHalo: no element that is still to be sent is overwritten.
-    row[i] = first ? 0.f : before;
-    row[kHalo + kVec + i] = last ? 0.f : after;
+  for (int i = 0; i < kVec; ++i) all[i + 1] = v[i];
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) pairs[i + 1] = own_pairs[i];
+#pragma unroll
+  for (int i = 0; i <= kVec / 2; ++i) pairs[i] += pairs[i + 1];  // of channels 2 i - 2 ... 2 i + 1
+#pragma unroll
+  for (int i = 0; i < kVec; i += 2) {
+    sums[i] = add(pairs[i / 2], all[i + 3]);
+    sums[i + 1] = add(pairs[i / 2 + 1], all[i]);
   }
 }
 
-// The sums over windows of five, 2 additions each plus one for each pair of neighbours.
-template <int kCount>
-__device__ __forceinline__ void window_sums(const float (&v)[kCount + 2 * kHalo], float (&sums)[kCount]) {
-  static_assert(kHalo == 2);
-  float pairs[kCount + 2];
-#pragma unroll
-  for (int i = 0; i < kCount + 2; ++i) pairs[i] = v[i] + v[i + 1];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sums[i] = pairs[i] + pairs[i + 2] + v[i + 4];
-}
-
-// s of kCount consecutive channels, from their activations with halo.
-template <int kCount>
-__device__ __forceinline__ void bases(const Lrn& lrn, const float (&a)[kCount + 2 * kHalo], float (&s)[kCount]) {
-  float squares[kCount + 2 * kHalo], sums[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount + 2 * kHalo; ++i) squares[i] = a[i] * a[i];
-  window_sums<kCount>(squares, sums);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] = lrn.k + lrn.alpha_over_n * sums[i];
-}
-
-// dx[i] = g[i] s[i]^-beta - 2 beta alpha/n a[i] * sum_{j: i in window(j)} g[j] a[j] s[j]^(-beta-1)
-// a has a halo; g and dx do not. Every lane of the warp must call it.
+// s of a lane's vector, from c. Every lane of the warp must call it.
 template <int kVec>
-__device__ __forceinline__ void lrn_backward(const Lrn& lrn, const float (&a)[kVec + 2 * kHalo], const float (&g)[kVec],
-                                             bool first, bool last, float (&dx)[kVec]) {
-  float s[kVec], terms[kVec + 2 * kHalo];
-  bases<kVec>(lrn, a, s);
+__device__ __forceinline__ void bases(const Lrn& lrn, const float (&c)[kVec], bool first, bool last, float (&s)[kVec]) {
+  const float half_k = 0.5f * lrn.k;
+  float pairs[kVec / 2];
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) pairs[i] = c[2 * i] * c[2 * i] + half_k + c[2 * i + 1] * c[2 * i + 1];
+  window_sums<kVec>(c, pairs, half_k, first, last, s, [](float sum, float v) { return sum + v * v; });
+}
+
+// The gradient dx of a lane's vector, from c and g. Every lane of the warp must call it.
+template <int kVec>
+__device__ __forceinline__ void lrn_backward(const Lrn& lrn, const float (&c)[kVec], const float (&g)[kVec], bool first,
+                                             bool last, float (&dx)[kVec]) {
+  float s[kVec], terms[kVec], pairs[kVec / 2], sums[kVec];
+  bases<kVec>(lrn, c, first, last, s);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     const Powers p = fast_powers(s[i]);
     dx[i] = g[i] * p.minus_beta;
-    terms[kHalo + i] = dx[i] * a[kHalo + i] * p.inverse;
+    terms[i] = dx[i] * (c[i] * p.inverse);
   }
-  exchange<kVec>(terms, first, last);
-  const float factor = -2.f * 0.75f * lrn.alpha_over_n;
-  float sums[kVec];
-  window_sums<kVec>(terms, sums);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) dx[i] += factor * a[kHalo + i] * sums[i];
+  for (int i = 0; i < kVec / 2; ++i) pairs[i] = terms[2 * i] + terms[2 * i + 1];
+  window_sums<kVec>(terms, pairs, 0.f, first, last, sums, [](float sum, float v) { return sum + v; });
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) dx[i] -= 2.f * 0.75f * c[i] * sums[i];
 }
 
 // The general kernels take any window, beta and memory format. A thread computes one channel of one pixel.

@@ -1,9 +1,10 @@
 // Max-pooling, forward and backward, optionally with the ReLU before it.
 //   input, grad_input [N, C, H, W]; output, grad [N, C, OH, OW]; argmax uint8 [N, C, OH, OW], the position
 //   i * kernel_w + j of the maximum in its window; all in one memory format; float, bfloat16 or float16
-// A thread holds a vector of channels of one pixel: of the output in forward, of the input in backward, which gathers
-// from the windows that contain the pixel. Positions are those of pool.cuh's Maximum.
-#include "common/bias.h"
+// Forward, a thread holds a vector of channels of one pixel of the output. Backward gathers: of 3 x 3 windows two
+// apart, a thread holds a vector of 2 x 2 pixels of the input (pool.cuh), which four windows serve; of other windows a
+// vector of one pixel. Positions are those of pool.cuh's Maximum. The bias is added to the maximum, before ReLU.
+#include "bias.cuh"
 #include "pool.cuh"
 
 namespace alexnet_kernels::cuda {
@@ -11,8 +12,8 @@ namespace {
 
 // kThree: 3 x 3 windows, nine 16-byte loads a vector.
 template <class T, int kVec, bool kThree>
-__global__ void __launch_bounds__(kThreads)
-    pool_forward(ImageLayout in, ImageLayout out, PoolShape pool, bool with_relu, const T* x, T* y, uint8_t* argmax) {
+__global__ void __launch_bounds__(kThreads) pool_forward(ImageLayout in, ImageLayout out, PoolShape pool,
+                                                         bool with_relu, const T* x, Bias bias, T* y, uint8_t* argmax) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
   if (vector >= out.vectors()) return;
   const Coordinates at = out.locate(first, threadIdx.x);
@@ -44,6 +45,10 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+  if (bias.values != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) maximum.value[i] += bias.at<T>(at.c + i);
+  }
   if (with_relu) maximum.relu();
   store<kVec>(y + vector * kVec, maximum.value);
   store_bytes<kVec>(argmax + vector * kVec, maximum.position);
@@ -59,20 +64,41 @@ __global__ void __launch_bounds__(kThreads) pool_backward(ImageLayout in, ImageL
   store<kVec>(dx + vector * kVec, sum);
 }
 
+// A thread computes a vector of the four pixels of a block, of NCHW a channel.
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads)
+    pool_backward_blocks(ImageLayout in, ImageLayout out, ImageLayout blocks, PoolShape pool, int vectors_per_pixel,
+                         int64_t steps, const T* grad, const T* y, const uint8_t* argmax, T* dx, float* partial) {
+  float bias_grad[kVec] = {};
+  for (int64_t step = blockIdx.x; step < steps; step += gridDim.x) {
+    const int64_t vector = step * kThreads + threadIdx.x;
+    if (vector >= blocks.vectors()) break;
+    const Coordinates at = blocks.locate(vector, 0);
+    float g[2][2][kVec];
+    gather_block<kVec>(at, true, out, grad, y, argmax, g);
+    const int top = 2 * at.y - pool.pad_h, left = 2 * at.x - pool.pad_w;
+    T* const to = dx + in.offset(at.n, at.c, top, left);
+    for_pixels([&](auto r, auto s) {
+      if (unsigned(top + r) >= unsigned(in.H) || unsigned(left + s) >= unsigned(in.W)) return;
+      store<kVec>(to + (r * in.row_stride + s * in.column_stride), g[r][s]);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) bias_grad[i] += g[r][s][i];
+    });
+  }
+  if constexpr (kVec > 1) {
+    if (partial != nullptr) store_bias_sums<kThreads, kVec>(bias_grad, int(threadIdx.x), vectors_per_pixel, partial);
+  }
+}
+
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor> bias, IntList kernel, IntList stride,
                                       IntList padding, bool ceil_mode, bool relu) {
   const Operands given = operands("max_pool2d", "input", input);
   given.images("input", input);
   given.map_bias(bias, input.scalar_type(), input.size(1));
-  if (bias) {
-    const auto [maximum, argmax] = max_pool2d(input, std::nullopt, kernel, stride, padding, ceil_mode, false);
-    const Tensor sum = plus_bias(maximum, *bias);
-    return {rounded(relu ? call_torch("aten::relu", stack_of(sum)) : sum, input.scalar_type(), memory_format_of(input)),
-            argmax};
-  }
   const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
+  const std::optional<Tensor> b = contiguous(bias);
   Tensor output = empty(size, x.scalar_type(), x, format), argmax = empty(size, ScalarType::Byte, x, format);
   if (output.numel() == 0) return {output, argmax};
   const OnDevice device(x);
@@ -83,7 +109,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
       for_bool(pool.kernel_h == 3 && pool.kernel_w == 3, [&](auto three) {
         const ImageLayout in(sizes_of(x), format, vector), out(size, format, vector);
         device.launch(pool_forward<T, vector, three>, divide_up(out.vectors(), kThreads), kThreads, in, out, pool, relu,
-                      data<T>(x), mutable_data<T>(output), mutable_data<uint8_t>(argmax));
+                      data<T>(x), Bias(b), mutable_data<T>(output), mutable_data<uint8_t>(argmax));
       });
     });
   });
@@ -103,18 +129,29 @@ std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
   if (grad_input.numel() == 0) return {grad_input, bias_gradient(grad_input, bias)};
   const OnDevice device(g);
+  const PoolShape pool(kernel, stride, padding);
+  std::optional<Tensor> grad_bias;
   for_dtype(g, [&](auto t) {
     using T = decltype(t);
     const T* values = y ? data<T>(*y) : nullptr;
     const int most = vector_of<T>(format, input_size[1], data<T>(g), values, data<uint8_t>(argmaxes));
     for_vector<T>(most, [&](auto vector) {
       const ImageLayout in(input_size, format, vector), out(sizes_of(g), format, vector);
-      device.launch(pool_backward<T, vector>, divide_up(in.vectors(), kThreads), kThreads, in, out,
-                    PoolShape(kernel, stride, padding), data<T>(g), values, data<uint8_t>(argmaxes),
-                    mutable_data<T>(grad_input));
+      if (!pool.three_by_two()) {
+        device.launch(pool_backward<T, vector>, divide_up(in.vectors(), kThreads), kThreads, in, out, pool, data<T>(g),
+                      values, data<uint8_t>(argmaxes), mutable_data<T>(grad_input));
+        return;
+      }
+      const ImageLayout blocks(blocks_of_pixels(input_size, padding), format, vector);
+      const int64_t steps = divide_up(blocks.vectors(), kThreads), per_pixel = input_size[1] / vector;
+      const BiasSums sums(vector > 1 ? bias : std::nullopt, blocks_of_steps(steps, kThreads, per_pixel), kThreads,
+                          per_pixel, vector);
+      device.launch(pool_backward_blocks<T, vector>, sums.blocks(), kThreads, in, out, blocks, pool, int(per_pixel),
+                    steps, data<T>(g), values, data<uint8_t>(argmaxes), mutable_data<T>(grad_input), sums.partial());
+      grad_bias = sums.template combine<T>(device);
     });
   });
-  return {grad_input, bias_gradient(grad_input, bias)};
+  return {grad_input, grad_bias ? *grad_bias : bias_gradient(grad_input, bias)};
 }
 
 }  // namespace

@@ -17,6 +17,9 @@ struct PoolShape {
         by_stride_h(stride[0]),
         by_stride_w(stride[1]) {}
 
+  // AlexNet's windows.
+  bool three_by_two() const { return kernel_h == 3 && kernel_w == 3 && stride_h == 2 && stride_w == 2; }
+
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   Divisor by_stride_h, by_stride_w;
 };
@@ -52,6 +55,42 @@ struct Maximum {
   __device__ __forceinline__ void relu() {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) value[i] = cuda::relu(value[i]);
+  }
+};
+
+// -inf, for a branch that is seldom taken: the compiler would set registers to a constant before the branch, always.
+__device__ __forceinline__ float minus_infinity() {
+#if defined(__CUDA_ARCH__)
+  float v;
+  asm volatile("mov.f32 %0, 0fff800000;" : "=f"(v));
+  return v;
+#else
+  return -INFINITY;
+#endif
+}
+
+// The running maximum of a vector, its position in a byte for each channel, four in a word. Pixels outside of the image
+// are -inf.
+template <int kVec>
+struct PackedMaximum {
+  float value[kVec];
+  uint32_t position[kVec / 4];
+
+  __device__ __forceinline__ void update(const float (&other)[kVec], const uint32_t (&at)[kVec / 4]) {
+#pragma unroll
+    for (int word = 0; word < kVec / 4; ++word) {
+      uint32_t wins[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float v = other[word * 4 + i];
+        float& best = value[word * 4 + i];
+        const bool larger = v > best || v != v;
+        best = larger ? v : best;
+        wins[i] = larger ? 0xffu << (8 * i) : 0;
+      }
+      const uint32_t mask = wins[0] | wins[1] | wins[2] | wins[3];
+      position[word] = (position[word] & ~mask) | (at[word] & mask);
+    }
   }
 };
 
@@ -93,6 +132,75 @@ __device__ __forceinline__ void gather(const Coordinates& at, const ImageLayout&
       for (int i = 0; i < kVec; ++i) sum[i] += argmax_of_window[i] == position ? g[i] : 0.f;
     }
   }
+}
+
+// Backward of windows of 3 x 3 pixels, two apart. Block (i, j) of the input is the pixels (2 i + r - pad_h, 2 j + s -
+// pad_w), r and s being 0 or 1. They are in the four windows (i - 1 + p, j - 1 + q), p and q being 0 or 1: row r = 0 is
+// row 2 of the windows p = 0 and row 0 of p = 1; row r = 1 is row 1 of p = 1; columns likewise. Nine pairs of pixel and
+// window.
+inline IntList blocks_of_pixels(const IntList& size, const IntList& padding) {
+  return {size[0], size[1], divide_up(size[2] + padding[0], 2), divide_up(size[3] + padding[1], 2)};
+}
+
+// A vector of the gradient of a block's pixels, [2][2], gathered from its windows. at: the coordinates of the block.
+// y: the pooled output, for the mask of ReLU, or null. exists: whether the block does.
+template <int kVec, class T>
+__device__ __forceinline__ void gather_block(const Coordinates& at, bool exists, const ImageLayout& out, const T* grad,
+                                             const T* y, const uint8_t* argmax, float (&g)[2][2][kVec]) {
+  Packed<T, kVec> grads[2][2] = {};
+  Packed<uint8_t, kVec> places[2][2] = {};
+  const int64_t first = out.offset(at.n, at.c, at.y - 1, at.x - 1);
+  grad += first, y += y == nullptr ? 0 : first, argmax += first;
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const bool inside = unsigned(at.y - 1 + p) < unsigned(out.H) && unsigned(at.x - 1 + q) < unsigned(out.W);
+      if (!exists || !inside) continue;
+      const int from = p * out.row_stride + q * out.column_stride;
+      grads[p][q].load(grad + from);
+      places[p][q].load(argmax + from);
+      if (y != nullptr) {
+        Packed<T, kVec> gate;
+        gate.load(y + from);
+        clear_unless_positive(grads[p][q], gate);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const float value = grads[p][q][i];
+        const int place = places[p][q][i];
+#pragma unroll
+        for (int r = 0; r <= p; ++r) {
+#pragma unroll
+          for (int s = 0; s <= q; ++s) {
+            const bool wins = place == (p == 0 ? 2 : r) * 3 + (q == 0 ? 2 : s);
+            if (p == r && q == s) {
+              g[r][s][i] = wins ? value : 0.f;  // the first window of the pixel
+            } else if (wins) {
+              g[r][s][i] += value;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Calls body with the row and the column, constants, of each pixel of a block.
+template <class Body>
+__device__ __forceinline__ void for_pixels(const Body& body) {
+  using Zero = std::integral_constant<int, 0>;
+  using One = std::integral_constant<int, 1>;
+  body(Zero{}, Zero{});
+  body(Zero{}, One{});
+  body(One{}, Zero{});
+  body(One{}, One{});
 }
 
 }  // namespace alexnet_kernels::cuda

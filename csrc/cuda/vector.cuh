@@ -47,6 +47,65 @@ __device__ __forceinline__ void store(T* p, const float (&in)[kCount]) {
   *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
 }
 
+// kCount consecutive elements as they are in memory, in words where they fill some: the compiler splits a Pack that two
+// branches define into single elements.
+template <class T, int kCount>
+struct Packed {
+  static constexpr int kPerWord = int(sizeof(T)) * kCount % 4 == 0 ? 4 / int(sizeof(T)) : 1;
+  using Word = std::conditional_t<int(sizeof(T)) * kCount % 4 == 0, uint32_t, T>;
+
+  __device__ __forceinline__ void load(const T* p) {
+    const auto pack = *reinterpret_cast<const Pack<Word, kCount / kPerWord>*>(p);
+#pragma unroll
+    for (int i = 0; i < kCount / kPerWord; ++i) word[i] = pack.value[i];
+  }
+  // Element i: of bytes as a number, of others as a float.
+  __device__ __forceinline__ auto operator[](int i) const {
+    if constexpr (!std::is_same_v<Word, uint32_t>) {
+      if constexpr (sizeof(T) == 1) {
+        return int(word[i]);
+      } else {
+        return float(word[i]);
+      }
+    } else if constexpr (sizeof(T) == 1) {
+      return int(__byte_perm(word[i / 4], 0, 0x4440 + i % 4));
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      return __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xffff0000u);
+    } else if constexpr (sizeof(T) == 2) {
+      return float(T(uint16_t(word[i / 2] >> (16 * (i % 2))), T::from_bits()));
+    } else {
+      return __uint_as_float(word[i]);
+    }
+  }
+
+  Word word[kCount / kPerWord];
+};
+
+// Clears the elements of `given` where those of `gate` are at most 0.
+template <class T, int kCount>
+__device__ __forceinline__ void clear_unless_positive(Packed<T, kCount>& given, const Packed<T, kCount>& gate) {
+#pragma unroll
+  for (int i = 0; i < kCount / Packed<T, kCount>::kPerWord; ++i) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (Packed<T, kCount>::kPerWord == 2) {
+      using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+      given.word[i] &= __hgtu2_mask(reinterpret_cast<const Pair&>(gate.word[i]), Pair{});
+      continue;
+    }
+#endif
+    constexpr int kPerWord = Packed<T, kCount>::kPerWord;
+#pragma unroll
+    for (int j = 0; j < kPerWord; ++j) {
+      if (gate[i * kPerWord + j] > 0.f || gate[i * kPerWord + j] != gate[i * kPerWord + j]) continue;
+      if constexpr (kPerWord == 2) {
+        given.word[i] &= j == 0 ? 0xffff0000u : 0xffffu;
+      } else {
+        given.word[i] = {};
+      }
+    }
+  }
+}
+
 template <int kCount>
 __device__ __forceinline__ void load_bytes(const uint8_t* p, int (&out)[kCount]) {
   const auto pack = *reinterpret_cast<const Pack<uint8_t, kCount>*>(p);
@@ -60,6 +119,15 @@ __device__ __forceinline__ void store_bytes(uint8_t* p, const int (&in)[kCount])
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.value[i] = uint8_t(in[i]);
   *reinterpret_cast<Pack<uint8_t, kCount>*>(p) = pack;
+}
+
+// Bytes that are packed in words.
+template <int kWords>
+__device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&in)[kWords]) {
+  Pack<uint32_t, kWords> pack;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) pack.value[i] = in[i];
+  *reinterpret_cast<Pack<uint32_t, kWords>*>(p) = pack;
 }
 
 // ReLU as in torch: NaN is kept. One instruction.
@@ -80,7 +148,7 @@ bool aligned(const Pointers*... p) {
 
 // Calls body with a value of the storage type.
 template <class Body>
-void for_dtype(const Tensor& t, const Body& body) {
+auto for_dtype(const Tensor& t, const Body& body) -> decltype(body(float{})) {
   switch (dtype_of(t)) {
     case DType::f32: return body(float{});
     case DType::bf16: return body(bf16{});
