@@ -284,6 +284,8 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d_backward(const Tensor& grad, const Ten
   given.pool_gradient(grad, argmax, sizes_of(input), kernel, stride, padding);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format), g = in_format(grad, format), winners = in_format(argmax, format);
+  const bool channels_last = format == MemoryFormat::ChannelsLast;
+  MapBiasGradient grad_bias(bias, grad, x.numel() == 0 ? 0 : x.size(0) * (channels_last ? x.size(2) : 1));
   Tensor grad_input = empty(sizes_of(x), x.scalar_type(), x, format);
   const Lrn lrn = make_lrn(size, alpha / double(size), beta, k, x.size(1));
   LrnMaxPoolArgs args = arguments(x, format, lrn, groups, kernel, stride, padding, relu);
@@ -293,7 +295,6 @@ std::tuple<Tensor, Tensor> lrn_max_pool2d_backward(const Tensor& grad, const Ten
   args.output = grad_input.mutable_data_ptr();
   const int64_t tasks = x.size(0) * (args.channels_last ? args.H : groups * blocks_of(args));
   const MapBias b(bias);
-  const MapBiasGradient grad_bias(bias, grad, x.numel() == 0 ? 0 : x.size(0) * (args.channels_last ? args.H : 1));
   args.bias = b.data();
   args.partial_bias = grad_bias.partial();
   if (x.numel() > 0) run(pick_lrn_max_pool_backward(), args, tasks, x.numel() * 16);

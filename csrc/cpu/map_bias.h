@@ -24,23 +24,26 @@ class MapBias {
 };
 
 // The sum of `parts` partial sums for each channel, in their order and in double, whatever the number of threads.
+// Allocate the gradient of the images after it: smaller tensors behind that one keep malloc from reusing its memory,
+// and its pages are mapped anew in each call.
 class MapBiasGradient {
  public:
-  MapBiasGradient(const std::optional<Tensor>& bias, const Tensor& grad, int64_t parts) : grad_(grad), parts_(parts) {
-    if (!bias) return;
-    type_ = bias->scalar_type();
-    partial_ = empty({parts, bias->size(0)}, computing_type(grad), grad);
+  MapBiasGradient(const std::optional<Tensor>& bias, const Tensor& grad, int64_t parts)
+      : parts_(parts),
+        result_(empty({bias ? bias->size(0) : 0}, bias ? bias->scalar_type() : grad.scalar_type(), grad)) {
+    if (bias) partial_ = empty({parts, bias->size(0)}, computing_type(grad), grad);
   }
   // [parts, C] in the computing type; null without a bias.
   void* partial() const { return partial_ ? partial_->mutable_data_ptr() : nullptr; }
   // [C] in the bias's dtype; [0] without a bias.
-  Tensor sum() const {
-    if (!partial_) return empty({0}, grad_.scalar_type(), grad_);
-    Tensor total = empty({partial_->size(1)}, ScalarType::Double, grad_);
+  Tensor sum() {
+    if (!partial_) return result_;
+    Tensor total = empty({partial_->size(1)}, ScalarType::Double, *partial_);
     double* to = static_cast<double*>(total.mutable_data_ptr());
     partial_->scalar_type() == ScalarType::Double ? add(static_cast<const double*>(partial_->const_data_ptr()), to)
                                                   : add(static_cast<const float*>(partial_->const_data_ptr()), to);
-    return torch::stable::to(total, type_);
+    torch::stable::copy_(result_, total);
+    return result_;
   }
 
  private:
@@ -57,9 +60,8 @@ class MapBiasGradient {
   }
 
   static constexpr int64_t kGrain = 16;  // the channels of a cache line
-  const Tensor grad_;
   const int64_t parts_;
-  ScalarType type_ = ScalarType::Float;
+  Tensor result_;
   std::optional<Tensor> partial_;
 };
 

@@ -158,6 +158,9 @@ std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional
   given.map_bias(bias, grad.scalar_type(), grad.size(1));
   const MemoryFormat format = memory_format_of(argmax);
   const Tensor g = in_format(grad, format), y = relu ? in_format(*output, format) : grad, k = in_format(argmax, format);
+  const bool pixels = input_size[2] > 0 && input_size[3] > 0;
+  const bool channels_last = format == MemoryFormat::ChannelsLast;
+  MapBiasGradient grad_bias(bias, grad, pixels ? input_size[0] * (channels_last ? g.size(2) : 1) : 0);
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
   MaxPoolArgs args{};
   args.dtype = dtype_of(grad);
@@ -170,10 +173,8 @@ std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional
   args.argmax = static_cast<uint8_t*>(const_cast<void*>(k.const_data_ptr()));
   args.grad_input = grad_input.mutable_data_ptr();
   const int64_t tasks = input_size[0] * (args.channels_last ? args.H : args.C);
-  const bool empty = grad_input.numel() == 0;
-  const MapBiasGradient grad_bias(bias, grad, empty ? 0 : input_size[0] * (args.channels_last ? args.OH : 1));
   args.partial_bias = grad_bias.partial();
-  if (!empty) run(pick_max_pool_backward(), args, tasks, grad_input.numel() * 8);
+  if (grad_input.numel() > 0) run(pick_max_pool_backward(), args, tasks, grad_input.numel() * 8);
   return {grad_input, grad_bias.sum()};
 }
 
