@@ -33,22 +33,33 @@ def is_channels_last(memory_format: torch.memory_format) -> bool:
 def locate(BLOCK: tl.constexpr, count, C: tl.constexpr, HEIGHT, WIDTH, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
     """This program's vectors of images [N, C, HEIGHT, WIDTH]: (offset of the first in elements, mask, n, c, y, x).
 
+    The mask tells the vectors from copies of the last one, which end the last program's block.
     n is int64 [BLOCK], the others int32 [BLOCK]; c is a vector's first channel.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    per_image = HEIGHT * WIDTH * (C // VEC)
-    image = first // per_image
-    at = (first - image * per_image).to(tl.int32) + tl.arange(0, BLOCK)
-    mask = tl.arange(0, BLOCK) < tl.minimum(count - first, BLOCK).to(tl.int32)
-    n = image + at // per_image
+    first = (tl.program_id(0) + count * 0) * BLOCK  # 32 bits if `count` has no more
+    per_image = tl.cast(HEIGHT * WIDTH * (C // VEC), tl.uint32)
+    lanes = tl.arange(0, BLOCK)
+    left = tl.minimum(count - first, BLOCK).to(tl.int32)
+    mask = lanes < left
+    lanes = tl.minimum(lanes, left - 1)
+    if first.dtype == tl.int64:
+        image = first // per_image.to(tl.int64)
+        at = (first - image * per_image.to(tl.int64)).to(tl.uint32) + lanes.to(tl.uint32)
+        n = image + (at // per_image).to(tl.int64)
+    else:
+        at = first.to(tl.uint32) + lanes.to(tl.uint32)
+        n = (at // per_image).to(tl.int64)
     at = at % per_image
     if CHANNELS_LAST:
         c = at % (C // VEC) * VEC
         pixel = at // (C // VEC)
     else:
-        c = at // (HEIGHT * WIDTH)
-        pixel = at % (HEIGHT * WIDTH)
-    return first * VEC, mask, n, c, pixel // WIDTH, pixel % WIDTH
+        c = at // tl.cast(HEIGHT * WIDTH, tl.uint32)
+        pixel = at % tl.cast(HEIGHT * WIDTH, tl.uint32)
+    width = tl.cast(WIDTH, tl.uint32)
+    y = (pixel // width).to(tl.int32)
+    x = (pixel % width).to(tl.int32)
+    return first.to(tl.int64) * VEC, mask, n, c.to(tl.int32), y, x
 
 
 @triton.jit
@@ -59,6 +70,15 @@ def offset_of(n, c, y, x, C: tl.constexpr, HEIGHT, WIDTH, CHANNELS_LAST: tl.cons
     else:
         within = (c * HEIGHT + y) * WIDTH + x
     return n * (C * HEIGHT * WIDTH) + within
+
+
+@triton.jit
+def to_float32(x):
+    """x in float32, from whose bits LLVM doesn't infer bfloat16: it would compare pairs, and take them apart again."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -92,20 +112,51 @@ def zip_vector(values, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_channels(pointer, mask, c, low, high, stride, BEFORE: tl.constexpr, VEC: tl.constexpr, AFTER: tl.constexpr):
-    """The vectors at `pointer` [B] with a halo of BEFORE and AFTER channels, in float32; 0 outside [low, high)."""
-    lane = tl.arange(0, VEC)
-    vector = tl.load(pointer[:, None] + lane[None, :], mask=mask[:, None], other=0)
+def load_vectors(pointer, mask, VEC: tl.constexpr, DTYPE: tl.constexpr, OTHER: tl.constexpr):
+    """VEC tensors [B] of the consecutive elements at `pointer` [B]."""
+    at = pointer[:, None] + tl.arange(0, VEC)[None, :]
+    if mask is None:
+        vector = tl.load(at)
+    else:
+        vector = tl.load(at, mask=mask[:, None], other=OTHER)
+    return unzip(vector.to(DTYPE), VEC)
+
+
+@triton.jit
+def load_channels(
+    pointer, mask, c, low, high, stride, BEFORE: tl.constexpr, VEC: tl.constexpr, AFTER: tl.constexpr,
+    DTYPE: tl.constexpr = tl.float32, OTHER: tl.constexpr = 0,
+):  # fmt: skip
+    """The vectors at `pointer` [B] with a halo of BEFORE and AFTER channels, as DTYPE; OTHER outside [low, high).
+
+    Without a mask (None), every pointer is that of a vector. A halo is one access if it is no longer than a vector:
+    groups are multiples of vectors.
+    """
     values = ()
-    for i in tl.static_range(BEFORE):
-        inside = mask & (c + (i - BEFORE) >= low)
-        value = tl.load(pointer + (i - BEFORE) * stride, mask=inside, other=0)
-        values = values + (value.to(tl.float32),)
-    values = values + unzip(vector.to(tl.float32), VEC)
-    for i in tl.static_range(AFTER):
-        inside = mask & (c + (VEC + i) < high)
-        value = tl.load(pointer + (VEC + i) * stride, mask=inside, other=0)
-        values = values + (value.to(tl.float32),)
+    if VEC > 1 and BEFORE > 0 and BEFORE <= VEC:
+        inside = c > low if mask is None else mask & (c > low)
+        WIDTH: tl.constexpr = triton.next_power_of_2(BEFORE)
+        halo = load_vectors(pointer - WIDTH, inside, WIDTH, DTYPE, OTHER)
+        for i in tl.static_range(WIDTH - BEFORE, WIDTH):
+            values = values + (halo[i],)
+    else:
+        for i in tl.static_range(BEFORE):
+            inside = c + (i - BEFORE) >= low
+            value = tl.load(
+                pointer + (i - BEFORE) * stride, mask=inside if mask is None else mask & inside, other=OTHER
+            )
+            values = values + (value.to(DTYPE),)
+    values = values + load_vectors(pointer, mask, VEC, DTYPE, OTHER)
+    if VEC > 1 and AFTER > 0 and AFTER <= VEC:
+        inside = c + VEC < high if mask is None else mask & (c + VEC < high)
+        halo = load_vectors(pointer + VEC, inside, triton.next_power_of_2(AFTER), DTYPE, OTHER)
+        for i in tl.static_range(AFTER):
+            values = values + (halo[i],)
+    else:
+        for i in tl.static_range(AFTER):
+            inside = c + (VEC + i) < high
+            value = tl.load(pointer + (VEC + i) * stride, mask=inside if mask is None else mask & inside, other=OTHER)
+            values = values + (value.to(DTYPE),)
     return values
 
 

@@ -40,6 +40,11 @@ ELEMENTS = Launch(block=1024)
 # Windows of more taps are loops. Unrolling saves address arithmetic but lengthens compilation.
 UNROLLED_TAPS = 25
 
+# Backward of pooling takes blocks of stride x stride pixels where a thread's registers hold their sums: of 8 channels,
+# or, with the normalisation, of 8 and a halo beside their activations.
+POOL_BLOCK_PIXELS = 9
+LRN_POOL_BLOCK_PIXELS = 4
+
 # Convolution. 128 x 128 with 64 terms is a tile at which wgmma and mma.sync come near their peak. Three stages of it,
 # with the operand of ReLU's mask, take 112 kB of shared memory, which data center GPUs have. Unmeasured.
 CONV_HALF = ProductTile(rows=128, columns=128, terms=64, num_warps=8, num_stages=3)
