@@ -44,6 +44,8 @@ UNROLLED_TAPS = 25
 # or, with the normalisation, of 8 and a halo beside their activations.
 POOL_BLOCK_PIXELS = 9
 LRN_POOL_BLOCK_PIXELS = 4
+# Forward with the normalisation takes two neighbouring windows of up to so many taps if they overlap.
+LRN_POOL_TILE_TAPS = 9
 
 # Convolution. 128 x 128 with 64 terms is a tile at which wgmma and mma.sync come near their peak. Three stages of it,
 # with the operand of ReLU's mask, take 112 kB of shared memory, which data center GPUs have. Unmeasured.

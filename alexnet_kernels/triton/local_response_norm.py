@@ -30,6 +30,18 @@ def power(s, beta, BETA_IS_3_4: tl.constexpr):
 
 
 @triton.jit
+def powers(s, beta, BETA_IS_3_4: tl.constexpr):
+    """s^-beta and s^(-beta - 1)."""
+    if BETA_IS_3_4:
+        r = tl.rsqrt(s)
+        scale = r * tl.sqrt(r)
+        return scale, scale * r * r
+    else:
+        scale = tl.exp2(-beta * tl.log2(s))
+        return scale, scale / s
+
+
+@triton.jit
 def bases(xs, alpha_n, k, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """s = k + alpha / n sum a^2 of COUNT consecutive channels, from COUNT + SIZE - 1 activations."""
     out = ()
@@ -67,9 +79,9 @@ def normalise_backward(
     scales = ()
     terms = ()
     for j in tl.static_range(VEC + HALO):
-        scale = power(s[j], beta, BETA_IS_3_4)
+        scale, next_scale = powers(s[j], beta, BETA_IS_3_4)
         scales = scales + (scale,)
-        terms = terms + (gs[j] * xs[BEFORE + j] * scale / s[j],)
+        terms = terms + (gs[j] * xs[BEFORE + j] * next_scale,)
     out = ()
     for i in tl.static_range(VEC):
         total = terms[i]

@@ -68,11 +68,11 @@ def pool_forward_tap(
     return update_maximum(best, arg, to_float32(value), r * S + s)
 
 
-# A program computes BLOCK vectors of VEC channels of the output; see _channels.py. x [N, C, H, W], out and arg [N, C,
-# OH, OW]. PADDED says whether windows reach beyond the image.
+# A program computes BLOCK vectors of VEC channels of the output; see _channels.py. x [N, C, H, W], bias [C] or None,
+# out and arg [N, C, OH, OW]. PADDED says whether windows reach beyond the image.
 @triton.jit
 def max_pool2d_forward_kernel(
-    x_ptr, out_ptr, arg_ptr, count, H, W, OH, OW,
+    x_ptr, bias_ptr, out_ptr, arg_ptr, count, H, W, OH, OW,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, PADDED: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     UNROLL: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
@@ -96,6 +96,8 @@ def max_pool2d_forward_kernel(
             best, arg = pool_forward_tap(
                 x_ptr, base, y, x, i // S, i % S, best, arg, lane, mask, H, W, C, S, PADDED, CHANNELS_LAST
             )
+    if bias_ptr is not None:
+        best += tl.load(bias_ptr + c[:, None] + lane[None, :]).to(tl.float32)
     if RELU:
         best = tl.where(best < 0, 0.0, best)
     at = (first + tl.arange(0, BLOCK) * VEC)[:, None] + lane[None, :]
@@ -226,9 +228,13 @@ def pool_constants(kernel_size: Sequence[int], stride: Sequence[int], padding: S
     }
 
 
-def bias_gradient(dx: Tensor, bias: Tensor | None) -> Tensor:
-    """The sum of the images' gradients; without a bias no elements."""
-    return dx.new_empty(0) if bias is None else dx.float().sum((0, 2, 3)).to(bias.dtype)
+def in_order(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum of gradients [N, C, H, W] over each channel, in float32; without a bias no elements."""
+    return grad.new_empty(0) if bias is None else grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
 
 
 def pooled(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool):
@@ -275,15 +281,12 @@ def max_pool2d(
     vector = vector_of(x, channels_last, x.shape[1])
     launch, count = launch_of(vector), out.numel() // vector
     wrap_triton(max_pool2d_forward_kernel)[(triton.cdiv(count, launch.block),)](
-        x, out, arg, count, *x.shape[2:], *out.shape[2:],
+        x, in_order(bias), out, arg, count, *x.shape[2:], *out.shape[2:],
         C=x.shape[1], **pool_constants(kernel_size, stride, padding),
-        PADDED=reach_beyond(x, out, kernel_size, stride, padding), RELU=relu and bias is None, CHANNELS_LAST=channels_last,
+        PADDED=reach_beyond(x, out, kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
         UNROLL=kernel_size[0] * kernel_size[1] <= _config.UNROLLED_TAPS,
         VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
-    if bias is not None:
-        y = out.float() + bias.float().reshape(-1, 1, 1)
-        out.copy_(y.relu() if relu else y)
     return out, arg
 
 
@@ -304,7 +307,7 @@ def max_pool2d_backward(
     out = g if output is None else contiguous_as(output, memory_format)
     dx = empty_like(arg, input_size, g.dtype)
     if dx.numel() == 0:
-        return dx, bias_gradient(dx, bias)
+        return dx, bias_gradient(g, bias)
     channels_last = is_channels_last(memory_format)
     vector = vector_of(g, channels_last, g.shape[1])
     blocked = in_blocks(kernel_size, stride, _config.POOL_BLOCK_PIXELS)
@@ -314,4 +317,6 @@ def max_pool2d_backward(
         C=g.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
         BLOCKED=blocked, VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
-    return dx, bias_gradient(dx, bias)
+    if bias is not None and relu:
+        g = g.masked_fill(out <= 0, 0)
+    return dx, bias_gradient(g, bias)
