@@ -3,9 +3,10 @@
     python benchmarks/triton_resources.py [--only PATTERN] [--out benchmarks/results/triton_resources]
 
 Each op is called at AlexNet's layers (`alexnet_kernels.op_info`). The launches of its operators are compiled for every
-architecture, but not run. ptxas reports registers, spills and stack; instructions are counted in PTX. Writes OUT.json
-and OUT.md. Fails if a kernel spills, needs more shared memory than the GPU has, or multiplies half-precision matrices
-without tensor cores.
+architecture, but not run. ptxas reports registers, spills and stack; accesses of memory are counted in PTX. The
+instructions that kernels without matrix products execute on sm_90 come from their machine code (sass.py). Writes
+OUT.json and OUT.md. Fails if a kernel spills, needs more shared memory than the GPU has, or multiplies half-precision
+matrices without tensor cores.
 
 A few spilled bytes are accepted: ptxas moves one or two registers to memory where that raises the occupancy.
 """
@@ -20,10 +21,11 @@ import json
 import multiprocessing
 import os
 import re
+import struct
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +34,11 @@ from typing import Any
 # Triton reads the variable when a kernel is defined; the interpreter compiles nothing.
 os.environ.pop("TRITON_INTERPRET", None)
 
+import sass
 import torch
 import triton
+from cubin import disassemble, find_cuobjdump
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -43,6 +48,10 @@ from alexnet_kernels.op_info._record import OVERHEAD
 
 # Compute capability, and the shared memory in bytes that a block may have there.
 ARCHS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+COUNTED = 90  # the architecture whose instructions are counted
+VECTOR = 16  # bytes for which they are
+FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
+POINTER = 0x7F0000000000  # any aligned address
 SPILL = 16  # bytes a thread, stored or loaded, that ptxas may spill to raise occupancy
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 MATRIX_OPERATORS = ("conv2d_relu", "conv2d_relu_backward_input", "conv2d_relu_backward_weight")
@@ -95,6 +104,10 @@ class Row:
     loads: dict[str, int]
     stores: dict[str, int]
     copies: dict[str, int]  # asynchronous, to shared memory
+    # Executed for 16 bytes of the larger of the operator's first argument and its result, and of them special
+    # functions; None where that isn't counted.
+    instructions: float | None
+    special: float | None
 
     @property
     def name(self) -> str:
@@ -144,13 +157,15 @@ def start_worker(cache: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             kernel = launch(self, *args, grid=grid, warmup=True, **options)
         logs.setdefault(kernel.hash, printed.getvalue())
-        compiled.append((self.__name__, kernel))
+        named = {**dict(zip(self.arg_names, args, strict=False)), **options}
+        compiled.append((self.__name__, kernel, grid(named) if callable(grid) else grid, named))
         return kernel
 
     JITFunction.run = compile_only
 
 
-compiled: list[tuple[str, Any]] = []
+# Name, kernel, grid and arguments by name of the launches.
+compiled: list[tuple[str, Any, Sequence[int], dict[str, Any]]] = []
 logs: dict[str, str] = {}  # output of ptxas, by kernel hash
 
 
@@ -163,12 +178,56 @@ def compile_case(index: int, arch: int) -> tuple[list[Row], str | None]:
         compiled.clear()
         try:
             with torch.no_grad():
-                getattr(torch.ops.alexnet_kernels_triton, operator)(*arguments)
+                result = getattr(torch.ops.alexnet_kernels_triton, operator)(*arguments)
         except Exception as error:
             return [], f"{operator}, {case.name}, sm_{arch}: {type(error).__name__}: {origin(error)}"
-        for i, (name, kernel) in enumerate(compiled, 1):
-            rows.append(row_of(case, operator, arch, i, name, kernel, logs[kernel.hash]))
+        vectors = max(bytes_of(arguments[0]), bytes_of(result)) / VECTOR
+        for i, (name, kernel, grid, named) in enumerate(compiled, 1):
+            row = row_of(case, operator, arch, i, name, kernel, logs[kernel.hash])
+            if arch == COUNTED and not row.dots and (count := executed(kernel, grid, named)):
+                lanes = count.warps * sass.LANES / vectors
+                row.instructions = round(count.instructions * lanes, 1)
+                row.special = round(count.of("MUFU") * lanes, 1)
+            rows.append(row)
     return rows, None
+
+
+def bytes_of(value: Any) -> int:
+    """Of a tensor, of a list of tensors together, and of the first of a tuple of results."""
+    if isinstance(value, tuple):
+        value = value[0]
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def executed(kernel: Any, grid: Sequence[int], named: dict[str, Any]) -> sass.Count | None:
+    """The instructions that a launch executes, or None where that depends on more than its arguments."""
+    parameters = bytearray()
+
+    def add(kind: Any, value: Any) -> None:
+        if isinstance(kind, (tuple, list)):
+            for parts in zip(kind, value, strict=True):
+                add(*parts)
+        elif kind != "constexpr":
+            pointer = POINTER + (len(parameters) << 32)
+            form, given = ("Q", pointer) if kind.startswith("*") else (FORMATS[kind], value)
+            size = struct.calcsize(form)
+            parameters.extend(bytes(-len(parameters) % size) + struct.pack(f"<{form}", given))
+
+    for name, kind in kernel.src.signature.items():
+        add(kind, named.get(name))
+    for _ in range(2):  # scratch memory
+        add("i64", 0)
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (text,) = sass.split(disassemble(Path(file.name), cuobjdump, f"sm_{COUNTED}")).values()
+    try:
+        return sass.count(text, bytes(parameters), grid, [kernel.metadata.num_warps * sass.LANES])
+    except sass.UnknownError:
+        return None
 
 
 def origin(error: BaseException) -> str:
@@ -199,6 +258,8 @@ def row_of(case: Case, operator: str, arch: int, launch: int, name: str, kernel:
         len(re.findall(r"\btt\.dot", kernel.asm["ttir"])),
         {name: count for name in TENSOR_CORES if (count := len(re.findall(rf"\b{re.escape(name)}\b", ptx)))},
         **global_accesses(ptx),
+        instructions=None,
+        special=None,
     )
 
 
@@ -247,7 +308,7 @@ def versions() -> dict[str, str]:
 
 
 COLUMNS = ("layer", "dtype", "launch", "kernel", "arch", "registers", "spills", "stack", "shared", "warps", "stages")
-COLUMNS += ("tensor cores", "loads", "stores", "copies")
+COLUMNS += ("tensor cores", "loads", "stores", "copies", "instructions", "special")
 
 
 def markdown(about: dict[str, str], rows: list[Row]) -> str:
@@ -259,6 +320,8 @@ def markdown(about: dict[str, str], rows: list[Row]) -> str:
         f"AlexNet's shapes at batch {BATCH}, channels_last. Spills (stores/loads), stack and shared memory in bytes;",
         "tensor cores: instructions in the PTX; loads, stores and copies to shared memory: the PTX's instructions on",
         "global memory, `2 x 16 + 8 x 2` being two that move sixteen bytes a thread and eight that move two.",
+        "Instructions, and those of special functions (MUFU) among them: executed by the launch on sm_90 for 16 bytes",
+        "of the larger of the operator's first argument and its result; a prediction from the machine code.",
     ]
     for operator, group in itertools.groupby(sorted(rows, key=lambda row: row.operator), lambda row: row.operator):
         lines += ["", f"## {operator}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -278,6 +341,7 @@ def markdown(about: dict[str, str], rows: list[Row]) -> str:
                 row.stages,
                 cores or "-",
                 *map(sizes_of, (row.loads, row.stores, row.copies)),
+                *("-" if number is None else number for number in (row.instructions, row.special)),
             )
             lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join([*lines, ""])
