@@ -99,6 +99,8 @@ INFO = OpInfo(
             for scale in (None, 1 / 57.0, "colour")
         ),
         sample(4, 12, 20, 3, size=(8, 16), flipped=True, shifted=True, scale=0.02),
+        sample(3, 7, 23, 3, size=(5, 20), flipped=True, shifted=True, mean="crop", scale="colour"),
+        sample(3, 7, 23, 3, size=(5, 20), mean="crop"),
         sample(0, 9, 11, 3, size=(5, 4), flipped=True),
         sample(1, 9, 11, 3, size=(5, 4), flipped=True),
     ),

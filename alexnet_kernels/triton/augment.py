@@ -103,6 +103,7 @@ def augment_runs(
         c = tl.minimum(c, 2)
     row = tl.load(crops_ptr + 2 * n).to(tl.int32) + y
     left = tl.load(crops_ptr + 2 * n + 1).to(tl.int32)
+    left = tl.minimum(tl.maximum(left, -w), W)  # beyond them no pixel is inside; 3 left is an int32
     sign = 1
     if FLIPS:
         flipped = tl.load(flips_ptr + n) != 0
