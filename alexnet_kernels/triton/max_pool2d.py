@@ -195,8 +195,8 @@ def pool_backward_blocks(
         tl.store(dx_ptr + at + ahead, totals[k].to(dx_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-# A program computes the input's gradient of BLOCK vectors of one pixel or of a BLOCKED, block of STRIDE_H x STRIDE_W
-# pixels, gathered from the windows that contain them. dx [N, C, H, W], g, out and arg [N, C, OH, OW].
+# A program computes the input's gradient of BLOCK vectors of one pixel or, if BLOCKED, of STRIDE_H x STRIDE_W pixels,
+# gathered from the windows that contain them. dx [N, C, H, W], g, out and arg [N, C, OH, OW].
 @triton.jit
 def max_pool2d_backward_kernel(
     g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
