@@ -4,7 +4,7 @@
 
 Each op is called at AlexNet's layers (`alexnet_kernels.op_info`). The launches of its operators are recorded by the
 emulation of tests/emulation, but not run, and benchmarks/sass.py counts what they execute in the machine code for
-sm_90. Needs no GPU. py writes the budgets to its report.
+sm_90. Needs no GPU. cuda_resources.py writes the budgets to its report.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ PRODUCTS = ("conv2d_relu", "linear_relu_dropout")
 # What instructions do, as sass.kind_of names it.
 KINDS = ("floating point", "special functions", "integer", "conversions", "global loads", "global stores")
 KINDS += ("shared memory", "shuffles", "control", "constants", "matrix")
+
+# How much a kernel's instructions may grow before the report must be written anew.
+GROWTH = 1.05
+REGENERATE = "Write it anew: python benchmarks/cuda_resources.py"
 
 
 @dataclass
@@ -177,53 +182,46 @@ def nbytes(value: Any) -> int:
 
 
 def moved_bytes(info: OpInfo, layer: Layer, operator: str, args: tuple[Any, ...], result: Any) -> float:
-    """The bytes that an operator must move: the record's, or, for a pass beside torch's product, its own tensors'."""
-    work = layer.work(result_of(args, result).element_size())
-    total = work.moved(BATCH, True)
-    if operator == info.name and operator in PRODUCTS:
-        return 2.0 * nbytes(result)  # reads and writes the product
-    if operator == "sgd_step":
-        params, grads, momentum, masters, *_ = args
-        return float(
-            nbytes(grads)
-            + 2 * nbytes(momentum)
-            + (nbytes(params) + 2 * nbytes(masters) if masters else 2 * nbytes(params))
-        )
+    """The bytes that an operator must move: the record's, or its own tensors' where the record has none for it."""
+    if operator in PRODUCTS:
+        return 2.0 * nbytes(result)  # the product is read and written in place
     if info.name in PRODUCTS:
         return float(nbytes(args) + nbytes(result))
+    if operator == "sgd_step":
+        params, grads, momentum, masters, *_ = args
+        read = nbytes(masters or params)
+        return float(read + nbytes(grads) + nbytes(momentum) + nbytes(params) + nbytes(momentum) + nbytes(masters))
+    work = layer.work(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)).element_size())
     forward = work.moved(BATCH, False)
-    return total - forward if operator.endswith("_backward") else forward
+    return work.moved(BATCH, True) - forward if operator.endswith("_backward") else forward
 
 
-def result_of(args: tuple[Any, ...], result: Any) -> Tensor:
-    """The first tensor that an operator returns, or else the first one that it updates."""
-    return next(leaf for leaf in tree_leaves((result, args)) if isinstance(leaf, Tensor))
+def operators(only: str) -> Iterator[tuple[OpInfo, Layer, str, str, tuple[Any, ...]]]:
+    """Every operator at AlexNet's layers, in channels_last: op, layer, dtype, operator, arguments."""
+    for dtype, info in itertools.product(DTYPES, OP_INFOS.values()):
+        for layer in info.layers:
+            name = str(dtype).removeprefix("torch.")
+            if layer.name == OVERHEAD or not re.search(only, f"{info.name}, {layer.name}, {name}"):
+                continue
+            make = Maker(dtype, torch.channels_last, initialize=False)
+            calls = operator_calls(info, layer.inputs(make, BATCH), "cuda", run=False)
+            firsts = dict(reversed(calls))
+            for operator in reversed(firsts):
+                yield info, layer, name, operator, firsts[operator]
 
 
 def budgets(code: Code, only: str = "") -> Iterator[Budget]:
-    """The budgets of every operator at AlexNet's layers, in channels_last, where it launches a kernel."""
-    for dtype in DTYPES:
-        for info in OP_INFOS.values():
-            for layer in info.layers:
-                if layer.name == OVERHEAD:
-                    continue
-                name = str(dtype).removeprefix("torch.")
-                if not re.search(only, f"{info.name}, {layer.name}, {name}"):
-                    continue
-                make = Maker(dtype, torch.channels_last, initialize=False)
-                calls = operator_calls(info, layer.inputs(make, BATCH), "cuda", run=False)
-                firsts = {operator: (operator, args) for operator, args in reversed(calls)}
-                for operator, args in reversed(firsts.values()):
-                    result, launches = recorded(operator, args)
-                    if not launches:
-                        continue
-                    written = nbytes(result[0] if isinstance(result, tuple) else result)
-                    largest = written if operator in PRODUCTS else max(written, nbytes(args[0]))
-                    moved = moved_bytes(info, layer, operator, args, result)
-                    memory = {device: round(moved / rate * 1e6, 2) for device, rate in COPY.items()}
-                    budget = Budget(info.name, operator, layer.name, name, largest // VECTOR, moved, memory)
-                    budget.launches += [counted(code, budget.vectors, *launch) for launch in launches]
-                    yield budget
+    """The budgets of the operators that launch a kernel. only: a regular expression of `op, layer, dtype`."""
+    for info, layer, dtype, operator, args in operators(only):
+        result, launches = recorded(operator, args)
+        if launches:
+            written = nbytes(result[0] if isinstance(result, tuple) else result)
+            largest = written if operator in PRODUCTS else max(written, nbytes(args[0]))
+            moved = moved_bytes(info, layer, operator, args, result)
+            memory = {device: round(moved / rate * 1e6, 2) for device, rate in COPY.items()}
+            budget = Budget(info.name, operator, layer.name, dtype, largest // VECTOR, moved, memory)
+            budget.launches += [counted(code, budget.vectors, *launch) for launch in launches]
+            yield budget
 
 
 def counted(
@@ -256,10 +254,6 @@ def counted(
     )
 
 
-GROWTH = 1.05
-"""How much a kernel's instructions may grow before the report must be written anew."""
-
-
 def faults(found: list[Budget], committed: list[dict[str, Any]]) -> list[str]:
     """One message for each launch that the committed report lacks, or that executes more than it says."""
     texts = []
@@ -277,9 +271,6 @@ def faults(found: list[Budget], committed: list[dict[str, Any]]) -> list[str]:
                     f"{row['instructions']} in the report. If that is meant: {REGENERATE}"
                 )
     return texts
-
-
-REGENERATE = "Write it anew: python benchmarks/cuda_resources.py"
 
 
 def markdown(found: list[Budget]) -> list[str]:

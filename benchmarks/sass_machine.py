@@ -39,19 +39,9 @@ Value = tuple[NDArray, Flags]
 
 CARRY = ("IADD3", "UIADD3", "IMAD", "UIMAD", "LEA", "ULEA")
 # Instructions without a result in registers, though their first operand may be one.
-NO_RESULT = {"BAR", "WARPSYNC", "NOP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP", "BSSY"}
-NO_RESULT |= {"FENCE", "ACQBULK", "WARPGROUP", "UTMALDG", "UTMASTG", "UTMACMDFLUSH", "LDGSTS", "RED", "REDG", "REDUX0"}
-NO_RESULT |= {
-    "PREEXIT",
-    "BMOV",
-    "SETMAXREG",
-    "USETMAXREG",
-    "ARRIVES",
-    "UBLKCP",
-    "ENDCOLLECTIVE",
-    "KILL",
-    "WARPGROUPSET",
-}
+NO_RESULT = {"BAR", "WARPSYNC", "NOP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP"}
+NO_RESULT |= {"FENCE", "ACQBULK", "WARPGROUP", "UTMALDG", "UTMASTG", "UTMACMDFLUSH", "UBLKCP", "LDGSTS", "RED"}
+NO_RESULT |= {"PREEXIT", "BMOV", "USETMAXREG", "ARRIVES", "ENDCOLLECTIVE"}
 
 
 class Machine:
