@@ -26,7 +26,7 @@ import torch
 from cubin import demangle, disassemble, find_cuobjdump, parse_name, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from alexnet_kernels import _library
 from alexnet_kernels.op_info import OP_INFOS, Layer, Maker, OpInfo, operator_calls
@@ -100,12 +100,14 @@ class Budget:
 class _NoProducts(TorchDispatchMode):
     """torch's convolutions and products return uninitialised tensors."""
 
+    NAMES = ("conv2d", "convolution", "convolution_backward", "linear", "addmm", "mm")
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in ("aten::conv2d", "aten::convolution", "aten::linear", "aten::addmm", "aten::mm"):
-            fakes = [torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a for a in args]
-            return torch.empty_like(func(*fakes, **kwargs or {}), device="cpu")
-        return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func._schema.name.removeprefix("aten::") not in self.NAMES:
+            return func(*args, **kwargs)
+        fakes = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), (args, kwargs))
+        return tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), func(*fakes[0], **fakes[1]))
 
 
 @functools.cache
@@ -204,7 +206,8 @@ def operators(only: str) -> Iterator[tuple[OpInfo, Layer, str, str, tuple[Any, .
             if layer.name == OVERHEAD or not re.search(only, f"{info.name}, {layer.name}, {name}"):
                 continue
             make = Maker(dtype, torch.channels_last, initialize=False)
-            calls = operator_calls(info, layer.inputs(make, BATCH), "cuda", run=False)
+            with _NoProducts():
+                calls = operator_calls(info, layer.inputs(make, BATCH), "cuda", run=False)
             firsts = dict(reversed(calls))
             for operator in reversed(firsts):
                 yield info, layer, name, operator, firsts[operator]
