@@ -273,6 +273,10 @@ class Machine:
 
     def branch(self, at: int, active: Flags, taken: Flags, known: Flags) -> None:
         instruction = self.function[at]
+        if "U" in instruction.modifiers:
+            # ptxas puts it before a branch on the same predicate: taken only where all lanes of a warp agree.
+            agree = (~active | (taken & known)).reshape(-1, LANES).all(1)
+            taken, known = taken & np.repeat(agree, LANES), np.ones_like(known)
         unknown = active & ~known
         taken = taken & known
         target = at + 1

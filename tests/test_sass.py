@@ -95,6 +95,12 @@ class TestCounts:
         assert instructions(LANE, compare, *sides, block=32) == 2 + 2 + 2 + 1 + 2 + 1
         assert instructions(LANE, compare, *sides, block=8) == 2 + 2 + 2 + 1 + 1
 
+    @pytest.mark.parametrize(("bound", "count"), [(32, 4), (8, 9), (0, 8)], ids=["all", "some", "none"])
+    def test_a_branch_of_a_whole_warp(self, bound: int, count: int) -> None:
+        """BRA.U jumps if all lanes do; otherwise some jump after it, and both sides come to BSYNC."""
+        lines = (LANE, f"ISETP.LT.AND P0, PT, R0, {bound:#x}, PT", "@P0 BRA.U 0x70", "BSSY B0, 0x60", "@P0 BRA 0x60")
+        assert instructions(*lines, "MOV R1, 0x1", "BSYNC B0", "EXIT", block=32) == count
+
     def test_a_branch_on_what_is_loaded_takes_both(self) -> None:
         load = ("LDG.E R0, desc[UR4][R2.64]", "ISETP.GE.AND P0, PT, R0, 0x8, PT")
         sides = ("BSSY B0, 0x80", "@P0 BRA 0x60", "MOV R1, 0x1", "BRA 0x70", "MOV R2, 0x2", "BSYNC B0", "EXIT")
