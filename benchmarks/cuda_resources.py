@@ -26,7 +26,7 @@ from alexnet_kernels import _library
 
 # Kernels that move single elements, and kernels that load single elements but store vectors.
 ELEMENTS = {"lrn_bases", "lrn_backward_any", "lrn_forward_any", "forward_any", "pooled_gradient"}
-ELEMENTS |= {"augment_pixels", "combine_moments", "combine_sums"}
+ELEMENTS |= {"augment_pixels", "combine_bias_sums", "combine_moments", "combine_sums"}
 GATHERS = {"augment_colours", "colours_to_depth", "planes_to_depth", "to_depth", "to_space"}
 
 
