@@ -16,7 +16,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from alexnet_kernels import _library
 from alexnet_kernels.op_info import OP_INFOS, Layer, Maker, OpInfo, operator_calls
-from alexnet_kernels.op_info._record import OVERHEAD, Inputs
+from alexnet_kernels.op_info._record import OVERHEAD
 
 ARCH = "sm_90"
 BATCH = 128
@@ -42,7 +42,6 @@ COPY = {"H100": 3.0e12, "H200": 4.3e12}
 VECTOR = 16
 # Ops whose kernels are passes beside torch's convolution or product.
 PRODUCTS = ("conv2d_relu", "linear_relu_dropout")
-POOLS = ("max_pool2d", "lrn_max_pool2d")
 # What instructions do, as sass.kind_of names it.
 KINDS = ("floating point", "special functions", "integer", "conversions", "global loads", "global stores")
 KINDS += ("shared memory", "shuffles", "control", "constants", "matrix")
@@ -199,25 +198,12 @@ def moved_bytes(info: OpInfo, layer: Layer, operator: str, args: tuple[Any, ...]
     return work.moved(BATCH, True) - forward if operator.endswith("_backward") else forward
 
 
-def layers_of(info: OpInfo) -> Iterator[Layer]:
-    """AlexNet's layers; of ops that may add the bias of a convolution before them, with it and ReLU as well."""
-    for layer in info.layers:
-        yield layer
-        if info.name in POOLS:
-
-            def inputs(make: Maker, batch: int, layer: Layer = layer) -> Inputs:
-                given = layer.inputs(make, batch)
-                return {**given, "bias": make(given["input"].shape[1]), "relu": True}
-
-            yield replace(layer, name=f"{layer.name} with bias", inputs=inputs, wrt=("input", "bias"))
-
-
 def operators(only: str) -> Iterator[tuple[OpInfo, Layer, str, str, tuple[Any, ...]]]:
     """Every operator at AlexNet's layers, in channels_last: op, layer, dtype, operator, arguments."""
     for dtype, info in itertools.product(DTYPES, OP_INFOS.values()):
-        for layer in layers_of(info):
+        for layer in info.layers:
             name = str(dtype).removeprefix("torch.")
-            if layer.name.startswith(OVERHEAD) or not re.search(only, f"{info.name}, {layer.name}, {name}"):
+            if layer.name == OVERHEAD or not re.search(only, f"{info.name}, {layer.name}, {name}"):
                 continue
             make = Maker(dtype, torch.channels_last, initialize=False)
             with _NoProducts():

@@ -48,3 +48,8 @@ MAP_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 def map_inputs(layer: str, make: Maker, batch: int, **options: object) -> Inputs:
     """The arguments of an op on maps at one of AlexNet's layers."""
     return {"input": make(batch, *MAPS[layer]), **options}
+
+
+def map_inputs_with_bias(layer: str, make: Maker, batch: int, **options: object) -> Inputs:
+    """Those of a pool that adds the bias of the convolution before it."""
+    return {**map_inputs(layer, make, batch, **options), "bias": make(MAPS[layer][0]), "relu": True}

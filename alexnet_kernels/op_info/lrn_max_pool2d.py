@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import LRN, MAP_DTYPES, MAPS, elements, map_inputs, pooled
+from alexnet_kernels.op_info._layers import LRN, MAP_DTYPES, MAPS, elements, map_inputs, map_inputs_with_bias, pooled
 from alexnet_kernels.op_info._record import (
     TOLERANCES,
     Baseline,
@@ -121,10 +121,22 @@ INFO = OpInfo(
     ),
     make_derivative=_distinct,
     on_images=lambda x: {"input": x, "alpha": 0.1, "relu": True},
-    layers=tuple(
-        Layer(layer, partial(map_inputs, layer, **LRN, relu=True), partial(work, elements(layer), pooled(layer)))
-        for layer in MAPS
-        if layer != "layer 5"
+    layers=(
+        *(
+            Layer(layer, partial(map_inputs, layer, **LRN, relu=True), partial(work, elements(layer), pooled(layer)))
+            for layer in MAPS
+            if layer != "layer 5"
+        ),
+        *(
+            Layer(
+                f"{layer}, bias and ReLU",
+                partial(map_inputs_with_bias, layer, **LRN),
+                partial(work, elements(layer), pooled(layer)),
+                ("input", "bias"),
+                timed=False,
+            )
+            for layer in ("layer 1", "layer 2")
+        ),
     ),
     baselines={"F.local_response_norm, pool": Baseline(_torch)},
     half_baselines_on_cuda_only=True,

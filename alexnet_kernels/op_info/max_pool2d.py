@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
-from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs, pooled
+from alexnet_kernels.op_info._layers import MAP_DTYPES, MAPS, elements, map_inputs, map_inputs_with_bias, pooled
 from alexnet_kernels.op_info._record import (
     Comparison,
     Draw,
@@ -147,8 +147,15 @@ INFO = OpInfo(
     ),
     make_derivative=_make_derivative,
     on_images=lambda x: {"input": x, "relu": True},
-    layers=tuple(
-        Layer(layer, partial(map_inputs, layer), partial(work, elements(layer), pooled(layer))) for layer in MAPS
+    layers=(
+        *(Layer(layer, partial(map_inputs, layer), partial(work, elements(layer), pooled(layer))) for layer in MAPS),
+        Layer(
+            "layer 1, bias and ReLU",
+            partial(map_inputs_with_bias, "layer 1"),
+            partial(work, elements("layer 1"), pooled("layer 1")),
+            ("input", "bias"),
+            timed=False,
+        ),
     ),
     timed=MAP_DTYPES,
     core=lambda dtype, channels_last: channels_last or dtype == torch.bfloat16,
