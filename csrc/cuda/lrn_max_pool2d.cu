@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kLrnPoolWarps* kWarp, 2)
           for (int i = 0; i < 4; ++i) (j == 0 ? maximum.value : value)[4 * w + i] = quad.value[i];
           (j == 0 ? maximum.position : at)[w] = places[w][buffer + from + j * vectors] + 0x01010101u * j;
         }
-        if (j > 0) maximum.update(value, at);
+        if (j > 0) maximum.merge(value, at);
       }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) maximum.value[i] *= lrn.inverse_scale;

@@ -76,19 +76,41 @@ struct PackedMaximum {
   float value[kVec];
   uint32_t position[kVec / 4];
 
+  // With the values of later pixels.
   __device__ __forceinline__ void update(const float (&other)[kVec], const uint32_t (&at)[kVec / 4]) {
+    const uint32_t never[kVec / 4] = {};
+    take(other, at, never);
+  }
+  // With the maxima of another column, whose positions may be earlier: of equal values the earliest wins. Of several
+  // NaNs that of the last column does.
+  __device__ __forceinline__ void merge(const float (&other)[kVec], const uint32_t (&at)[kVec / 4]) {
+    uint32_t earlier[kVec / 4];
 #pragma unroll
     for (int word = 0; word < kVec / 4; ++word) {
-      uint32_t wins[4];
+      // Positions are below 128: no byte borrows from the next one, and its bit 7 tells which position is earlier.
+      const uint32_t bits = ~((at[word] | 0x80808080u) - position[word]) & 0x80808080u;
+      earlier[word] = (bits >> 7) * 0xffu;
+    }
+    take(other, at, earlier);
+  }
+
+ private:
+  // Larger values, and the positions of equal ones whose byte of `ties` is set.
+  __device__ __forceinline__ void take(const float (&other)[kVec], const uint32_t (&at)[kVec / 4],
+                                       const uint32_t (&ties)[kVec / 4]) {
+#pragma unroll
+    for (int word = 0; word < kVec / 4; ++word) {
+      uint32_t wins = 0, equals = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float v = other[word * 4 + i];
         float& best = value[word * 4 + i];
         const bool larger = v > best || v != v;
+        equals |= v == best ? 0xffu << (8 * i) : 0;
         best = larger ? v : best;
-        wins[i] = larger ? 0xffu << (8 * i) : 0;
+        wins |= larger ? 0xffu << (8 * i) : 0;
       }
-      const uint32_t mask = wins[0] | wins[1] | wins[2] | wins[3];
+      const uint32_t mask = wins | (equals & ties[word]);
       position[word] = (position[word] & ~mask) | (at[word] & mask);
     }
   }

@@ -68,6 +68,20 @@ def test_nan_and_infinity_in_the_bias(relu, value, memory_format, device, backen
     assert out.isnan().any() or (relu and value == -torch.inf)
 
 
+@every_format
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_ties_go_to_the_first(padding, relu, memory_format, device, backend):
+    """Pixels of equal channels tie; of the windows' maxima the first in row-major order takes the gradient."""
+    kinds = torch.randint(-3, 4, (5, 40)).float()
+    x = kinds[torch.randint(5, (2, 9, 8))].permute(0, 3, 1, 2).to(device).contiguous(memory_format=memory_format)
+    options = {"padding": padding, "relu": relu, **STRONG}
+    out, grad = forward_backward(lambda x: lrn_max_pool2d(x, **options, backend=backend), x)
+    expected = forward_backward(lambda x: reference.lrn_max_pool2d(x, **options), x.double())
+    assert_close(out, expected[0])
+    assert_close(grad, expected[1])
+
+
 @pytest.mark.parametrize("choice", ["auto", "native"])
 def test_errors_of_the_bias(choice):
     x, bias = torch.zeros(2, 8, 7, 7), torch.zeros(8)
