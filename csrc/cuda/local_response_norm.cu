@@ -11,14 +11,12 @@ __global__ void __launch_bounds__(kThreads) lrn_forward(Lrn lrn, int64_t vectors
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int64_t at = lane.vector() * kVec;
-  float own[kVec] = {}, c[kVec], s[kVec];
+  float own[kVec] = {}, t[kVec];
   if (lane.valid(vectors)) load<kVec>(x + at, own);
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) c[i] = lrn.scale * own[i];
   const int in_tower = lane.remainder(tower);
-  bases<kVec>(lrn, c, in_tower == 0, in_tower == tower.value() - 1, s);
+  bases<kVec>(lrn, own, in_tower == 0, in_tower == tower.value() - 1, t);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) own[i] *= fast_powers(s[i]).minus_beta;
+  for (int i = 0; i < kVec; ++i) own[i] *= lrn.gain * fast_powers(t[i]).minus_beta;
   if (lane.stores(vectors)) store<kVec>(y + at, own);
 }
 
@@ -29,15 +27,13 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kVec = kVector<T>;
   const Lane lane;
   const int64_t at = lane.vector() * kVec;
-  float c[kVec] = {}, grad[kVec] = {}, d[kVec];
+  float own[kVec] = {}, grad[kVec] = {}, d[kVec];
   if (lane.valid(vectors)) {
-    load<kVec>(x + at, c);
+    load<kVec>(x + at, own);
     load<kVec>(g + at, grad);
   }
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) c[i] *= lrn.scale;
   const int in_tower = lane.remainder(tower);
-  lrn_backward<kVec>(lrn, c, grad, in_tower == 0, in_tower == tower.value() - 1, d);
+  lrn_backward<kVec>(lrn, own, grad, in_tower == 0, in_tower == tower.value() - 1, d);
   if (lane.stores(vectors)) store<kVec>(dx + at, d);
 }
 

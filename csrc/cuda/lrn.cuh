@@ -5,8 +5,9 @@
 // The fast kernels take the paper's window of 5 channels and beta = 3/4 in channels_last. The lanes of a warp hold
 // consecutive vectors of channels. What a vector needs of the two channels on each side comes from the neighbouring
 // lanes by shuffle. Lanes 0 and 31 supply it and do not store: 30 of 32 lanes store, and consecutive warps overlap by
-// two vectors. They compute with c = sqrt(alpha/n) a, so that s[i] = k + sum_j c[j]^2 and
-//   dx[i] = d[i] - 2 beta c[i] sum_{j: i in window(j)} d[j] c[j] / s[j],  d[i] = g[i] s[i]^-beta
+// two vectors. They compute with t = n/alpha s, t[i] = n/alpha k + sum_j a[j]^2, and gain = (n/alpha)^beta:
+//   b[i] = gain a[i] t[i]^-beta
+//   dx[i] = d[i] - 2 beta a[i] sum_{j: i in window(j)} d[j] a[j] / t[j],  d[i] = gain g[i] t[i]^-beta
 #pragma once
 
 #include "image_layout.cuh"
@@ -20,16 +21,17 @@ struct Lrn {
         alpha_over_n(float(alpha / double(size))),
         beta(float(beta)),
         k(float(k)),
-        scale(std::sqrt(alpha_over_n)),
-        inverse_scale(1.f / scale),
+        least(float(k * double(size) / alpha)),
+        gain(float(std::pow(double(size) / alpha, beta))),
         group(channels / groups),
-        fast(size == 5 && beta == 0.75 && alpha_over_n > 1e-12f && alpha_over_n < 1e12f && k > 1e-6) {}
+        fast(size == 5 && beta == 0.75 && alpha_over_n > 1e-12f && alpha_over_n < 1e12f && least > 1e-18f &&
+             least < 1e30f) {}
 
   int before, after;  // channels of a window before and after its centre
   float alpha_over_n, beta, k;
-  float scale, inverse_scale;  // c / a, a / c
-  Divisor group;               // channels of a tower
-  // In these ranges s is a normal number, which approximate_rsqrt takes, and b[i] is finite for every finite a.
+  float least, gain;  // the least t: n/alpha k; (n/alpha)^beta
+  Divisor group;      // channels of a tower
+  // In these ranges t is a normal number, which approximate_rsqrt takes, and b[i] is finite for every finite a.
   bool fast;
 };
 
@@ -124,33 +126,33 @@ __device__ __forceinline__ void window_sums(const float (&v)[kVec], const float 
   }
 }
 
-// s of a lane's vector, from c. Every lane of the warp must call it.
+// t of a lane's vector, from a. Every lane of the warp must call it.
 template <int kVec>
-__device__ __forceinline__ void bases(const Lrn& lrn, const float (&c)[kVec], bool first, bool last, float (&s)[kVec]) {
-  const float half_k = 0.5f * lrn.k;
+__device__ __forceinline__ void bases(const Lrn& lrn, const float (&a)[kVec], bool first, bool last, float (&t)[kVec]) {
+  const float half = 0.5f * lrn.least;
   float pairs[kVec / 2];
 #pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) pairs[i] = c[2 * i] * c[2 * i] + half_k + c[2 * i + 1] * c[2 * i + 1];
-  window_sums<kVec>(c, pairs, half_k, first, last, s, [](float sum, float v) { return sum + v * v; });
+  for (int i = 0; i < kVec / 2; ++i) pairs[i] = a[2 * i] * a[2 * i] + half + a[2 * i + 1] * a[2 * i + 1];
+  window_sums<kVec>(a, pairs, half, first, last, t, [](float sum, float v) { return sum + v * v; });
 }
 
-// The gradient dx of a lane's vector, from c and g. Every lane of the warp must call it.
+// The gradient dx of a lane's vector, from a and g. Every lane of the warp must call it.
 template <int kVec>
-__device__ __forceinline__ void lrn_backward(const Lrn& lrn, const float (&c)[kVec], const float (&g)[kVec], bool first,
+__device__ __forceinline__ void lrn_backward(const Lrn& lrn, const float (&a)[kVec], const float (&g)[kVec], bool first,
                                              bool last, float (&dx)[kVec]) {
-  float s[kVec], terms[kVec], pairs[kVec / 2], sums[kVec];
-  bases<kVec>(lrn, c, first, last, s);
+  float t[kVec], terms[kVec], pairs[kVec / 2], sums[kVec];
+  bases<kVec>(lrn, a, first, last, t);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const Powers p = fast_powers(s[i]);
-    dx[i] = g[i] * p.minus_beta;
-    terms[i] = dx[i] * (c[i] * p.inverse);
+    const Powers p = fast_powers(t[i]);
+    dx[i] = g[i] * (lrn.gain * p.minus_beta);
+    terms[i] = dx[i] * (a[i] * p.inverse);
   }
 #pragma unroll
   for (int i = 0; i < kVec / 2; ++i) pairs[i] = terms[2 * i] + terms[2 * i + 1];
   window_sums<kVec>(terms, pairs, 0.f, first, last, sums, [](float sum, float v) { return sum + v; });
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) dx[i] -= 2.f * 0.75f * c[i] * sums[i];
+  for (int i = 0; i < kVec; ++i) dx[i] -= 2.f * 0.75f * a[i] * sums[i];
 }
 
 // The general kernels take any window, beta and memory format. A thread computes one channel of one pixel.

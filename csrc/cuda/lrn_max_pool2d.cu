@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kLrnPoolWarps* kWarp, 2)
   const bool writes = exists && lane > 0 && lane < kWarp - 1;
   float shift[kVec];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) shift[i] = lrn.scale * bias.at<T>(vector * kVec + i);
+  for (int i = 0; i < kVec; ++i) shift[i] = bias.at<T>(vector * kVec + i);
   int row = 2 * top - pool.pad_h;
   x += in.offset(image, vector * kVec, row, pixel_x);
   const int ends = min(top + tile.rows, out.H);
@@ -70,22 +70,22 @@ __global__ void __launch_bounds__(kLrnPoolWarps* kWarp, 2)
     if (loads && unsigned(row + at) < unsigned(in.H)) raw.load(x + at * in.row_stride);
     return raw;
   };
-  // sqrt(alpha/n) b of the row `at`, which all lanes of the block have in common.
+  // b / gain of the row `at`, which all lanes of the block have in common.
   auto normalise = [&](const Packed<T, kVec>& raw, int at, float(&b)[kVec]) {
     if (unsigned(row + at) >= unsigned(in.H)) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) b[i] = minus_infinity();
       return;
     }
-    float c[kVec], s[kVec];
+    float a[kVec], t[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      c[i] = raw[i] * lrn.scale + shift[i];
-      if (kRelu) c[i] = relu(c[i]);
+      a[i] = raw[i] + shift[i];
+      if (kRelu) a[i] = relu(a[i]);
     }
-    bases<kVec>(lrn, c, first, last, s);
+    bases<kVec>(lrn, a, first, last, t);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) b[i] = c[i] * fast_powers(s[i]).minus_beta;
+    for (int i = 0; i < kVec; ++i) b[i] = a[i] * fast_powers(t[i]).minus_beta;
   };
 
   // The output of a thread: channels of one column.
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kLrnPoolWarps* kWarp, 2)
         if (j > 0) maximum.merge(value, at);
       }
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) maximum.value[i] *= lrn.inverse_scale;
+      for (int i = 0; i < kVec; ++i) maximum.value[i] *= lrn.gain;
       store<kVec>(y, maximum.value);
       store_words<kWords>(argmax, maximum.position);
     }
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   const int in_pixel = Lane().remainder(pixel), in_tower = tower.remainder(in_pixel);
   const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) shift[i] = lrn.scale * bias.at<T>(in_pixel * kVec + i);
+  for (int i = 0; i < kVec; ++i) shift[i] = bias.at<T>(in_pixel * kVec + i);
   for (int64_t step = blockIdx.x; step < steps; step += gridDim.x) {
     const Lane lane(step);
     const bool exists = lane.valid(blocks.vectors());
@@ -183,16 +183,16 @@ __global__ void __launch_bounds__(kThreads)
     float g[2][2][kVec];
     gather_block<kVec>(at, exists, out, grad, static_cast<const T*>(nullptr), argmax, g);
     for_pixels([&](auto r, auto s) {
-      float c[kVec], d[kVec];
+      float a[kVec], d[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        c[i] = raw[r][s][i] * lrn.scale + shift[i];
-        if (kRelu) c[i] = relu(c[i]);
-        // Where ReLU's derivative is zero, c is: so is all else of this channel's gradient.
-        if (kRelu && c[i] <= 0.f) g[r][s][i] = 0.f;
+        a[i] = raw[r][s][i] + shift[i];
+        if (kRelu) a[i] = relu(a[i]);
       }
-      lrn_backward<kVec>(lrn, c, g[r][s], first, last, d);
+      lrn_backward<kVec>(lrn, a, g[r][s], first, last, d);
       if (!lane.stores() || !inside[r][s]) return;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) d[i] = kRelu && a[i] <= 0.f ? 0.f : d[i];
       store<kVec>(to + (r * in.row_stride + s * in.column_stride), d);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) bias_grad[i] += d[i];

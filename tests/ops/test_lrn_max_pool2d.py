@@ -82,6 +82,36 @@ def test_ties_go_to_the_first(padding, relu, memory_format, device, backend):
     assert_close(grad, expected[1])
 
 
+@every_format
+def test_the_largest_activations(memory_format, device, backend):
+    """Their squares overflow: the quotients are next to nothing."""
+    x = random((2, 16, 7, 7), torch.float32, memory_format, device) * 1e37
+    out = lrn_max_pool2d(x, alpha=5e4, backend=backend)
+    assert (out.abs() < 1e-20).all()
+
+
+@every_format
+def test_where_the_bias_cancels_the_input(memory_format, device, backend):
+    """The sum is exactly zero, where ReLU's derivative is."""
+    bias = random((40,), device=device)
+    x = (-bias[:, None, None]).expand(2, 40, 7, 7).contiguous(memory_format=memory_format).requires_grad_()
+    out = lrn_max_pool2d(x, bias=bias, relu=True, **STRONG, backend=backend)
+    assert (out == 0).all()
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert (grad == 0).all()
+
+
+@every_format
+def test_relu_stops_gradients_that_are_nan(memory_format, device, backend):
+    x = torch.ones(1, 16, 3, 3, device=device)
+    x[:, 5] = -1
+    x[:, 4] = torch.nan
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    (grad,) = torch.autograd.grad(lrn_max_pool2d(x, relu=True, **STRONG, backend=backend).sum(), x)
+    assert (grad[:, 5] == 0).all()
+    assert grad[:, 4].isnan().all()
+
+
 @pytest.mark.parametrize("choice", ["auto", "native"])
 def test_errors_of_the_bias(choice):
     x, bias = torch.zeros(2, 8, 7, 7), torch.zeros(8)
