@@ -171,13 +171,16 @@ def _setup_context(ctx, inputs, output) -> None:
     input, bias, kernel_size, stride, padding, _, relu = inputs
     values, argmax = output
     ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(values if relu else None, argmax, bias)
+    ctx.save_for_backward(values if relu else None, argmax)
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.args = (list(input.shape), kernel_size, stride, padding, relu)
 
 
 def _backward(kernels, ctx, grad: Tensor, _):
-    output, argmax, bias = ctx.saved_tensors
-    bias = bias if ctx.needs_input_grad[1] else None
+    output, argmax = ctx.saved_tensors
+    bias = None
+    if ctx.needs_input_grad[1]:  # its values are not: they may have changed since
+        bias = argmax.new_empty(argmax.shape[1], dtype=ctx.bias_dtype)
     grad_input, grad_bias = kernels.max_pool2d_backward(grad, output, argmax, bias, *ctx.args)
     return grad_input, None if bias is None else grad_bias, *[None] * 5
 

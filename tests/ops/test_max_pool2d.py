@@ -27,6 +27,23 @@ def test_ties_go_to_the_first(sample, dtype, memory_format, device, backend):
 
 
 @every_format
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_the_bias_may_change_before_backward(relu, memory_format, device, backend):
+    """As it may after an addition of torch's: its gradient does not depend on it."""
+    x = random((2, 20, 9, 9), torch.float32, memory_format, device)
+    gradients = []
+    for changed in (False, True):
+        leaf, bias = x.clone().requires_grad_(), torch.ones(20, device=device, requires_grad=True)
+        out = max_pool2d(leaf, bias=bias, relu=relu, backend=backend)
+        if changed:
+            with torch.no_grad():
+                bias.add_(1)
+        gradients.append(torch.autograd.grad(out.sum(), (leaf, bias)))
+    for before, after in zip(*gradients, strict=True):
+        assert torch.equal(before, after)
+
+
+@every_format
 @every_dtype
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
