@@ -319,6 +319,8 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 if index else 8, 0))
+    # It allocates on the GPU where a fake tensor is made.
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None, raising=False)
     monkeypatch.setattr(_library, "ARCHS", ("8.6", "9.0"))
     monkeypatch.setattr(_library, "_searched", False)
     monkeypatch.setattr(_library, "UNSERVED", {})
