@@ -58,11 +58,10 @@ class FusedSequential(nn.Sequential):
         kinds = _kinds(children)
         x, i = input, 0
         while i < len(children):
-            run = _run_with_bias_at(kinds, children, i, x, overwritten) or _run_at(kinds, i)
-            end = i + len(run)
-            if run and _takes(_rule(run), x) and not _overwrites_input(kinds, children, end, overwritten):
-                x = _compute(run, children[i:end], x)
-                i = end
+            run = _run_taken(kinds, children, i, x, overwritten)
+            if run:
+                x = _compute(run, children[i : i + len(run)], x)
+                i += len(run)
             else:
                 container = type(children[i]) is FusedSequential
                 if container and _overwrites_input(kinds, children, i + 1, overwritten):
@@ -348,19 +347,29 @@ def _run_with_bias_at(kinds: str, children: Sequence[Any], i: int, x: Any, overw
     their gradients two more. The pool computes them in its own pass. oneDNN and Triton's kernel add the bias for free.
     Layers that compute their runs themselves keep their bias.
     """
-    for run, rule in _RULES_WITH_BIAS.items():
-        if kinds.startswith(run, i):
-            conv, end = children[i], i + len(run)
-            taken = (
-                _takes(rule, x)
-                and conv.bias is not None
-                and conv.bias.dtype == conv.weight.dtype
-                and not any(type(child) in _RUN_LAYERS for child in children[i:end])
-                and not _overwrites_input(kinds, children, end, overwritten)
-                and select("conv2d_relu", x, None) == "cuda"
-            )
-            return run if taken else ""
-    return ""
+    run = next((run for run in _RULES_WITH_BIAS if kinds.startswith(run, i)), "") if kinds[i] == "C" else ""
+    if not run:
+        return ""
+    conv, end = children[i], i + len(run)
+    taken = (
+        _takes(_rule(run), x)
+        and conv.bias is not None
+        and conv.bias.dtype == conv.weight.dtype
+        and not any(type(child) in _RUN_LAYERS for child in children[i:end])
+        and not _overwrites_input(kinds, children, end, overwritten)
+        and select("conv2d_relu", x, None) == "cuda"
+    )
+    return run if taken else ""
+
+
+def _run_taken(kinds: str, children: Sequence[Any], i: int, x: Any, overwritten: bool) -> str:
+    """The run to compute at child i; "" if the child is called by itself."""
+    run = _run_with_bias_at(kinds, children, i, x, overwritten)
+    if run:
+        return run
+    run = _run_at(kinds, i)
+    taken = run and _takes(_rule(run), x) and not _overwrites_input(kinds, children, i + len(run), overwritten)
+    return run if taken else ""
 
 
 def _takes(rule: Rule, x: object) -> bool:

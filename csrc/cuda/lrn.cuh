@@ -80,8 +80,6 @@ class Lane {
   // The lane's vector is position() after the first one that the step stores: -1 ... kStep.
   __device__ __forceinline__ int position() const { return position_; }
   __device__ __forceinline__ int64_t vector() const { return step_ * kStep + position_; }
-  // The coordinates of the lane's vector, which must be valid.
-  __device__ __forceinline__ Coordinates locate(const ImageLayout& images) const { return images.locate(vector(), 0); }
   __device__ __forceinline__ bool valid(int64_t count) const { return vector() >= 0 && vector() < count; }
   __device__ __forceinline__ bool stores(int64_t count) const { return stores() && vector() < count; }
   __device__ __forceinline__ bool stores() const { return lane_ > 0 && lane_ < kWarp - 1; }

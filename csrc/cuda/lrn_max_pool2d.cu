@@ -50,14 +50,15 @@ __global__ void __launch_bounds__(kLrnPoolWarps* kWarp, 2)
   const int top = (tile_row - image * tile.down.value()) * tile.rows;
   const int left = (int(blockIdx.x) - tile_row * tile.across.value()) * tile.columns;
   const int columns = min(tile.columns, out.W - left), vectors = tile.pixel.value();
-  const int lane = int(threadIdx.x % kWarp), position = int(threadIdx.x / kWarp) * kStoringLanes + lane - 1;
+  const Lane lane;
+  const int position = lane.position();
   const bool exists = position >= 0 && position < (2 * columns + 1) * vectors;
   const int column = tile.pixel.quotient(max(position, 0)), vector = max(position, 0) - column * vectors;
   const int in_tower = tower.remainder(vector);
   const bool first = in_tower == 0, last = in_tower == tower.value() - 1;
   const int pixel_x = 2 * left - pool.pad_w + column;
   const bool loads = exists && unsigned(pixel_x) < unsigned(in.W);
-  const bool writes = exists && lane > 0 && lane < kWarp - 1;
+  const bool writes = exists && lane.stores();
   float shift[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) shift[i] = bias.at<T>(vector * kVec + i);

@@ -41,17 +41,6 @@ struct Maximum {
     }
     empty = false;
   }
-  // Merges the maximum of later pixels; `offset` is added to its positions.
-  __device__ __forceinline__ void merge(const Maximum& later, int offset) {
-    if (later.empty) return;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const bool wins = empty || later.value[i] > value[i] || later.value[i] != later.value[i];
-      value[i] = wins ? later.value[i] : value[i];
-      position[i] = wins ? later.position[i] + offset : position[i];
-    }
-    empty = false;
-  }
   __device__ __forceinline__ void relu() {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) value[i] = cuda::relu(value[i]);

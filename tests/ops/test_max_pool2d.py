@@ -43,14 +43,19 @@ def test_the_bias_may_change_before_backward(relu, memory_format, device, backen
         assert torch.equal(before, after)
 
 
-@every_format
-@every_dtype
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
-def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
+def with_nan_and_infinity(dtype: torch.dtype, memory_format: torch.memory_format, device: str) -> torch.Tensor:
     x = random((2, 20, 9, 9), dtype, memory_format, device)
     x[0, 0, 4, 4] = x[1, 17, 0, 1] = torch.nan
     x[0, 1, 2, 2] = torch.inf
     x[1, 3] = -torch.inf
+    return x
+
+
+@every_format
+@every_dtype
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+def test_nan_and_infinity(relu, dtype, memory_format, device, backend):
+    x = with_nan_and_infinity(dtype, memory_format, device)
     expected = reference.max_pool2d(x.double(), relu=relu)
     out = max_pool2d(x, relu=relu, backend=backend)
     assert_same(out.double(), expected)
@@ -100,10 +105,7 @@ def test_the_sum_with_the_bias_is_rounded_once(relu, bias_dtype, dtype, memory_f
 @every_dtype
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 def test_nan_infinity_and_zeros_with_a_bias(relu, dtype, memory_format, device, backend):
-    x = random((2, 20, 9, 9), dtype, memory_format, device)
-    x[0, 0, 4, 4] = x[1, 17, 0, 1] = torch.nan
-    x[0, 1, 2, 2] = torch.inf
-    x[1, 3] = -torch.inf
+    x = with_nan_and_infinity(dtype, memory_format, device)
     x[:, 4], x[:, 5], x[:, 6] = 0.0, -0.0, -1.0
     bias = random((20,), dtype, device=device)
     bias[4:7] = torch.tensor([-0.0, -0.0, 1.0])
