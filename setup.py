@@ -6,7 +6,7 @@ CUDA. It is an operator library, not a Python extension module, and is built by 
 Environment (an empty variable is an unset one):
     ALEXNET_KERNELS_CUDA    1: build CUDA kernels, or fail; 0: build none; unset: build them if there is a CUDA toolkit
                             (12.4 or later) that compiles and links, else warn and build the CPU kernels
-    ALEXNET_KERNELS_ARCHS   CUDA architectures; if unset TORCH_CUDA_ARCH_LIST, by default "8.0;9.0;10.0+PTX". Those
+    ALEXNET_KERNELS_ARCHS   CUDA architectures; if unset TORCH_CUDA_ARCH_LIST, by default "8.0;9.0a;10.0+PTX". Those
                             that nvcc doesn't know are left out
     CUDA_HOME               the CUDA toolkit, if nvcc isn't on PATH
     CXX, CXXFLAGS           the C++ compiler and additional flags

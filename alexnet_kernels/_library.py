@@ -66,6 +66,9 @@ def _build_info() -> dict[str, str]:
 ARCHS = tuple(arch for arch in _build_info().get("archs", "").split(";") if arch)
 """The GPU architectures that the CUDA kernels were compiled for, as in "9.0a" and "10.0+PTX"."""
 
+WGMMA = any(arch.startswith("9.0a") for arch in ARCHS)
+"""Whether the CUDA kernels include the convolution of Hopper's wgmma (csrc/cuda/*_sm90a.cu)."""
+
 _TEGRA = ((7, 2), (8, 7))
 """They run no machine code of other architectures."""
 UNSERVED: dict[int, str] = {}
@@ -86,6 +89,11 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return bool(ptx) and not number.endswith("f") and (major, minor) < capability
 
 
+def arch_of(capability: tuple[int, int]) -> str:
+    """What to compile the kernels for, to run on GPUs of a compute capability: "9.0a", or "8.0"."""
+    return ".".join(map(str, capability)) + "a" * (capability == (9, 0))
+
+
 def _find_unserved() -> dict[int, str]:
     if not ARCHS or not torch.cuda.is_available():
         return {}
@@ -94,7 +102,9 @@ def _find_unserved() -> dict[int, str]:
         capability = torch.cuda.get_device_capability(index)
         if not any(runs_on(arch, capability) for arch in ARCHS):
             arch = ".".join(map(str, capability))
-            remedy = f"build it with ALEXNET_KERNELS_ARCHS={arch}" if capability >= (8, 0) else "they need 8.0 or later"
+            remedy = "they need 8.0 or later"
+            if capability >= (8, 0):
+                remedy = f"build it with ALEXNET_KERNELS_ARCHS={arch_of(capability)}"
             found[index] = (
                 f"the native library has no kernels for architecture {arch} of {torch.cuda.get_device_name(index)}, "
                 f"only for {', '.join(ARCHS)}: {remedy}"
@@ -130,7 +140,8 @@ def slow_path(device: torch.device) -> str | None:
 def status() -> dict[str, Any]:
     """The library's path, whether it is loaded or why not, the instruction set in use, whether it has CUDA kernels.
 
-    "archs" are the GPU architectures that those were compiled for, "sources" is a digest of what they were built from.
+    "archs" are the GPU architectures that those were compiled for, "wgmma" is whether Hopper's convolution is among
+    them, "sources" is a digest of what they were built from.
     """
     return {
         "path": str(PATH),
@@ -139,5 +150,6 @@ def status() -> dict[str, Any]:
         "isa": torch.ops.alexnet_kernels.isa() if LOADED else None,
         "cuda_built": any(key == "CUDA" for _, key in KERNELS),
         "archs": list(ARCHS),
+        "wgmma": WGMMA,
         "sources": _build_info().get("sources", ""),
     }

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from native_build import requirements
-from native_build.toolkit import Toolkit, gencode
+from native_build.toolkit import HOPPER, Toolkit, gencode
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = "probe.so"
@@ -95,6 +95,9 @@ def first_line(command: Sequence[str]) -> str:
 def write_ninja(build: Path, output: Path, toolkit: Toolkit | None) -> None:
     """Writes build.ninja: csrc/library.cpp, csrc/cpu/*.cpp once for each instruction set, csrc/cuda/*.cu.
 
+    Of these, *_sm90a.cu are compiled for 9.0a alone, and only if it is among the architectures; then all are compiled
+    with -DALEXNET_SM90A.
+
     With a toolkit there is also PROBE, which is small and tells whether the toolkit compiles and links.
     """
     compiler, torch = requirements.compiler(), f"torch {link_torch(build)}"
@@ -127,10 +130,14 @@ def write_ninja(build: Path, output: Path, toolkit: Toolkit | None) -> None:
     if toolkit:
         file.compilers("nvcc", [toolkit.nvcc], f"{torch}, nvcc {toolkit.version}, {version}")
         flags = [*common, "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
-        flags += ["-lineinfo", "-Xfatbin=-compress-all", *(flag for arch in toolkit.archs for flag in gencode(arch))]
+        flags += ["-lineinfo", "-Xfatbin=-compress-all", *(["-DALEXNET_SM90A"] if HOPPER in toolkit.archs else [])]
+        every = [*flags, *(flag for arch in toolkit.archs for flag in gencode(arch))]
         link += [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        probe = file.add("nvcc", "probe.cu.o", [file.relative(ROOT / "native_build" / "probe.cu")], flags)
+        probe = file.add("nvcc", "probe.cu.o", [file.relative(ROOT / "native_build" / "probe.cu")], every)
         file.add("link", PROBE, [probe], link)
         for source in sorted(cuda.glob("*.cu")):
-            objects.append(file.add("nvcc", f"{source.stem}.cu.o", [file.relative(source)], flags))
+            hopper = source.stem.endswith("_sm90a")
+            if not hopper or HOPPER in toolkit.archs:
+                chosen = [*flags, *gencode(HOPPER)] if hopper else every
+                objects.append(file.add("nvcc", f"{source.stem}.cu.o", [file.relative(source)], chosen))
     file.write(file.add("link", file.relative(output), objects, link))

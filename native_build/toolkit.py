@@ -11,11 +11,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT = "8.0;9.0;10.0+PTX"
+DEFAULT = "8.0;9.0a;10.0+PTX"
+HOPPER = "9.0a"
+"""The architecture of wgmma and TMA, and of csrc/cuda/*_sm90a.cu."""
 OLDEST = (12, 4)
 LEAST = (8, 0)
 """The kernels use instructions of this architecture."""
-# As in TORCH_CUDA_ARCH_LIST.
+# As in TORCH_CUDA_ARCH_LIST, except for Hopper, which is 9.0+PTX there.
 NAMED = {
     "Maxwell": "5.0;5.2+PTX",
     "Pascal": "6.0;6.1+PTX",
@@ -23,7 +25,7 @@ NAMED = {
     "Turing": "7.5+PTX",
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
-    "Hopper": "9.0+PTX",
+    "Hopper": HOPPER,
     "Blackwell+Tegra": "11.0",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
@@ -113,29 +115,40 @@ def number(arch: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def general(arch: str) -> bool:
+    """Whether newer GPUs run the architecture's PTX."""
+    return arch.removesuffix("+PTX")[-1].isdigit()
+
+
 def buildable(nvcc: str, version: str, archs: list[str]) -> tuple[str, ...]:
     """Those of the architectures that nvcc and the kernels know. Says which are left out."""
     listed = {word for option in ("--list-gpu-arch", "--list-gpu-code") for word in _ask(nvcc, option).stdout.split()}
     old = [arch for arch in archs if number(arch) < LEAST]
     unknown = [arch for arch in archs if arch not in old and not _knows(nvcc, listed, arch)]
     left = [*old, *unknown]
-    kept = [arch for arch in archs if arch not in left]
+    # Only the GPUs that run its machine code run the PTX of 9.0a or 10.0f.
+    kept = [arch if general(arch) else arch.removesuffix("+PTX") for arch in archs if arch not in left]
     reasons = [f"{', '.join(old)}: the kernels need {'.'.join(map(str, LEAST))} or later"] * bool(old)
     reasons += [f"{', '.join(unknown)}: {nvcc} ({version}) does not know them"] * bool(unknown)
     if not kept:
         raise Unusable(f"none of the architectures can be built; {'; '.join(reasons)}")
-    if left:
-        if any(arch.endswith("+PTX") for arch in left) and not any(arch.endswith("+PTX") for arch in kept):
-            # Newer GPUs compile it when they load the library.
-            newest = max(kept, key=number)
-            kept[kept.index(newest)] = f"{newest}+PTX"
+    useless = [arch.removesuffix("+PTX") for arch in archs if arch not in left and arch not in kept]
+    reasons += [f"PTX of {', '.join(useless)}: no other GPU runs it"] * bool(useless)
+    wished, given = (any(arch.endswith("+PTX") for arch in some) for some in (archs, kept))
+    if wished and not given and (candidates := [arch for arch in kept if general(arch)]):
+        # Newer GPUs compile it when they load the library.
+        newest = max(candidates, key=number)
+        kept[kept.index(newest)] = f"{newest}+PTX"
+    if reasons:
         say(f"architectures left out: {'; '.join(reasons)}; built: {', '.join(kept)}")
+    if HOPPER not in kept and number(HOPPER) in map(number, kept):
+        say(f"the wgmma convolution is left out: {HOPPER} is not among the architectures, {', '.join(kept)}")
     return tuple(kept)
 
 
 def _knows(nvcc: str, listed: set[str], arch: str) -> bool:
     flags = gencode(arch)
-    if listed and arch.removesuffix("+PTX")[-1].isdigit():
+    if listed and general(arch):
         return all(name in listed for flag in flags for name in re.findall(r"(?:compute|sm)_\w+", flag))
     # The lists leave out 9.0a and the like.
     return subprocess.run([nvcc, *flags, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True).returncode == 0

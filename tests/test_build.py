@@ -15,7 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))  # after the installed package
 
 from alexnet_kernels import _sources
-from native_build import requirements, run_ninja, toolkit
+from native_build import ninja_file, requirements, run_ninja, toolkit
 from native_build.ninja_file import ISAS, write_ninja
 from native_build.toolkit import Unusable
 
@@ -142,11 +142,11 @@ class TestArchitectures:
     @pytest.mark.parametrize(
         ("own", "torch", "expected"),
         [
-            (None, None, ["8.0", "9.0", "10.0+PTX"]),
-            ("", " ", ["8.0", "9.0", "10.0+PTX"]),
+            (None, None, ["8.0", "9.0a", "10.0+PTX"]),
+            ("", " ", ["8.0", "9.0a", "10.0+PTX"]),
             ("9.0a, 10.0f", "8.0", ["9.0a", "10.0f"]),
             (None, "8.0 8.6;9.0+PTX", ["8.0", "8.6", "9.0+PTX"]),
-            (None, "Ampere;Hopper", ["8.0", "8.6+PTX", "9.0+PTX"]),
+            (None, "Ampere;Hopper", ["8.0", "8.6+PTX", "9.0a"]),
             (None, "8.6 8.6+PTX 8.6", ["8.6+PTX"]),
         ],
     )
@@ -160,7 +160,7 @@ class TestArchitectures:
     @pytest.mark.parametrize("value", ["hopper", "9", "9.0;sm_80", "8.0+PTX+PTX"])
     def test_bad_ones_are_named(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit, match=re.escape(f"{name}={value!r}: a list such as '8.0;9.0;10.0+PTX'")):
+        with pytest.raises(SystemExit, match=re.escape(f"{name}={value!r}: a list such as '8.0;9.0a;10.0+PTX'")):
             toolkit.wished_archs()
 
     def test_flags(self) -> None:
@@ -171,9 +171,12 @@ class TestArchitectures:
     @pytest.mark.parametrize(
         ("known", "wished", "built", "left"),
         [
-            ("80 90 100", "8.0;9.0;10.0+PTX", ("8.0", "9.0", "10.0+PTX"), ""),
-            ("80 90", "8.0;9.0;10.0+PTX", ("8.0", "9.0+PTX"), "10.0+PTX"),
-            ("80 90", "8.0+PTX;9.0;10.0+PTX", ("8.0+PTX", "9.0"), "10.0+PTX"),
+            ("80 90 100", toolkit.DEFAULT, ("8.0", "9.0a", "10.0+PTX"), ""),
+            ("80 90", toolkit.DEFAULT, ("8.0+PTX", "9.0a"), "10.0+PTX"),  # other GPUs don't run the PTX of 9.0a
+            ("80 86 90", "8.0+PTX;8.6;9.0a;10.0+PTX", ("8.0+PTX", "8.6", "9.0a"), "10.0+PTX"),
+            ("80 86 90", "8.0;8.6;9.0a;10.0+PTX", ("8.0", "8.6+PTX", "9.0a"), "10.0+PTX"),
+            ("80 90", "9.0a;9.0;10.0+PTX", ("9.0a", "9.0+PTX"), "10.0+PTX"),
+            ("80 90", "9.0a 10.0+PTX", ("9.0a",), "10.0+PTX"),
             ("80 90", "9.0a 10.0a", ("9.0a",), "10.0a"),
             ("70 75 80 90", "7.0 7.5 8.0", ("8.0",), ""),  # too old for the kernels
             ("", "8.0", ("8.0",), ""),  # of a wrapper that has no lists
@@ -196,17 +199,76 @@ class TestArchitectures:
             f"alexnet_kernels: architectures left out: {old or unknown}; built: {', '.join(built)}"
         ] * bool(old or unknown)
 
+    @pytest.mark.parametrize(
+        ("wished", "built", "left"),
+        [
+            ("8.0;9.0a+PTX", ("8.0+PTX", "9.0a"), "9.0a"),
+            ("9.0a+PTX", ("9.0a",), "9.0a"),
+            ("9.0a+PTX;10.0+PTX", ("9.0a", "10.0+PTX"), "9.0a"),
+            ("9.0a+PTX 10.0f+PTX", ("9.0a", "10.0f"), "9.0a, 10.0f"),
+        ],
+    )
+    def test_ptx_that_only_its_own_gpus_run_is_left_out(self, wished, built, left, make_toolkit, capfd, monkeypatch):
+        make_toolkit()
+        monkeypatch.setenv("ALEXNET_KERNELS_ARCHS", wished)
+        assert toolkit.find_toolkit().archs == built
+        assert capfd.readouterr().err.splitlines() == [
+            f"alexnet_kernels: architectures left out: PTX of {left}: no other GPU runs it; built: {', '.join(built)}"
+        ]
+
+    @pytest.mark.parametrize(
+        ("known", "wished", "told"),
+        [
+            ("80 90", "9.0", "9.0"),
+            ("80 90", "8.0;9.0+PTX", "8.0, 9.0+PTX"),
+            ("80 90", "9.0;9.0a", None),
+            ("80 90", "8.0", None),
+            ("80 90", "Hopper", None),
+        ],
+    )
+    def test_a_list_without_the_wgmma_convolution_is_told(self, known, wished, told, make_toolkit, capfd, monkeypatch):
+        make_toolkit(known)
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wished)
+        toolkit.find_toolkit()
+        line = f"alexnet_kernels: the wgmma convolution is left out: 9.0a is not among the architectures, {told}"
+        assert capfd.readouterr().err.splitlines() == [line] * (told is not None)
+
     def test_they_reach_the_compiler_and_the_library(self, make_toolkit, tmp_path: Path, monkeypatch) -> None:
         make_toolkit("80 90")
         monkeypatch.setenv("ALEXNET_KERNELS_ARCHS", "9.0a;10.0")
         write_ninja(tmp_path, tmp_path / "_C.so", toolkit.find_toolkit())
         text = (tmp_path / "build.ninja").read_text()
-        builds = re.findall(r"build (\w+)\.cu\.o: nvcc .*\n  flags = (.*)", text)
-        assert {name for name, _ in builds} == {"probe", *(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))}
-        for _, flags in builds:
+        builds = compilations(text)
+        assert set(builds) == {"probe", *(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu"))}
+        for flags in builds.values():
             assert "-lineinfo" in flags
             assert re.findall(r"-gencode=(\S+)", flags) == ["arch=compute_90a,code=sm_90a"]
         assert f"sources={_sources.digest(ROOT / 'csrc')} archs=9.0a" in text
+
+    @pytest.mark.parametrize("archs", ["8.0;9.0a;10.0+PTX", "9.0a", "9.0;9.0a", "8.0;9.0;10.0+PTX", "8.0"])
+    def test_sources_for_hopper(self, archs: str, make_toolkit, tmp_path: Path, monkeypatch) -> None:
+        make_toolkit()
+        monkeypatch.setenv("ALEXNET_KERNELS_ARCHS", archs)
+        for name in ("plain.cu", "fast_sm90a.cu", "sm90a_not.cu"):
+            script(tmp_path / "csrc" / "cuda" / name, "")
+        monkeypatch.setattr(ninja_file, "ROOT", tmp_path)
+        script(tmp_path / "alexnet_kernels" / "_sources.py", (ROOT / "alexnet_kernels" / "_sources.py").read_text())
+        write_ninja(tmp_path, tmp_path / "_C.so", toolkit.find_toolkit())
+        text = (tmp_path / "build.ninja").read_text()
+        builds = compilations(text)
+        hopper = "9.0a" in archs
+        assert set(builds) == {"probe", "plain", "sm90a_not", *(["fast_sm90a"] if hopper else [])}
+        assert {"-DALEXNET_SM90A" in flags.split() for flags in builds.values()} == {hopper}
+        assert ("fast_sm90a.cu.o" in re.search(r"^build _C\.so: link (.*)$", text, re.MULTILINE)[1]) == hopper
+        every = [flag for arch in archs.split(";") for flag in toolkit.gencode(arch)]
+        for name, flags in builds.items():
+            expected = toolkit.gencode("9.0a") if name == "fast_sm90a" else every
+            assert re.findall(r"-gencode=\S+", flags) == expected
+
+
+def compilations(text: str) -> dict[str, str]:
+    """nvcc's flags for each source of a ninja file."""
+    return dict(re.findall(r"build (\w+)\.cu\.o: nvcc .*\n  flags = (.*)", text))
 
 
 class TestToolkit:
@@ -232,7 +294,7 @@ class TestToolkit:
         [
             ({"libraries": False}, None, "has no libraries"),
             ({"version": "V12.2.140"}, None, "is V12.2.140: 12.4 or later is needed"),
-            ({"archs": "50 60"}, None, r"none of .* built; 8.0, 9.0, 10.0\+PTX: \S+ \S+ \(V13.0.88\) does not know"),
+            ({"archs": "50 60"}, None, r"none of .* built; 8.0, 9.0a, 10.0\+PTX: \S+ \S+ \(V13.0.88\) does not know"),
             (
                 {},
                 "#!/bin/sh\necho nvcc: no licence >&2; exit 3\n",

@@ -20,7 +20,7 @@ pytest.importorskip("lightning")
 
 from runs import shipped_images
 
-from alexnet_kernels import backends
+from alexnet_kernels import _library, backends
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.training import checkpoint, datasets
@@ -377,6 +377,20 @@ class TestInfo:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
         threads = r"\d+ CPU threads"
         assert re.sub(threads, "", done.stdout) == re.sub(threads, "", out)
+
+    @pytest.mark.parametrize(
+        ("built", "wgmma", "told"),
+        [
+            (True, True, "CUDA kernels for 8.0, 9.0a, with the wgmma convolution"),
+            (True, False, "CUDA kernels for 8.0, 9.0a, without the wgmma convolution"),
+            (False, False, "no CUDA kernels"),
+        ],
+    )
+    def test_the_library_s_kernels(self, built, wgmma, told, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+        status = {"loaded": True, "path": "_C.so", "isa": "avx2", "cuda_built": built, "archs": ["8.0", "9.0a"]}
+        monkeypatch.setattr(_library, "status", lambda: status | {"wgmma": wgmma})
+        assert main(["info"]) == 0
+        assert f"\nlibrary: _C.so, avx2 on the CPU, {told}\n" in capsys.readouterr().out
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["info", "--json"]) == 0

@@ -37,7 +37,20 @@ class TestSymbols:
         assert unstable == []
 
     def test_no_python_and_no_cuda_library_is_needed(self) -> None:
-        assert [name for name in symbols("--undefined-only") if name.startswith(("Py", "_Py", "cuda"))] == []
+        """The driver's functions (cu...) and the runtime's are found at run time, or linked statically."""
+        needed = symbols("--undefined-only")
+        assert [name for name in needed if re.match(r"_?Py|__cuda|cuda|cu[A-Z]|nvrtc", name)] == []
+        assert [name for name in needed if "cuTensorMap" in name] == []
+
+    @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+    def test_only_torch_and_the_system_s_libraries_are_loaded(self) -> None:
+        command = ["readelf", "--dynamic", "--wide", str(_library.PATH)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C"})
+        libraries = {name.partition(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.*)\]", listing.stdout)}
+        assert libraries >= {"libtorch", "libtorch_cpu", "libstdc++"}
+        system = {"libstdc++", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread"}
+        loader = {name for name in libraries if name.startswith("ld-linux")}
+        assert libraries <= {"libtorch", "libtorch_cpu"} | system | loader
 
     def test_nothing_of_torch_is_exported(self) -> None:
         defined = [name for name in symbols("--defined-only") if re.search(r" ?\b(at|c10|torch)::", name)]
