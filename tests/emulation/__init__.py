@@ -49,6 +49,7 @@ def _write_ninja() -> None:
     system = [pybind11.get_include(), sysconfig.get_path("include"), *torch_build.include_paths()]
     flags = ["-O2", "-std=c++20", "-w", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", f"-DALEXNET_NAMESPACE={NAMESPACE}"]
+    flags.append("-DALEXNET_SM90A")
     flags += [f"-I{path}" for path in include] + [f"-isystem {path}" for path in system]
     torch_lib = torch_build.library_paths()[0]
     link = [f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -4,7 +4,8 @@
 // collectives of a warp (shuffles, votes, __syncwarp). A fiber that never waits is reused for the next thread. Blocks
 // run one after the other. Where hardware would hang or compute wrong values (a barrier or collective that some threads
 // do not reach, lanes of a warp in different collectives), the launch ends with a std::runtime_error that tells where
-// each thread is. Dynamic shared memory is initialised to NaN.
+// each thread is. Dynamic shared memory is initialised to NaN. Units of hardware that work beside the threads complete
+// their operations late, in a random order (hopper.h).
 //
 // With -fsanitize=address, accesses outside tensors and dynamic shared memory are reported; with -fsanitize=thread,
 // data races between the threads of a block, for which every CUDA thread has a fiber of its own.
@@ -19,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -48,6 +50,7 @@ extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #define __shared__ static thread_local
 #define __constant__ static const
 #define __restrict__ __restrict
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -57,6 +60,13 @@ struct dim3 {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 typedef struct CUstream_st* cudaStream_t;
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -73,7 +83,7 @@ constexpr size_t kMostShared = 227 * 1024;  // the limit of dynamic shared memor
 constexpr unsigned kMostThreads = 1024, kMostBlocksYZ = 65535, kMostBlocksX = 2147483647;
 constexpr unsigned kWarp = 32;
 
-enum class State { unstarted, running, at_barrier, at_collective, finished };
+enum class State { unstarted, running, at_barrier, at_collective, at_phase, finished };
 
 struct Fiber {
   char* stack = nullptr;  // null for the fiber that launches
@@ -96,6 +106,17 @@ struct Thread {
   void* out;
 };
 
+// Hardware beside the threads of a block, whose state lasts as long as the block.
+struct Unit {
+  virtual ~Unit() = default;
+  // A thread is about to meet others, at a barrier or in a collective.
+  virtual void meet() {}
+  // The threads have finished: what they left undone, or an empty string.
+  virtual std::string finish() = 0;
+  // No thread can go on: what the unit waits for, or an empty string.
+  virtual std::string waits_for() const { return {}; }
+};
+
 // A launch that did not run. `kernel` is the offset of its function in the module; `arguments` are the bytes of its
 // parameters, as constant memory holds them.
 struct Launch {
@@ -110,8 +131,10 @@ struct Settings {
   unsigned order = 0;  // 0: threads and blocks start in index order; otherwise the seed of a permutation
   int64_t launches = 0;
   size_t blocks = 0, threads = 0, shared = 0;
-  bool record = false;  // launches do not run, but are added to `recorded`
+  int64_t conflicts = 0;  // rows of ldmatrix that wait for banks of another row
+  bool record = false;    // launches do not run, but are added to `recorded`
   std::vector<Launch> recorded;
+  int capability = 90, multiprocessors = 132;  // of the device, as an H100's
 };
 inline Settings& settings() {
   static Settings s;
@@ -134,6 +157,12 @@ class Block {
   Thread* thread = nullptr;
 
   char* shared() const { return shared_; }
+  size_t shared_bytes() const { return shared_bytes_; }
+  // Whether these bytes are in dynamic shared memory.
+  bool holds(const void* p, size_t bytes) const {
+    const size_t at = size_t(static_cast<const char*>(p) - shared_);
+    return at <= shared_bytes_ && bytes <= shared_bytes_ - at;
+  }
 
   void run(const std::function<void()>& kernel, size_t shared_bytes, unsigned order) {
     kernel_ = &kernel;
@@ -145,10 +174,11 @@ class Block {
       t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
       t.number = order_[i] = i;
     }
-    for (unsigned i = unsigned(order_.size()); order && i > 1; --i) {
-      order = order * 1664525u + 1013904223u;
-      std::swap(order_[i - 1], order_[(order >> 8) % i]);
-    }
+    seed_ = order;
+    for (unsigned i = unsigned(order_.size()); order && i > 1; --i) std::swap(order_[i - 1], order_[random() % i]);
+    adversity_ = order;
+    seed_ = order + 7919 * unsigned(index.x + size_t(grid.x) * (index.y + size_t(grid.y) * index.z));
+    late_ = order == 0 ? 0 : random() % 3;
     started_ = finished_ = waiting_ = 0;
     total_ = 0;
     ready_.clear();
@@ -160,13 +190,20 @@ class Block {
     release(&start_);
     ignore(true);
     while (error_.empty() && (started_ < threads_.size() || next_ < ready_.size())) yield();
-    ignore(false);
     acquire(&end_);
     idle_.insert(idle_.end(), spent_.begin(), spent_.end());
     spent_.clear();
     if (error_.empty() && finished_ != threads_.size()) {
       error_ = "a barrier or a warp collective that not every thread reaches";
+      for (const auto& [tag, unit] : units_) error_ += unit->waits_for();
     }
+    if (error_.empty() && !under_way_.empty()) error_ = "the block ends with copies under way";
+    for (const auto& [tag, unit] : units_) {
+      if (error_.empty()) error_ = unit->finish();
+    }
+    units_.clear();
+    under_way_.clear();
+    ignore(false);
     if (!error_.empty()) {
       // Fibers of threads that wait cannot be reused.
       idle_.clear();
@@ -176,9 +213,71 @@ class Block {
     }
   }
 
+  // The block's unit of type U.
+  template <class U>
+  U& unit() {
+    static char tag;
+    for (const auto& [its_tag, unit] : units_) {
+      if (its_tag == &tag) return static_cast<U&>(*unit);
+    }
+    units_.emplace_back(&tag, std::make_unique<U>());
+    return static_cast<U&>(*units_.back().second);
+  }
+
+  // Starts an operation of a unit. It completes at a later switch of fibers, before or after others.
+  void start(std::function<void()> complete) { under_way_.push_back(std::move(complete)); }
+
+  // Lets other threads go first, or not. The switches of the emulation's default order are those that hurt most.
+  void preempt(bool likely) {
+    if (adversity_ == 0 ? !likely : random() % 2 == 0) return;
+    wake(*thread);
+    thread->fiber = running_;
+    yield();
+  }
+  // Suspends the thread until `wake`.
+  void wait(State why) {
+    thread->state = why;
+    thread->fiber = running_;
+    yield();
+  }
+  void wake(Thread& t) {
+    t.state = State::running;
+    ready_.push_back(&t);
+  }
+  // Ends the launch with an error. A thread that fails does not go on.
+  void report(const std::string& what) {
+    if (error_.empty()) error_ = what;
+  }
+  void fail(const std::string& what) {
+    report(what);
+    wait(thread->state);
+  }
+
+  unsigned threads() const { return unsigned(threads_.size()); }
+  unsigned generation() const { return generation_; }  // how many __syncthreads() the block has passed
+
+  // Tells ThreadSanitizer the happens-before edges of barriers and collectives, and to ignore the emulation's memory.
+  static void release([[maybe_unused]] void* edge) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(edge);
+#endif
+  }
+  static void acquire([[maybe_unused]] void* edge) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(edge);
+#endif
+  }
+  static void ignore([[maybe_unused]] bool on) {
+#if defined(__SANITIZE_THREAD__)
+    on ? AnnotateIgnoreReadsBegin(__FILE__, __LINE__) : AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    on ? AnnotateIgnoreWritesBegin(__FILE__, __LINE__) : AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#endif
+  }
+
   // Waits for all threads of the block; returns the sum of their values.
   int barrier(int value) {
     ignore(true);
+    for (const auto& [tag, unit] : units_) unit->meet();
     char* edge = &barriers_[generation_ % 2];
     release(edge);
     total_ += value;
@@ -203,6 +302,7 @@ class Block {
   template <class Out, class In, class Combine>
   Out collective(unsigned mask, const void* which, const In& in, const Combine& combine) {
     ignore(true);
+    for (const auto& [tag, unit] : units_) unit->meet();
     const unsigned lane = thread->number % kWarp, first = thread->number - lane;
     const unsigned lanes = std::min<unsigned>(kWarp, unsigned(threads_.size()) - first);
     if (lanes < kWarp) mask &= (1u << lanes) - 1;
@@ -281,6 +381,7 @@ class Block {
 
   // Switches to a thread that has not started, else to one that is ready, else to the launch.
   void yield() {
+    complete_operations();
     Fiber* to = &main_;
     if (!error_.empty()) {
       // The launch reports it.
@@ -289,6 +390,7 @@ class Block {
       to = idle_.back();
       idle_.pop_back();
     } else if (next_ < ready_.size()) {
+      if (adversity_ != 0) choose_next();
       thread = ready_[next_++];
       to = thread->fiber;
       if (next_ == ready_.size()) {
@@ -299,22 +401,38 @@ class Block {
     if (to != running_) switch_to(to);
   }
 
-  void wait(State why) {
-    thread->state = why;
-    thread->fiber = running_;
-    yield();
+  unsigned random() { return (seed_ = seed_ * 1664525u + 1013904223u) >> 8; }
+
+  // Moves to the front one of a few ready threads, of the warp that is favoured most for a while: some warps run ahead.
+  void choose_next() {
+    if (random() % 64 == 0) favour_ = random();
+    size_t best = next_;
+    const auto rank = [&](size_t i) { return (ready_[i]->number / kWarp * 0x9e3779b9u) ^ favour_; };
+    for (int tries = 0; tries < 3; ++tries) {
+      const size_t other = next_ + random() % (ready_.size() - next_);
+      if (tries == 0 || rank(other) < rank(best)) best = other;
+    }
+    std::swap(ready_[next_], ready_[best]);
   }
-  void wake(Thread& t) {
-    t.state = State::running;
-    ready_.push_back(&t);
-  }
-  void fail(const char* what) {
-    error_ = what;
-    wait(thread->state);
+
+  bool idle() const { return started_ == threads_.size() && next_ == ready_.size(); }
+
+  // Completes operations of units: some at random, and as many as it takes for a thread to go on. What is under way
+  // when all threads have finished never completes.
+  void complete_operations() {
+    static constexpr unsigned kOneIn[] = {0, 16, 2};
+    while (!under_way_.empty() && error_.empty() && finished_ != threads_.size()) {
+      if (!idle() && (late_ == 0 || random() % kOneIn[late_] != 0)) return;
+      std::swap(under_way_[random() % under_way_.size()], under_way_.back());
+      const std::function<void()> complete = std::move(under_way_.back());
+      under_way_.pop_back();
+      complete();
+    }
   }
 
   std::string where() const {
-    static const char* const names[] = {"not started", "running", "at a barrier", "at a warp collective", "finished"};
+    static const char* const names[] = {
+        "not started", "running", "at a barrier", "at a warp collective", "waiting for a barrier's phase", "finished"};
     std::ostringstream text;
     text << "; block (" << index.x << ", " << index.y << ", " << index.z << ")";
     for (size_t i = 0, shown = 0; i < threads_.size() && shown < 8; ++i) {
@@ -333,6 +451,7 @@ class Block {
     __asan_poison_memory_region(shared_ + bytes, kMostShared - bytes);
 #endif
     std::memset(shared_, 0xff, bytes);
+    shared_bytes_ = bytes;
   }
 
   Fiber* make() {
@@ -407,24 +526,6 @@ class Block {
 #endif
   }
 
-  // Tells ThreadSanitizer the happens-before edges of barriers and collectives, and to ignore the emulation's memory.
-  static void release([[maybe_unused]] void* edge) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_release(edge);
-#endif
-  }
-  static void acquire([[maybe_unused]] void* edge) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(edge);
-#endif
-  }
-  static void ignore([[maybe_unused]] bool on) {
-#if defined(__SANITIZE_THREAD__)
-    on ? AnnotateIgnoreReadsBegin(__FILE__, __LINE__) : AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-    on ? AnnotateIgnoreWritesBegin(__FILE__, __LINE__) : AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-#endif
-  }
-
   const std::function<void()>* kernel_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<unsigned> order_;
@@ -435,7 +536,11 @@ class Block {
   std::vector<Fiber*> fibers_, idle_, spent_;
   int total_ = 0, result_ = 0;
   unsigned generation_ = 0;
+  std::vector<std::pair<const void*, std::unique_ptr<Unit>>> units_;
+  std::vector<std::function<void()>> under_way_;
+  unsigned adversity_ = 0, seed_ = 0, late_ = 0, favour_ = 0;
   char* shared_ = nullptr;
+  size_t shared_bytes_ = 0;
   std::string error_;
   char start_, end_, barriers_[2];  // their addresses identify happens-before edges
   const void* main_bottom_ = nullptr;
@@ -449,6 +554,11 @@ inline unsigned lane() {
   return thread().number % kWarp;
 }
 
+// The address in shared memory, which begins at 0, of something in dynamic shared memory.
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const char*>(p) - Block::current().shared());
+}
+
 inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel) {
   const bool fits = grid.count() > 0 && grid.x <= kMostBlocksX && grid.y <= kMostBlocksYZ && grid.z <= kMostBlocksYZ &&
                     block.count() > 0 && block.count() <= kMostThreads && block.z <= 64;
@@ -457,6 +567,7 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, const std::funct
   Settings& s = settings();
   ++s.launches;
   s.blocks = grid.count(), s.threads = block.count(), s.shared = shared;
+  s.conflicts = 0;
   Block& b = Block::current();
   b.grid = grid, b.size = block;
   for (size_t i = 0; i < grid.count(); ++i) {
@@ -518,6 +629,23 @@ T modify(T* p, const F& f) {
 }
 
 }  // namespace emulation
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  const emulation::Settings& s = emulation::settings();
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = s.multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = s.capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = s.capability % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(s.capability == 80 ? 163 * 1024 : s.capability == 90 ? emulation::kMostShared : 99 * 1024);
+      break;
+  }
+  return cudaSuccess;
+}
 
 #define threadIdx (emulation::thread().index)
 #define blockIdx (emulation::Block::current().index)

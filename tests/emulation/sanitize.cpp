@@ -2,6 +2,8 @@
 //   sanitize FILE             replays the calls of a file of emulation/calls.py, which documents the format; prints the
 //                             calls and kernel launches of each operator
 //   sanitize --trial NAME...  runs kernels of trials.h, in one block with one element a thread
+//   sanitize --pipeline FAULT...
+//                             runs the kernel of hopper_trials.h with faults, or "none"
 //
 // Each tensor has memory of its own that ends with its last element: AddressSanitizer reports an access one byte
 // beyond.
@@ -14,6 +16,7 @@
 #include <string>
 
 #include "common/tensor.h"
+#include "emulation/hopper_trials.h"
 #include "emulation/trials.h"
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #include <sanitizer/common_interface_defs.h>
@@ -158,10 +161,12 @@ int main(int count, char** words) {
   try {
     if (arguments.size() > 1 && arguments[0] == "--trial") {
       for (size_t i = 1; i < arguments.size(); ++i) run_trial(arguments[i]);
+    } else if (arguments.size() > 1 && arguments[0] == "--pipeline") {
+      for (size_t i = 1; i < arguments.size(); ++i) trials::run_pipeline(arguments[i]);
     } else if (arguments.size() == 1) {
       replay(arguments[0]);
     } else {
-      throw std::invalid_argument("usage: sanitize FILE, or sanitize --trial NAME...");
+      throw std::invalid_argument("usage: sanitize FILE, sanitize --trial NAME..., or sanitize --pipeline FAULT...");
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

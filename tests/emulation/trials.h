@@ -1,27 +1,11 @@
 // Kernels that test the emulation: each of its features, and the faults that it and the sanitizers have to report.
 #pragma once
 
-#include <array>
-#include <map>
-#include <string>
-
 #include "cuda/divisor.cuh"
-#include "emulation/cuda.h"
+#include "emulation/tensor_core_trials.h"
+#include "emulation/trial.h"
 
 namespace trials {
-
-// The arguments of every kernel: `count` elements of `in`, and as many of `out` as the kernel needs.
-struct Data {
-  const float* in;
-  float* out;
-  int count;
-  std::vector<int64_t> options;
-};
-using Kernel = void (*)(const Data&);
-
-inline float* shared_floats() {
-  return reinterpret_cast<float*>(emulation::Block::current().shared());
-}
 
 // out[i] = the sum of `in` over the block, through shared memory. Without kBarrier, reads race with writes.
 template <bool kBarrier>
@@ -245,9 +229,13 @@ inline const std::map<std::string, Kernel>& kernels() {
 }
 
 inline void run(const std::string& trial, const Data& data, dim3 grid, dim3 block, size_t shared) {
-  const auto found = kernels().find(trial);
-  if (found == kernels().end()) throw std::invalid_argument("no such trial: " + trial);
-  const cudaError_t error = emulation::launch(grid, block, shared, [&] { found->second(data); });
+  Kernel kernel = nullptr;
+  for (const auto* all : {&kernels(), &tensor_core_kernels()}) {
+    const auto found = all->find(trial);
+    if (found != all->end()) kernel = found->second;
+  }
+  if (kernel == nullptr) throw std::invalid_argument("no such trial: " + trial);
+  const cudaError_t error = emulation::launch(grid, block, shared, [&] { kernel(data); });
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
