@@ -251,15 +251,15 @@ def unavailable(op: str, backend: str) -> str | None:
     return f"it needs a GPU ({_INTERPRETER})" if backend == "triton" else "it needs a CUDA device"
 
 
+def requested(backend: str | None) -> str:
+    """What an op is asked to run, by its `backend=` or else the settings: "auto" or a backend's name."""
+    return get_backend() if backend is None else _check(backend)
+
+
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
     compiling = torch.compiler.is_compiling()
-    if backend is not None:
-        name = _check(backend)
-    elif compiling:
-        name = _backend_in_graphs()
-    else:
-        name = _chosen.get() or (_backend_outside_blocks() if _entered else _default)
+    name = requested(backend)
     if name == "native" or (not compiling and in_transform()):
         return "native"
     if name == "auto":

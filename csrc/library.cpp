@@ -67,8 +67,8 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
   m.def("build_info() -> str");
 
   m.def(
-      "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int groups, bool relu) "
-      "-> Tensor");
+      "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int groups, bool relu, "
+      "int algorithm=0) -> Tensor");
   m.def("space_to_depth(Tensor input, int block, int[2] padding, int[2] size, ScalarType dtype) -> Tensor");
   m.def("depth_to_space(Tensor input, int block, int[2] padding, int[2] size, ScalarType dtype) -> Tensor");
   m.def("relu_dropout_backward(Tensor grad, Tensor output, float scale) -> Tensor");

@@ -30,6 +30,12 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+@pytest.fixture(autouse=True)
+def no_tf32() -> None:
+    """A benchmark that a test before ran in this process allows TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many random arguments, drawn anew")
 

@@ -22,6 +22,7 @@ import torch
 from alexnet_kernels import op_info
 from alexnet_kernels.op_info import OP_INFOS, Maker, OperatorCall
 from alexnet_kernels.op_info.sgd_step import state
+from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, OWN
 
 np = pytest.importorskip("numpy")
 emulation = pytest.importorskip("emulation")
@@ -298,12 +299,26 @@ def step_calls(few: bool) -> Iterator[OperatorCall]:
         yield from op_info.operator_calls(OP_INFOS["sgd_step"], {**given, "lr": lr}, "cuda")
 
 
+def convolution_calls(few: bool) -> Iterator[OperatorCall]:
+    """Convolutions by each algorithm: OWN is wgmma for aligned tensors of 16 bits and multiples of 8 channels."""
+    shapes = (
+        [(8, 8, 3), (16, 24, 1), (24, 8, 3)] if few else [(8, 8, 3), (16, 24, 1), (24, 8, 3), (64, 72, 3), (7, 5, 2)]
+    )
+    for algorithm, dtype, (channels, filters, kernel) in itertools.product((LIBRARY, MMA, OWN), DTYPES, shapes):
+        if algorithm != OWN or (dtype != torch.float32 and channels % 8 == 0):
+            make = Maker(dtype, torch.channels_last)
+            for groups, bias, relu in ((1, make(filters), True), (2, None, False)):
+                x, weight = make(2, groups * channels, 5, 6), make(groups * filters, channels, kernel, kernel)
+                yield "conv2d_relu", (x, weight, bias, [1, 1], [1, 0], groups, relu, algorithm)
+
+
 def operator_calls(few: bool) -> Iterator[OperatorCall]:
     """Calls that together run every operator of the native library."""
     torch.manual_seed(0)
     with emulation.emulated():
         yield from record_calls(few)
         yield from step_calls(few)
+        yield from convolution_calls(few)
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +403,7 @@ class TestSanitizers:
             ("thread", "tree_sum without barrier", "data race"),
             ("thread", "warp_sum without syncwarp", "data race"),
             ("thread", "overlapping_vectors twice", "data race"),
+            ("thread", "copies without barrier", "data race"),
         ],
     )
     def test_a_planted_fault_is_reported(self, sanitized, name: str, trial: str, report: str) -> None:
@@ -399,5 +415,24 @@ class TestSanitizers:
     @pytest.mark.parametrize("name", ["address", "thread"])
     def test_correct_kernels_pass_silently(self, sanitized, name: str) -> None:
         trials = ["read", "write", "dynamic_shared", "static_shared", "vectors", "overlapping_vectors"]
-        done = sanitized(name, "--trial", *trials, "block_sum", "tree_sum", "warp_sum")
+        done = sanitized(name, "--trial", *trials, "block_sum", "tree_sum", "warp_sum", "copies")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    @pytest.mark.parametrize(
+        ("name", "fault", "report"),
+        [
+            ("address", "tensor map larger than the tensor", "heap-buffer-overflow"),
+            ("thread", "no wait for full stages", "data race"),
+            ("thread", "wrong parity of full stages", "data race"),
+        ],
+    )
+    def test_a_fault_of_a_pipeline_is_reported(self, sanitized, name: str, fault: str, report: str) -> None:
+        done = sanitized(name, "--pipeline", fault)
+        assert done.returncode != 0
+        assert report in done.stderr
+        assert ("trials::pipeline<" if name == "thread" else "emulation::copy_box") in done.stderr
+
+    @pytest.mark.parametrize("name", ["address", "thread"])
+    def test_a_correct_pipeline_passes_silently(self, sanitized, name: str) -> None:
+        done = sanitized(name, "--pipeline", "none")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

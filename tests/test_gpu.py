@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alexnet_kernels import AlexNet, backends, ops, optim, use_backend
 from alexnet_kernels.op_info import OP_INFOS, OpInfo
+from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, WGMMA, conv2d_relu_by
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.gpu
@@ -420,6 +421,36 @@ def test_convolutions_equal_cudnn(layer: tuple[int, ...], dtype: torch.dtype, ch
     for actual, expected in zip(*results, strict=True):
         largest = expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0.02, atol=4 * tolerance * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("algorithm", [LIBRARY, MMA, WGMMA], ids=["library", "mma.sync", "wgmma"])
+@pytest.mark.parametrize(
+    "layer",
+    [(64, 48, 5, 1, 2, 2, 27), (384, 256, 3, 1, 1, 1, 13), (128, 192, 3, 1, 1, 2, 13), (24, 7, 3, 2, 1, 1, 9)],
+    ids=str,
+)
+def test_convolutions_by_every_algorithm(layer: tuple[int, ...], algorithm: int, dtype: torch.dtype) -> None:
+    need("conv2d_relu", "cuda")
+    filters, channels, kernel, stride, padding, groups, size = layer
+    if algorithm == WGMMA and (
+        dtype == torch.float32 or channels % 8 or stride > 1 or torch.cuda.get_device_capability() != (9, 0)
+    ):
+        pytest.skip("wgmma takes no such convolution here")
+    x = images(3, channels * groups, size, size, dtype=dtype)
+    scale = (channels * kernel**2) ** -0.5
+    weight = (torch.randn(filters, channels, kernel, kernel) * scale).to(DEVICE, dtype)
+    bias = torch.randn(filters).to(DEVICE, dtype)
+    out = conv2d_relu_by(algorithm, x, weight, bias, stride, padding, groups, backend="cuda")
+    exact, terms = (
+        F.conv2d(f(x.cpu().double()), f(weight.cpu().double()), f(bias.cpu().double()), stride, padding, 1, groups)
+        for f in (lambda t: t, torch.abs)
+    )
+    # cuDNN rounds before the bias is added as well; TF32 rounds each operand to 11 bits.
+    roundings = 2 if algorithm == LIBRARY else 1
+    error = (out.cpu().double() - exact.relu()).abs()
+    allowed = torch.finfo(dtype).eps / 2 * roundings * (exact.abs() + (algorithm == LIBRARY) * bias.abs().max().item())
+    assert (error <= allowed + (2**-10 if dtype == torch.float32 and algorithm == MMA else 1e-5) * terms).all()
 
 
 def test_auto_takes_float64_elsewhere() -> None:

@@ -234,6 +234,8 @@ class TestBackends:
         assert run(code, tmp_path, ALEXNET_KERNELS_BACKEND="native").strip() == "native"
 
     def test_bad_environment_is_named(self, tmp_path: Path) -> None:
+        result = start("import alexnet_kernels", tmp_path, ALEXNET_KERNELS_CONV2D_RELU="fast")
+        assert "ALEXNET_KERNELS_CONV2D_RELU='fast': 'own' or 'library' expected" in result.stderr
         result = start("import alexnet_kernels", tmp_path, ALEXNET_KERNELS_BACKEND="fast")
         assert "ALEXNET_KERNELS_BACKEND='fast': one of 'auto', 'cpu'" in result.stderr
 
@@ -273,6 +275,8 @@ class TestBackends:
             ((8, 6), "8.0"),
             ((8, 7), "8.7"),
             ((9, 0), "9.0a"),
+            ((9, 0), "8.0 9.0a 10.0+PTX"),
+            ((10, 0), "8.0+PTX 9.0a"),
             ((9, 0), "7.5 8.0+PTX"),
             ((8, 7), "8.0+PTX"),
             ((10, 3), "10.0f"),
@@ -290,6 +294,7 @@ class TestBackends:
             ((8, 7), "8.0 9.0"),
             ((9, 0), "8.0"),
             ((10, 0), "9.0a+PTX"),
+            ((10, 0), "8.0 9.0a"),
             ((10, 3), "10.0a"),
             ((12, 0), "8.0 9.0 10.0f+PTX"),
         ],
@@ -311,6 +316,13 @@ class TestBackends:
         assert status["loaded"]
         assert status["reason"] is None
         assert status["isa"] in ("generic", "avx2", "avx512")
+        assert status["wgmma"] == any(arch.startswith("9.0a") for arch in status["archs"])
+
+    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 3)])
+    def test_the_architecture_to_build_for_a_gpu(self, capability: tuple[int, int]) -> None:
+        arch = _library.arch_of(capability)
+        assert _library.runs_on(arch, capability)
+        assert arch.endswith("a") == (capability == (9, 0))  # only there the kernels need more
 
 
 @pytest.fixture
@@ -360,6 +372,11 @@ class TestGPUWithoutKernels:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
         with pytest.warns(RuntimeWarning, match=r"architecture 7\.5 .*: they need 8\.0 or later\. There the ops run"):
             assert set(_library.unserved_gpus()) == {0, 1}
+
+    def test_a_hopper_gpu_is_to_get_its_own_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_library, "ARCHS", ("8.0",))
+        with pytest.warns(RuntimeWarning, match=r"architecture 9\.0 .*: build it with ALEXNET_KERNELS_ARCHS=9\.0a\. "):
+            assert set(_library.unserved_gpus()) == {1}
 
     def test_it_is_reported_once(self, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
         with warnings.catch_warnings():

@@ -343,8 +343,8 @@ def _run_at(kinds: str, i: int) -> str:
 def _run_with_bias_at(kinds: str, children: Sequence[Any], i: int, x: Any, overwritten: bool) -> str:
     """The run that starts at child i, if its pool should take the bias of its convolution; otherwise "".
 
-    On backend "cuda" the convolution is cuDNN's, after which bias and ReLU are a pass over its output and, backward,
-    their gradients two more. The pool computes them in its own pass. oneDNN and Triton's kernel add the bias for free.
+    On backend "cuda" the convolution may be cuDNN's, after which bias and ReLU are a pass over its output. Backward,
+    their gradients are two passes. The pool computes them in its own. oneDNN and Triton's kernel add the bias for free.
     Layers that compute their runs themselves keep their bias.
     """
     run = next((run for run in _RULES_WITH_BIAS if kinds.startswith(run, i)), "") if kinds[i] == "C" else ""

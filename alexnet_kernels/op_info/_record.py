@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -116,6 +116,8 @@ class Baseline:
     """False for one that draws its own random numbers."""
     cuda_only: bool = False
     outliers: float = PEER_OUTLIERS
+    layers: Collection[str] | None = None
+    """The layers that it is timed at, if not all."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,8 @@ class OpInfo:
     layers: Sequence[Layer] = ()
     """For benchmarks and resource reports; an op that AlexNet does not use takes the maps of one of its layers."""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    paths: Callable[[torch.dtype, bool, torch.device], Mapping[str, Baseline]] = lambda *_: {}
+    """For (dtype, channels_last, device): the ways in which backend "cuda" can compute the op there, by name."""
     half_baselines_on_cuda_only: bool = False
     """Whether PyTorch has the baselines in bfloat16 and float16 on CUDA only."""
     eager: bool = True

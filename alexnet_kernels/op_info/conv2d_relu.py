@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_kernels import ops, reference
+from alexnet_kernels import _library, ops, reference
 from alexnet_kernels.op_info._layers import CONVOLUTIONS
 from alexnet_kernels.op_info._record import (
+    OUTLIERS,
     OVERHEAD,
     TOLERANCES,
     Baseline,
@@ -27,6 +28,7 @@ from alexnet_kernels.op_info._record import (
     Work,
     sample,
 )
+from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, WGMMA, conv2d_relu_by
 
 
 def work(inputs: int, outputs: int, weights: int, macs: int, first: bool, e: int) -> Work:
@@ -119,6 +121,28 @@ def _cudnn_fused(x: Inputs) -> Tensor:
     )
 
 
+def _split(x: Inputs) -> Tensor:
+    """One convolution a group, as cuDNN is faster for some."""
+    images, weights, biases = (x[name].chunk(x["groups"], d) for name, d in (("input", 1), ("weight", 0), ("bias", 0)))
+    parts = [F.conv2d(*part, x["stride"], x["padding"]) for part in zip(images, weights, biases, strict=True)]
+    return torch.cat(parts, 1).relu()
+
+
+def _paths(dtype: torch.dtype, channels_last: bool, device: torch.device) -> dict[str, Baseline]:
+    """The algorithms that take AlexNet's layers there."""
+    algorithms = {"cuDNN": LIBRARY}
+    if channels_last:
+        algorithms["mma.sync"] = MMA
+        half, built = dtype in (torch.bfloat16, torch.float16), "9.0a" in _library.status()["archs"]
+        if half and built and torch.cuda.get_device_capability(device) == (9, 0):
+            algorithms["wgmma"] = WGMMA
+
+    def path(algorithm: int) -> Baseline:
+        return Baseline(lambda x: conv2d_relu_by(algorithm, **x, backend="cuda"), outliers=OUTLIERS)
+
+    return {name: path(algorithm) for name, algorithm in algorithms.items()}
+
+
 def _domain(draw: Draw) -> Sample:
     groups = draw((1, 1, 2, 3))
     channels, outputs = groups * draw((1, 2, 3, 8, 17)), groups * draw((1, 3, 8, 20))
@@ -174,7 +198,11 @@ INFO = OpInfo(
     repeats_across_threads=lambda backend: False,
     on_images=_on_images,
     layers=tuple(_layer(name) for name in (*CONVOLUTIONS, OVERHEAD)),
-    baselines={"cudnn_convolution_relu": Baseline(_cudnn_fused, differentiable=False, cuda_only=True)},
+    baselines={
+        "cudnn_convolution_relu": Baseline(_cudnn_fused, differentiable=False, cuda_only=True),
+        "a convolution a group": Baseline(_split, cuda_only=True, layers=("conv2", "conv4", "conv5")),
+    },
+    paths=_paths,
     tolerance=lambda dtype: 5e-3 if dtype == torch.float32 else None,  # TF32
     preactivation=_preactivation,
     order=5,

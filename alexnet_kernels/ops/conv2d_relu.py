@@ -2,26 +2,38 @@
 
 See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu.cu,
 alexnet_kernels/triton/conv2d_relu.py and conv2d_relu_backward.py, reference.conv2d_relu, op_info/conv2d_relu.py,
-tests/ops/test_conv2d_relu.py; ops/space_to_depth.py for strided convolutions of few channels.
+tests/ops/test_conv2d_relu.py; ops/space_to_depth.py for strided convolutions of few channels; _dispatch/choices.py for
+the algorithms of backend "auto".
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's conv2d.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import _library
-from alexnet_kernels._dispatch import checks
+from alexnet_kernels._dispatch import checks, choices
 from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
 from alexnet_kernels._dispatch.registration import register_op, register_operator
-from alexnet_kernels.backends import kernels_of, select
+from alexnet_kernels._torch_private import constant_when_compiled
+from alexnet_kernels.backends import kernels_of, requested, select
 from alexnet_kernels.ops.space_to_depth import space_to_depth
 
 OP = "conv2d_relu"
+
+LIBRARY, OWN, MMA, WGMMA = range(4)
+"""The operator's algorithms on CUDA, as in csrc/cuda/conv2d_relu.cuh: torch's convolution; the best of the package's
+own that takes the call, else torch's; mma.sync; wgmma. The last two raise where they don't take the call."""
+VARIABLE = "ALEXNET_KERNELS_CONV2D_RELU"
+"""The environment variable that says what backend "cuda" means if it is asked for by name: "own" or "library"."""
+if (_by_name := os.environ.get(VARIABLE, "own")) not in ("own", "library"):
+    raise ValueError(f"{VARIABLE}={_by_name!r}: 'own' or 'library' expected")
 
 
 def conv2d_relu(
@@ -57,6 +69,22 @@ def conv2d_relu(
 
     Source: Krizhevsky et al. 2012, sections 3.1 and 3.5.
     """
+    return conv2d_relu_by(None, input, weight, bias, stride, padding, groups, relu=relu, backend=backend)
+
+
+def conv2d_relu_by(
+    algorithm: int | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    *,
+    relu: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`conv2d_relu` by an algorithm of the CUDA operator; None chooses one."""
     stride, padding = checks.pair(OP, "stride", stride, 1), checks.pair(OP, "padding", padding, 0)
     images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     _check(images, weight, bias, stride, padding, groups)
@@ -81,9 +109,13 @@ def conv2d_relu(
         if to_depth:
             images, weight = space_to_depth(kernels, images, weight, dtype, stride[0], padding)
             stride, padding = [1, 1], [0, 0]
-        # The operator may fuse ReLU into cuDNN's kernel, whose algorithms torch does not restrict.
-        apart = relu and chosen == "cuda" and groups == 1 and dtype in checks.LOW_PRECISION and _must_repeat()
-        output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu and not apart)
+        if algorithm is None:
+            geometry = images, dtype, weight, stride, padding, groups
+            algorithm = _algorithm(requested(backend), *geometry) if chosen == "cuda" else LIBRARY
+        # The library's algorithm may fuse ReLU into cuDNN's kernel, whose algorithms torch does not restrict.
+        fusible = relu and chosen == "cuda" and algorithm == LIBRARY and groups == 1 and dtype in checks.LOW_PRECISION
+        apart = fusible and _must_repeat()
+        output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu and not apart, algorithm)
         output = F.relu(output) if apart else output
     return output.squeeze(0) if input.dim() == 3 else output
 
@@ -93,6 +125,26 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     if input.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return input.dtype
+
+
+def _algorithm(
+    backend: str, input: Tensor, dtype: torch.dtype, weight: Tensor, stride: list[int], padding: list[int], groups: int
+) -> int:
+    """The algorithm of the CUDA operator for a call that was asked to run on `backend`, "auto" or "cuda"."""
+    if backend == "auto":
+        geometry = {"weight": weight, "stride": stride, "padding": padding, "groups": groups}
+        return choices.choose(OP, "forward", input, dtype, **geometry)
+    if _by_name == "library":
+        return LIBRARY
+    return OWN if dtype in checks.LOW_PRECISION or (dtype == torch.float32 and _allows_tf32()) else LIBRARY
+
+
+@constant_when_compiled
+def _allows_tf32() -> bool:
+    """Whether float32 convolutions may use TF32. torch.compile's graphs keep what held when they were traced."""
+    # torch.backends.cudnn.allow_tf32 raises where a program has set fp32_precision.
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(conv.fp32_precision == "tf32")
 
 
 def _must_repeat() -> bool:
@@ -169,19 +221,41 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
     return shape
 
 
-def _eager(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, relu: bool) -> Tensor:
+def _eager(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride,
+    padding,
+    groups: int,
+    relu: bool,
+    algorithm: int = 0,
+) -> Tensor:
+    if algorithm not in (LIBRARY, OWN):
+        raise RuntimeError(
+            f"{OP}: algorithm {algorithm} needs a CUDA device; the CPU has {LIBRARY} and {OWN}, the same"
+        )
     memory_format = memory_format_of(input)
     images = input.contiguous(memory_format=memory_format)
     output = torch.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
     return output.relu_() if relu else output
 
 
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, relu: bool) -> Tensor:
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride,
+    padding,
+    groups: int,
+    relu: bool,
+    algorithm: int = 0,
+) -> Tensor:
     return empty_like(input, _check(input, weight, bias, stride, padding, groups))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias, ctx.stride, ctx.padding, ctx.groups, ctx.relu = inputs
+    input, weight, bias, ctx.stride, ctx.padding, ctx.groups, ctx.relu, *_ = inputs
     ctx.bias_size = None if bias is None else [weight.shape[0]]
     ctx.save_for_backward(input, weight, output if ctx.relu else None)
 
@@ -194,13 +268,13 @@ def _backward(kernels, ctx, grad: Tensor):
         grad_input = kernels.conv2d_relu_backward_input(*args) if needed[0] else None
         grad_weight, grad_bias = kernels.conv2d_relu_backward_weight(*args) if any(needed[1:]) else (None, None)
         grads = [grad_input, grad_weight if needed[1] else None, grad_bias if needed[2] else None]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
     if ctx.relu:
         grad = kernels.relu_dropout_backward(grad, output, 1.0)
     grads = torch.ops.aten.convolution_backward(
         grad, input, weight, ctx.bias_size, ctx.stride, ctx.padding, [1, 1], False, [0, 0], ctx.groups, needed
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _fake_backward_input(grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, *args) -> Tensor:

@@ -99,7 +99,10 @@ def conv2d_relu(
     padding: Sequence[int],
     groups: int,
     relu: bool,
+    algorithm: int = 0,
 ) -> Tensor:
+    if algorithm != 0:
+        raise ValueError(f"conv2d_relu: the Triton kernels have algorithm 0 only, not {algorithm}")
     x, memory_format = in_own_format(input)
     w = contiguous_as(weight, torch.channels_last)
     (height, width), (rows, columns) = x.shape[2:], w.shape[2:]

@@ -7,8 +7,11 @@ namespace alexnet_kernels::cpu {
 namespace {
 
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
-                   IntList padding, int64_t groups, bool relu) {
+                   IntList padding, int64_t groups, bool relu, int64_t algorithm) {
   const Operands given = operands("conv2d_relu", "input", input);
+  // 1 falls back to torch's convolution, 2 and 3 do not.
+  STD_TORCH_CHECK(algorithm == 0 || algorithm == 1, "conv2d_relu: algorithm ", algorithm,
+                  " needs a CUDA device; the CPU has algorithms 0 and 1, which are the same");
   given.images("input", input);
   given.convolution(weight, bias, stride, padding);
   const MemoryFormat format = memory_format_of(input);

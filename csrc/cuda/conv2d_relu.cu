@@ -1,8 +1,10 @@
-// relu(conv2d(input, weight) + bias): torch's convolution (cuDNN), then bias and ReLU in one pass over its output, in
-// place; where it is faster, cuDNN's kernel of all three.
+// relu(conv2d(input, weight) + bias), by the package's own kernels (conv2d_relu.cuh) or by torch's convolution (cuDNN).
+// After the latter, bias and ReLU take one pass over its output, in place; where it is faster, cuDNN's kernel computes
+// all three.
 //   input [N, C, H, W], weight [K, C / groups, R, S], bias [K], output [N, K, OH, OW] in the input's memory format
 //   float, bfloat16 or float16
-// A thread updates 16 bytes of elements.
+// A thread of the pass updates 16 bytes of elements.
+#include "conv2d_relu.cuh"
 #include "image_layout.cuh"
 
 namespace alexnet_kernels::cuda {
@@ -56,14 +58,120 @@ bool fuses(const Tensor& x, const Tensor& weight, const IntList& stride, const I
          call_torch<bool>("aten::cudnn_is_acceptable", stack_of(x));
 }
 
+// A convolution as its arguments give it.
+struct Call {
+  const Tensor &x, &weight;
+  const std::optional<Tensor>& bias;
+  const IntList &stride, &padding;
+  int64_t groups;
+  bool relu;
+  MemoryFormat format;  // of x, and of the result
+
+  // Of the output, in dimension d = 0, 1 of the image; not positive if the kernel is larger than the padded image.
+  int64_t extent(int d) const {
+    const int64_t span = x.size(2 + d) + 2 * padding[d] - weight.size(2 + d);
+    return span < 0 ? 0 : span / stride[d] + 1;
+  }
+};
+
+// Why the package's kernels don't take the convolution; null if they do. Arguments that torch's convolution refuses are
+// among the reasons: it has the error.
+const char* why_not_own(const Call& call) {
+  const Tensor &x = call.x, &weight = call.weight;
+  if (call.format != MemoryFormat::ChannelsLast) return "the input is not in channels_last";
+  if (x.scalar_type() == ScalarType::Double) return "it takes float32, bfloat16 and float16";
+  if (weight.scalar_type() != x.scalar_type()) return "input and weight have different dtypes";
+  const int64_t groups = call.groups;
+  if (groups < 1 || weight.size(0) % groups != 0 || x.size(1) % groups != 0 || x.size(1) / groups != weight.size(1)) {
+    return "the channels of input and weight do not fit the groups";
+  }
+  const double most = double(int64_t(1) << 31);
+  double outputs = double(x.size(0)) * double(weight.size(0));
+  for (const int d : {0, 1}) {
+    const int64_t extent = call.extent(d);
+    if (weight.size(2 + d) > 0 && extent < 1) return "the kernel is larger than the padded image";
+    outputs *= double(extent);
+    // The kernels' products of a stride and a pixel beyond the output fit an int.
+    constexpr int64_t kMost = 1 << 23;
+    if (x.size(2 + d) + 2 * call.padding[d] > kMost || call.stride[d] > kMost) {
+      return "an extent of the padded image, or a stride, exceeds 2^23";
+    }
+  }
+  if (x.numel() == 0 || weight.numel() == 0 || outputs == 0) return "a tensor is empty";
+  if (double(x.numel()) >= most || double(weight.numel()) >= most || outputs >= most) {
+    return "a tensor has 2^31 elements or more";
+  }
+  return compute_capability() < 80 ? "the device's compute capability is below 8.0" : nullptr;
+}
+
+// Empty once wgmma's kernel is launched, else why it does not take a convolution that the package's kernels take.
+std::string try_wgmma(const Convolution& convolution, [[maybe_unused]] const OnDevice& device) {
+#ifdef ALEXNET_SM90A
+  if (const int capability = compute_capability(); capability != 90) {
+    return "it runs on compute capability 9.0, not " + std::to_string(capability / 10) + "." +
+           std::to_string(capability % 10);
+  }
+  const char* reason = convolve_wgmma(convolution, device);
+  return reason != nullptr ? reason : "";
+#else
+  return "this library was not built for compute capability 9.0a";
+#endif
+}
+
+// The result of the package's own kernels; nothing where algorithm kOwn leaves the convolution to torch.
+std::optional<Tensor> convolve(const Operands& given, const Call& call, int64_t algorithm) {
+  const Tensor& x = call.x;
+  const OnDevice device(x);
+  const char* const name = algorithm == kWgmma ? "wgmma" : "mma.sync";
+  if (const char* reason = why_not_own(call); reason != nullptr) {
+    STD_TORCH_CHECK(algorithm == kOwn, "conv2d_relu: the ", name, " kernel does not take this convolution: ", reason);
+    return std::nullopt;
+  }
+  if (call.bias) given.tensor("bias", *call.bias, x.scalar_type());
+  const Tensor weight = in_format(call.weight, MemoryFormat::ChannelsLast);
+  const int64_t N = x.size(0), K = weight.size(0), OH = call.extent(0), OW = call.extent(1), groups = call.groups;
+  const Convolution c = {
+      .x = x,
+      .w = weight,
+      .y = empty({N, K, OH, OW}, x.scalar_type(), x, MemoryFormat::ChannelsLast),
+      .bias = contiguous(call.bias),
+      .N = int(N),
+      .H = int(x.size(2)),
+      .W = int(x.size(3)),
+      .C = int(weight.size(1)),
+      .groups = int(groups),
+      .K = int(K / groups),
+      .R = int(weight.size(2)),
+      .S = int(weight.size(3)),
+      .OH = int(OH),
+      .OW = int(OW),
+      .stride = {int(call.stride[0]), int(call.stride[1])},
+      .padding = {int(call.padding[0]), int(call.padding[1])},
+      .relu = call.relu,
+  };
+  if (algorithm != kMma) {
+    const std::string reason = try_wgmma(c, device);
+    if (reason.empty()) return c.y;
+    STD_TORCH_CHECK(algorithm == kOwn, "conv2d_relu: the ", name, " kernel does not take this convolution: ", reason);
+  }
+  convolve_mma(c, device);
+  return c.y;
+}
+
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
-                   IntList padding, int64_t groups, bool with_relu) {
+                   IntList padding, int64_t groups, bool with_relu, int64_t algorithm) {
   const Operands given = operands("conv2d_relu", "input", input);
   given.images("input", input);
   given.convolution(weight, bias, stride, padding);
+  given.number("algorithm", algorithm, kLibrary, kWgmma);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
-  if (with_relu && fuses(x, weight, stride, padding, groups, format)) {
+  if (algorithm != kLibrary) {
+    const Call call = {x, weight, bias, stride, padding, groups, with_relu, format};
+    if (std::optional<Tensor> y = convolve(given, call, algorithm)) return *y;
+  }
+  // cuDNN's kernel with ReLU may give other bits in another run; the package's kernels, which kOwn asks for, do not.
+  if (algorithm == kLibrary && with_relu && fuses(x, weight, stride, padding, groups, format)) {
     if (bias) given.tensor("bias", *bias, x.scalar_type());
     return in_format(call_torch("aten::cudnn_convolution_relu",
                                 stack_of(x, weight, contiguous(bias), stride, padding, IntList{1, 1}, groups)),

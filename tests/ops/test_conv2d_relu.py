@@ -1,25 +1,38 @@
 from __future__ import annotations
 
 import random as randoms
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from typing import Any
 
+import contract
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DTYPE_IDS,
     assert_close,
     assert_same,
+    check_compiled,
     every_format,
     raises,
     random,
 )
+from platforms import BACKENDS, emulation
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from alexnet_kernels import reference
+from alexnet_kernels import _library, backends, reference, use_backend
+from alexnet_kernels._dispatch import choices
+from alexnet_kernels._dispatch.layout import memory_format_of
 from alexnet_kernels.backends import kernels_of
 from alexnet_kernels.models import PRESETS, AlexNet
+from alexnet_kernels.op_info import OP_INFOS
 from alexnet_kernels.ops import conv2d_relu
+from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, OWN, WGMMA, conv2d_relu_by
 from alexnet_kernels.ops.conv2d_relu import _is_wrong_in_torch as is_wrong_in_torch
 
 
@@ -289,3 +302,336 @@ def convolutions_of_presets() -> list[tuple]:
                     if size < 200 or batch == 1:
                         part(x.contiguous(memory_format=torch.channels_last))
     return list(found.values())
+
+
+INFO = OP_INFOS["conv2d_relu"]
+LAST = torch.channels_last
+FAST = {"shape": (2, 16, 6, 5), "weight_shape": (16, 8, 3, 3), "padding": 1, "groups": 2}
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+class Asked(TorchDispatchMode):
+    """The algorithms that the operator was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.endswith("::conv2d_relu"):
+            self.found.append(args[7] if len(args) > 7 else LIBRARY)  # the dispatcher drops defaults
+        return func(*args, **kwargs or {})
+
+
+def asked_by(call: Any) -> list[int]:
+    with Asked() as asked:
+        call()
+    return asked.found
+
+
+def given(shape, weight_shape, dtype=torch.bfloat16, memory_format=LAST, bias=True, **options) -> dict[str, Any]:
+    return {**tensors(shape, weight_shape, dtype, memory_format, "cpu", bias), **options}
+
+
+def excess(out: torch.Tensor, inputs: dict[str, Any], unit: float | None = None) -> float:
+    """By how much an output is further from float64's than one rounding and sums in float32 put it.
+
+    unit: relative error of each product, 0 without it.
+    """
+    exact, size = (
+        F.conv2d(
+            *(f(inputs[name].double()) for name in ("input", "weight")),
+            None if inputs["bias"] is None else f(inputs["bias"].double()),
+            *(inputs.get(name, default) for name, default in (("stride", 1), ("padding", 0))),
+            groups=inputs.get("groups", 1),
+        )
+        for f in (lambda t: t, torch.abs)
+    )
+    exact = exact.relu() if inputs.get("relu", True) else exact
+    rounding = torch.finfo(out.dtype).eps / 2
+    error = (out.double() - exact).abs() - rounding * exact.abs() - ((unit or 0) + 1e-6) * size
+    assert out.shape == exact.shape
+    return error.max().item() if out.numel() else 0.0
+
+
+@pytest.mark.skipif(
+    emulation is None or torch.cuda.is_available(), reason="needs pybind11, and a machine without a GPU"
+)
+class TestAlgorithms:
+    """The algorithms of the CUDA operator: which one runs, that each is right, and what is refused."""
+
+    @pytest.fixture(autouse=True)
+    def module(self) -> Iterator[Any]:
+        with emulation.emulated() as module:
+            yield module
+            module.set_device()
+
+    @pytest.fixture
+    def automatic(self) -> Iterator[None]:
+        """Backend "auto" takes the emulation."""
+        cuda, cpu = backends.registered("cuda"), backends.registered("cpu")
+        with (
+            backends.substituted(replace(cpu, devices=())),
+            backends.substituted(replace(cuda, automatic=None)),
+        ):
+            yield
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=DTYPE_IDS.get)
+    def test_by_name_the_packages_kernels_run(self, dtype) -> None:
+        inputs = given(**FAST, dtype=dtype)
+        for allowed in (False, True):
+            wanted = [LIBRARY if dtype == torch.float32 and not allowed else OWN]
+            with tf32(allowed):
+                assert asked_by(lambda: conv2d_relu(**inputs, backend="cuda")) == wanted
+                with use_backend("cuda"):
+                    assert asked_by(lambda: conv2d_relu(**inputs)) == wanted
+
+    def test_the_environment_can_rule_them_out(self, monkeypatch) -> None:
+        monkeypatch.setattr(sys.modules["alexnet_kernels.ops.conv2d_relu"], "_by_name", "library")
+        assert asked_by(lambda: conv2d_relu(**given(**FAST), backend="cuda")) == [LIBRARY]
+
+    def test_paths_of_the_benchmarks(self, monkeypatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(_library, "status", lambda: {"archs": ["8.0", "9.0a"]})
+        inputs = given(**FAST)
+        paths = INFO.paths(torch.bfloat16, True, torch.device("cpu"))
+        assert {name: asked_by(lambda path=path: path.call(inputs)) for name, path in paths.items()} == {
+            "cuDNN": [LIBRARY],
+            "mma.sync": [MMA],
+            "wgmma": [WGMMA],
+        }
+
+    def test_autocasts_dtype_counts(self) -> None:
+        inputs = given(**FAST, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert asked_by(lambda: conv2d_relu(**inputs, backend="cuda"))[0] == OWN
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=DTYPE_IDS.get)
+    def test_auto_runs_what_the_table_says(self, automatic, monkeypatch, dtype) -> None:
+        inputs = given(**FAST, dtype=dtype)
+        with tf32(True):
+            assert asked_by(lambda: conv2d_relu(**inputs)) == [LIBRARY]
+            assert asked_by(lambda: conv2d_relu(**inputs, backend="auto")) == [LIBRARY]
+            rows = (
+                choices.Choice("conv2d_relu", "backward", MMA, measured=True),
+                choices.Choice("conv2d_relu", "forward", WGMMA, measured=True, shapes=lambda groups, **_: groups == 3),
+                choices.Choice("conv2d_relu", "forward", MMA, measured=True, dtypes=[torch.float16]),
+                choices.Choice("conv2d_relu", "forward", OWN, measured=True, dtypes=SIXTEEN_BITS),
+            )
+            monkeypatch.setattr(choices, "CHOICES", rows)
+            wanted = {torch.float16: MMA, torch.bfloat16: OWN, torch.float32: LIBRARY}
+            assert asked_by(lambda: conv2d_relu(**inputs)) == [wanted[dtype]]
+
+    def test_mixed_settings_of_tf32(self) -> None:
+        """torch.backends.cudnn.allow_tf32 raises where a program has also set fp32_precision."""
+        conv, inputs = torch.backends.cudnn.conv, given(**FAST, dtype=torch.float32)
+        before = conv.fp32_precision
+        with tf32(True):
+            try:
+                conv.fp32_precision = "ieee"
+                assert asked_by(lambda: conv2d_relu(**inputs, backend="cuda")) == [LIBRARY]
+                conv.fp32_precision = "tf32"
+                assert asked_by(lambda: conv2d_relu(**inputs, backend="cuda")) == [OWN]
+            finally:
+                conv.fp32_precision = before
+
+    @pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])
+    @pytest.mark.parametrize("choice", ["cuda", "auto"])
+    def test_compiles(self, automatic, fresh_dynamo, choice, allowed) -> None:
+        inputs = given(**FAST, dtype=torch.float32)
+        names = ("input", "weight", "bias")
+        options = {name: value for name, value in inputs.items() if name not in names}
+
+        def call(*leaves):
+            return conv2d_relu(*leaves, **options, backend=choice)
+
+        with tf32(allowed):
+            check_compiled(call, [inputs[name] for name in names], dynamic=False)
+
+    @pytest.mark.parametrize("sample", INFO.samples, ids=[sample.id for sample in INFO.samples])
+    @pytest.mark.parametrize("setting", list(contract.settings(INFO, chosen=lambda device: ["cuda"])), ids=str)
+    def test_the_librarys_equals_the_definition(self, sample, setting) -> None:
+        """Output and gradients; what backend "cuda" runs by name is compared by tests/ops/test_contract.py."""
+        case = contract.Case(replace(INFO, op=partial(conv2d_relu_by, LIBRARY)), sample, setting)
+        contract.check(case, contract.expected(INFO, case.inputs()))
+
+    @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=DTYPE_IDS.get)
+    @pytest.mark.parametrize("algorithm", [OWN, MMA, WGMMA])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            FAST,
+            {**FAST, "bias": False},
+            {**FAST, "relu": False},
+            {"shape": (1, 8, 5, 5), "weight_shape": (8, 8, 1, 1)},
+            {"shape": (3, 24, 3, 7), "weight_shape": (40, 24, 3, 2), "padding": (2, 0)},
+            {"shape": (2, 24, 4, 4), "weight_shape": (24, 8, 4, 4), "groups": 3},
+        ],
+        ids=str,
+    )
+    def test_one_rounding(self, options, algorithm, dtype) -> None:
+        inputs = given(**options, dtype=dtype)
+        out = conv2d_relu_by(algorithm, **inputs, backend="cuda")
+        assert excess(out, inputs) <= 0
+        assert out.is_contiguous(memory_format=LAST)
+
+    @pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32], ids=DTYPE_IDS.get)
+    def test_random_convolutions(self, dtype, fuzz) -> None:
+        """Small ones of any geometry, closer to float64 than cuDNN's path, which rounds twice."""
+        chance = randoms.Random(f"{dtype} {fuzz}")
+        compared = 0
+        while compared < 40 * fuzz:
+            shape, options = INFO.domain(lambda values: chance.choice(list(values)))
+            options = dict(options)
+            weight_shape = options.pop("weight")
+            extents = zip(shape[2:], options["padding"], weight_shape[2:], strict=True)
+            if shape[0] == 0 or shape[1] == 1 or any(size + 2 * pad < kernel for size, pad, kernel in extents):
+                continue
+            inputs = given(shape, weight_shape, dtype, **options)
+            if memory_format_of(inputs["input"]) != LAST:
+                continue
+            out = conv2d_relu_by(OWN, **inputs, backend="cuda")
+            assert excess(out, inputs, 2**-10 if dtype == torch.float32 else None) <= 0, (shape, weight_shape, options)
+            compared += 1
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"shape": (2, 16, 9, 8), "weight_shape": (16, 16, 3, 3), "stride": 2},
+            {"shape": (2, 14, 5, 6), "weight_shape": (10, 7, 3, 3), "padding": 1, "groups": 2},
+            {"shape": (1, 3, 11, 12), "weight_shape": (5, 3, 5, 4), "stride": (3, 2), "padding": (0, 1)},
+            {"shape": (2, 6, 6, 6), "weight_shape": (6, 1, 3, 3), "padding": 1, "groups": 6},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32], ids=DTYPE_IDS.get)
+    def test_what_only_mma_sync_takes(self, options, dtype) -> None:
+        inputs = given(**options, dtype=dtype)
+        # TF32 rounds each operand to 11 bits.
+        unit = 2**-10 if dtype == torch.float32 else None
+        outputs = [conv2d_relu_by(algorithm, **inputs, backend="cuda") for algorithm in (MMA, OWN)]
+        assert excess(outputs[0], inputs, unit) <= 0
+        assert_same(*outputs)
+        with pytest.raises(RuntimeError, match=r"the wgmma kernel does not take this convolution: \w"):
+            kernels_of("cuda").conv2d_relu(*operator_arguments(inputs), WGMMA)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"memory_format": torch.contiguous_format},
+            {"shape": (0, 16, 6, 5)},
+            {"shape": (2, 16, 1, 1), "weight_shape": (16, 8, 1, 1), "padding": 0},
+            {"shape": (2, 1, 6, 5), "weight_shape": (16, 1, 3, 3), "groups": 1},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32], ids=DTYPE_IDS.get)
+    def test_what_only_the_library_takes(self, change, dtype) -> None:
+        inputs = given(**{**FAST, **change}, dtype=dtype)
+        outputs = [conv2d_relu_by(algorithm, **inputs, backend="cuda") for algorithm in (OWN, LIBRARY)]
+        assert_same(*outputs)
+        assert outputs[0].stride() == outputs[1].stride()
+        for algorithm in (MMA, WGMMA):
+            with pytest.raises(RuntimeError, match=r"kernel does not take this convolution: (a tensor|the input) is"):
+                kernels_of("cuda").conv2d_relu(*operator_arguments(inputs), algorithm)
+
+    @pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32], ids=DTYPE_IDS.get)
+    @pytest.mark.parametrize("name", ["input", "weight", "bias"])
+    @pytest.mark.parametrize("skipped", [1, 2, 4])
+    def test_memory_that_is_not_aligned(self, name, skipped, dtype) -> None:
+        inputs = given(**FAST, dtype=dtype)
+        value = inputs[name]
+        moved = value.new_empty(value.numel() + skipped)[skipped:].as_strided(value.shape, value.stride(), skipped)
+        moved = {**inputs, name: moved.copy_(value)}
+        assert_same(*(conv2d_relu_by(OWN, **arguments, backend="cuda") for arguments in (inputs, moved)))
+
+    def test_operands_of_any_strides(self) -> None:
+        inputs = given(**FAST)
+        expected = conv2d_relu_by(OWN, **inputs, backend="cuda")
+        wide = random((2, 20, 6, 5), torch.bfloat16, LAST)
+        wide[:, 2:18] = inputs["input"]
+        for name, value in {
+            "input": wide[:, 2:18],
+            "weight": inputs["weight"].contiguous(),
+            "bias": inputs["bias"].repeat_interleave(2)[::2],
+        }.items():
+            assert_same(conv2d_relu_by(OWN, **{**inputs, name: value}, backend="cuda"), expected, name)
+
+    def test_other_devices(self, module) -> None:
+        inputs = given(**FAST)
+        module.set_device(capability=80)
+        assert excess(conv2d_relu_by(OWN, **inputs, backend="cuda"), inputs) <= 0
+        with pytest.raises(RuntimeError, match=r"the wgmma kernel .* runs on compute capability 9.0, not 8.0"):
+            kernels_of("cuda").conv2d_relu(*operator_arguments(inputs), WGMMA)
+        module.set_device(capability=75)
+        outputs = [conv2d_relu_by(algorithm, **inputs, backend="cuda") for algorithm in (OWN, LIBRARY)]
+        assert_same(*outputs)
+        with pytest.raises(RuntimeError, match=r"the mma.sync kernel .* compute capability is below 8.0"):
+            kernels_of("cuda").conv2d_relu(*operator_arguments(inputs), MMA)
+
+    def test_what_a_call_of_the_operator_can_not_do(self) -> None:
+        operator = kernels_of("cuda").conv2d_relu
+        arguments = operator_arguments(given(**FAST))
+        for number in (-1, 4):
+            with pytest.raises(RuntimeError, match=f"algorithm is {number}, not from 0 to 3"):
+                operator(*arguments, number)
+        inputs = {
+            "the channels": given((2, 12, 6, 5), (16, 8, 3, 3), groups=2),
+            "the kernel is larger": given((2, 16, 2, 5), (16, 8, 3, 3), groups=2),
+            "different dtypes": {**given(**FAST), "weight": torch.zeros(16, 8, 3, 3)},
+            "exceeds 2": given(**{**FAST, "padding": 2**24}),
+        }
+        for reason, value in inputs.items():
+            for algorithm, name in ((MMA, "mma.sync"), (WGMMA, "wgmma")):
+                message = f"the {name} kernel does not take this convolution: .*{reason}"
+                with pytest.raises(RuntimeError, match=message):
+                    operator(*operator_arguments(value), algorithm)
+        for algorithm in (OWN, MMA, WGMMA):
+            with pytest.raises(RuntimeError, match="bias has dtype"):
+                operator(*operator_arguments({**given(**FAST), "bias": torch.zeros(16)}), algorithm)
+
+    def test_gradients_by_every_algorithm(self) -> None:
+        inputs = given(**FAST)
+        found = []
+        for algorithm in (LIBRARY, MMA, WGMMA):
+            leaves = {name: inputs[name].detach().requires_grad_() for name in ("input", "weight", "bias")}
+            out = conv2d_relu_by(algorithm, **{**inputs, **leaves}, backend="cuda")
+            if algorithm == LIBRARY:
+                grad = 2 * (out > 0.05).to(out.dtype)  # where no rounding changes a sign
+            found.append(torch.autograd.grad(out, list(leaves.values()), grad))
+        for gradients in found[1:]:
+            for actual, expected in zip(gradients, found[0], strict=True):
+                assert_close(actual, expected.double(), slack="library")
+
+
+def operator_arguments(inputs: dict[str, Any]) -> list[Any]:
+    """Those of torch.ops.alexnet_kernels.conv2d_relu, without the algorithm."""
+    two = [inputs.get(name, default) for name, default in (("stride", 1), ("padding", 0))]
+    two = [[value, value] if isinstance(value, int) else list(value) for value in two]
+    tensors = [inputs[name] for name in ("input", "weight", "bias")]
+    return [*tensors, *two, inputs.get("groups", 1), inputs.get("relu", True)]
+
+
+def test_other_devices_have_one_algorithm() -> None:
+    arguments = operator_arguments(given(**FAST))
+    operators = (torch.ops.alexnet_kernels.conv2d_relu, kernels_of("cpu").conv2d_relu)
+    for operator in operators:
+        for algorithm in (LIBRARY, OWN):
+            assert_same(operator(*arguments, algorithm), operators[0](*arguments))
+        for algorithm in (MMA, WGMMA):
+            raises(RuntimeError, "algorithm . needs a CUDA device", partial(operator, *arguments, algorithm))
+
+
+@pytest.mark.skipif("triton" not in BACKENDS["cpu"], reason="needs Triton's interpreter")
+def test_triton_has_one_algorithm() -> None:
+    inputs = given(**FAST)
+    raises(ValueError, "algorithm 0 only, not 1", lambda: conv2d_relu_by(OWN, **inputs, backend="triton"))
