@@ -16,7 +16,7 @@ import torch
 from helpers import benchmark
 
 import alexnet_kernels
-from alexnet_kernels import AlexNet
+from alexnet_kernels import AlexNet, _library, backends
 from alexnet_kernels.bench import baselines, cases, op_row, optimizer_row, roofline, rows, tables, timing
 from alexnet_kernels.bench import report as bench_report
 from alexnet_kernels.bench.machine import cache_bytes
@@ -24,7 +24,7 @@ from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
 from alexnet_kernels.bench.optimizer_row import SgdRow
 from alexnet_kernels.bench.roofline import Ceilings
-from alexnet_kernels.bench.row import PURPOSES, WITHOUT_MASTERS, Row
+from alexnet_kernels.bench.row import PURPOSES, WITHOUT_MASTERS, Row, is_ours
 from alexnet_kernels.bench.timing import DeviceLost, Failure, Timing, copy_rate, input_sets, measure
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS, count_macs
@@ -75,6 +75,37 @@ class TestCases:
             case = case_named(name)
             (baseline,) = case.baselines.values()
             assert cases.Expectation(case, 1, CPU).problem(baseline.call) is None
+
+    def test_convolutions_a_group(self) -> None:
+        name = "a convolution a group"
+        split = [case for case in cases.cases() if name in case.baselines]
+        assert {case.layer for case in split} == {"conv2", "conv4", "conv5"}
+        case = case_named("conv2d_relu, conv5, fp32")
+        assert cases.Expectation(case, 1, CPU).problem(case.baselines[name].call) is None
+
+    @pytest.mark.parametrize(
+        ("capability", "archs", "wgmma"),
+        [((9, 0), ["9.0a"], True), ((9, 0), ["8.0"], False), ((10, 0), ["9.0a"], False)],
+    )
+    def test_paths_of_a_convolution(self, monkeypatch, capability, archs, wgmma: bool) -> None:
+        case, device = case_named("conv2d_relu, conv3, bf16"), torch.device("cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(_library, "status", lambda: {"archs": archs})
+        monkeypatch.setattr(backends, "unavailable", lambda op, backend: None)
+        assert set(case.paths(device)) == {"cuda, cuDNN", "cuda, mma.sync"} | ({"cuda, wgmma"} if wgmma else set())
+        assert set(case_named("conv2d_relu, conv3, fp32").paths(device)) == {"cuda, cuDNN", "cuda, mma.sync"}
+        assert set(case_named("conv2d_relu, conv3, bf16, NCHW").paths(device)) == {"cuda, cuDNN"}
+        assert case.paths(CPU) == {}
+        assert all(is_ours(name) for name in case.paths(device))
+
+    def test_a_row_times_every_path(self, monkeypatch) -> None:
+        case = case_named("conv2d_relu, overhead, fp32")
+        found = {"cuda, one": Baseline(lambda x: case.call(x, "cpu")), "cuda, two": Baseline(lambda x: x["input"])}
+        monkeypatch.setattr(cases.Case, "paths", lambda self, device: found)
+        result = op_row.OpRow(case, 1).time(CPU, seconds=0.01, rounds=1, skip={"conv2d_relu by eager"})
+        assert set(result.directions["forward"].times) == {"cpu", "cuda, one"}
+        assert set(result.directions["forward and backward"].times) == {"cpu"}
+        assert list(result.wrong) == ["cuda, two"]
 
 
 class TestRoofline:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from alexnet_kernels.gpu_check import (
 )
 from alexnet_kernels.gpu_check.exercise import exercise
 from alexnet_kernels.gpu_check.findings import Findings
+from alexnet_kernels.gpu_check.processes import Ended
 from alexnet_kernels.op_info._layers import CONVOLUTIONS
 
 pytestmark = pytest.mark.slow
@@ -266,6 +268,24 @@ class TestLibrary:
         assert (package / "_C.so").read_text() == "no library"
         assert "| build | failed | " in (tmp_path / "out" / "report.md").read_text()
 
+    @pytest.mark.parametrize(
+        ("said", "arch"), [("8 0", "8.0"), ("8 9", "8.9"), ("9 0", "9.0a"), ("10 3", "10.3"), ("no GPU", None)]
+    )
+    def test_it_is_built_for_the_device(self, said: str, arch: str | None, tmp_path: Path, monkeypatch) -> None:
+        """For Hopper with the kernels that only run there."""
+        built = []
+
+        def run(name: str, command: list[str], limit: float, variables: dict | None = None, *_: object) -> Ended:
+            built.extend([variables] if "setup.py" in command else [])
+            return Ended(0, (said,))
+
+        monkeypatch.setattr(programs, "_fits", lambda context: ("passed", ""))
+        processes = SimpleNamespace(run=run)
+        context = programs.Context(tmp_path, "cuda", tmp_path, None, 1.0, None, 0, processes)
+        state, _ = programs.build(context, 60)
+        assert state == ("passed" if arch else "failed")
+        assert built == ([{"ALEXNET_KERNELS_CUDA": "1", "ALEXNET_KERNELS_ARCHS": arch}] if arch else [])
+
     def test_an_architecture_that_is_missing_is_reported(self, monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         gpu = torch.device("cuda")
@@ -358,8 +378,9 @@ class TestArguments:
         assert "- WRONG one: all" in (tmp_path / "report.md").read_text()
 
     def test_parts_that_share_a_workers_start(self) -> None:
-        order = [["build"], ["environment", "ceilings"], ["smoke"], ["networks", "convolutions", "ops"], ["tests"]]
-        assert plan.stages(plan.PARTS) == [*order, ["counters"], ["compiled"], ["sanitizer"]]
+        order = [["build"], ["environment", "ceilings"], ["paths"], ["smoke"], ["networks", "convolutions", "ops"]]
+        assert plan.stages(plan.PARTS) == [*order, ["tests"], ["counters"], ["compiled"], ["sanitizer"]]
+        assert sum(plan.SHARES.values()) == pytest.approx(1)
         assert plan.stages(["smoke", "ops", "compiled"]) == [["smoke"], ["ops", "compiled"]]
 
     def test_the_script_says_how_it_is_used(self) -> None:

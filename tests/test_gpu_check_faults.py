@@ -99,6 +99,33 @@ class TestFaults:
         assert list(part["crashed"]) == ["two by cuda"]
         assert part["crashed"]["two by cuda"].endswith("DeviceLost: cuda: CUDA error")
 
+    def test_a_kernel_that_hangs_is_avoided_by_the_other_parts(self, tmp_path: Path, monkeypatch) -> None:
+        script = tmp_path / "worker.py"
+        script.write_text(
+            "import os, time\n"
+            "from alexnet_kernels.gpu_check import __main__, worker\n"
+            "right = lambda _: {'wrong': None, 'error': None}\n"
+            "by = {'mma.sync': right, 'wgmma': lambda _: time.sleep(60)}\n"
+            "items = [worker.Item(f'{layer} by cuda, {name}', call, most=2.0)\n"
+            "         for layer in ('conv2', 'conv3') for name, call in by.items()]\n"
+            "seen = lambda skip: {'skip': sorted(skip), 'means': os.environ.get('ALEXNET_KERNELS_CONV2D_RELU')}\n"
+            "worker.WORK['paths'] = lambda _: items\n"
+            "worker.WORK['ops'] = lambda _: [worker.Item('seen', seen)]\n"
+            "raise SystemExit(__main__.main())\n"
+        )
+        monkeypatch.setattr(
+            processes, "_open", lambda words, env, cwd: ForkedPython([words[0], str(script), *words[3:]], env, cwd)
+        )
+        assert not runner.Check(tmp_path, "cpu", 60).run(["paths", "ops"])
+        parts = parts_of(tmp_path)
+        wgmma = {"conv2 by cuda, wgmma", "conv3 by cuda, wgmma"}
+        assert set(parts["paths"]["results"]) == {"conv2 by cuda, mma.sync", "conv3 by cuda, mma.sync"}
+        assert parts["paths"]["crashed"] == dict.fromkeys(wgmma, "it took too long: the log has its stack")
+        assert parts["ops"]["results"]["seen"] == {"skip": ["conv2d_relu by cuda, wgmma"], "means": "library"}
+        text = (tmp_path / "report.md").read_text()
+        assert "- conv3 by cuda, mma.sync: right" in text
+        assert "- CRASHED in paths: conv2 by cuda, wgmma: it took too long" in text
+
     def test_what_compiles_is_no_hang(self, tmp_path: Path, monkeypatch) -> None:
         part = self.run(tmp_path, monkeypatch, "time.sleep(3)", compiles=True, patience=1.0)
         assert set(part["results"]) == {"one", "two", "three", "four"}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_kernels import backends
 from alexnet_kernels.bench.row import SHORT
 from alexnet_kernels.op_info import OP_INFOS, Baseline, Layer, Maker, OpInfo, Work, with_gradients
 from alexnet_kernels.op_info._record import OUTLIERS, OVERHEAD, Inputs
@@ -58,7 +59,14 @@ class Case:
         return {
             name: dataclasses.replace(baseline, cuda_only=baseline.cuda_only or half_on_cuda)
             for name, baseline in self.info.baselines.items()
+            if baseline.layers is None or self.layer in baseline.layers
         }
+
+    def paths(self, device: torch.device) -> dict[str, Baseline]:
+        """The ways in which backend "cuda" can compute the op there, by variant."""
+        if device.type != "cuda" or backends.unavailable(self.op, "cuda"):
+            return {}
+        return {f"cuda, {name}": path for name, path in self.info.paths(self.dtype, self.channels_last, device).items()}
 
     @property
     def tolerance(self) -> float:

@@ -52,7 +52,7 @@ class OpRow:
     def variants(self, device: torch.device) -> list[str]:
         """The variants available on the device, barring errors."""
         ours = [backend for backend, reason in our_backends(self.case.op, device).items() if not reason]
-        return ours + list(self._baselines(device))
+        return [*ours, *self.case.paths(device), *self._baselines(device)]
 
     def _by(self, backend: str) -> Baseline:
         outliers = PEER_OUTLIERS if backend == "native" else OUTLIERS
@@ -76,7 +76,7 @@ class OpRow:
     def time(
         self, device: torch.device, *, seconds: float = 1.0, rounds: int = 15, skip: Collection[str] = ()
     ) -> RowResult:
-        """`skip`: variants, as "ROW by VARIANT", after which the device was lost before."""
+        """`skip`: variants, as "ROW by VARIANT" or "OP by VARIANT", after which the device was lost before."""
         case, batch = self.case, self.batch
         result = RowResult(case.op, case.layer, SHORT[case.dtype], batch)
         wrong, errors = result.wrong, result.errors
@@ -86,11 +86,14 @@ class OpRow:
                 result.missing[backend] = reason
             else:
                 made[backend] = lambda backend=backend: self._by(backend)  # type: ignore[misc]
+        # Their backward pass is that of backend "cuda".
+        for name, path in case.paths(device).items():
+            made[name] = lambda path=path: dataclasses.replace(path, differentiable=False)  # type: ignore[misc]
         made |= self._baselines(device)
         expectation = Expectation(case, 2, device)
         variants: dict[str, Baseline] = {}
         for name, make in made.items():
-            if f"{self.name} by {name}" in skip:
+            if not {f"{self.name} by {name}", f"{case.op} by {name}"}.isdisjoint(skip):
                 continue
             with guarded(name, device, errors):
                 variant = make()

@@ -103,7 +103,7 @@ class Row(Protocol):
 
 def is_ours(variant: str) -> bool:
     """Whether the variant is this package's; the others are baselines."""
-    return variant in ("cpu", "cuda", *OUR_NETS)
+    return variant in ("cpu", "cuda", *OUR_NETS) or variant.startswith("cuda, ")
 
 
 def our_backends(op: str, device: torch.device) -> dict[str, str | None]:

@@ -1,5 +1,8 @@
 """Times cuDNN's convolutions alone (forward, input gradient and filter gradient), beside this package's op.
 
+The op's variants are those of the benchmarks: "cuda" is what the backend chooses; "cuda, wgmma" and so on are its
+kernels one by one, of which the forward pass is timed, since they share the backward pass.
+
 Forms of the same convolution: "plain" or "grouped", as the layer defines it; "split", one convolution a group, each on
 its own tensors (the time excludes joining them); "space-to-depth", stride 1 on pixel blocks already stored as channels.
 The op's time includes bias, ReLU and their gradients.
@@ -7,6 +10,7 @@ The op's time includes bias, ReLU and their gradients.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -73,11 +77,19 @@ class Form:
         return gradient([direction == "input gradient", direction == "filter gradient", False])
 
 
-def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device, small: bool = False) -> dict[str, Any]:
+def time_layer(
+    layer: str,
+    dtype: torch.dtype,
+    batch: int,
+    device: torch.device,
+    small: bool = False,
+    skip: Collection[str] = (),
+) -> dict[str, Any]:
     """Times one convolution layer, in seconds.
 
     Returns {"layer", "operations", "bytes", "cached", "missing": {BACKEND: reason}, DIRECTION: {VARIANT: timing}} for
-    each direction of ALONE and OP. `small` measures one round on one set of inputs.
+    each direction of ALONE and OP. `small` measures one round on one set of inputs. `skip`: variants of the op,
+    as in `OpRow.time`.
     """
     case = next(
         case
@@ -104,7 +116,7 @@ def time_layer(layer: str, dtype: torch.dtype, batch: int, device: torch.device,
         times = measure(calls, device, **timing)
         found[direction] = {name: value.to_json() for name, value in times.items()}
     del made
-    row = OpRow(case, batch, apart=True, most_sets=sets).time(device, **timing).to_json()
+    row = OpRow(case, batch, apart=True, most_sets=sets).time(device, **timing, skip=skip).to_json()
     found["missing"] = row["missing"]
     for direction, passed in zip(OP, ("forward", "backward"), strict=True):
         found[direction] = dict(row[passed]["times"])

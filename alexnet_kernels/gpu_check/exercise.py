@@ -31,6 +31,10 @@ def _exercise(info: OpInfo, make: Maker, backend: str) -> None:
     for sample in (*info.typical, *info.samples[:3], info.large):
         if info.takes(sample, make.dtype):
             forward_backward(info, info.call, info.inputs(sample, make), backend)
+    if backend == "cuda" and torch.device(make.device).type == "cuda":
+        last = make.memory_format == torch.channels_last
+        for path in info.paths(make.dtype, last, torch.device(make.device)).values():
+            path.call(info.inputs(info.large, make))
 
 
 def main() -> int:

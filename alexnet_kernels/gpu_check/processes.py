@@ -163,6 +163,8 @@ class Processes:
     def __init__(self, log: Log, budget: Budget) -> None:
         self.log, self.budget = log, budget
         self.stopped = False
+        self.variables: dict[str, str] = {}
+        """Added to the environment of every process."""
         self._lock = threading.Lock()
         self._running: set[int] = set()
         self._reaper: Reaper | None = None
@@ -225,7 +227,7 @@ class Processes:
 
     def _start(self, command: Sequence[str], variables: dict[str, str], cwd: Path | None) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **variables}
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.variables, **variables}
         with self._lock:
             if self.stopped:
                 raise Stopped

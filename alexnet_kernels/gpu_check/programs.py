@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alexnet_kernels import _library
 from alexnet_kernels.bench import machine, roofline
 from alexnet_kernels.bench.machine import PACKAGE
 from alexnet_kernels.gpu_check import counters, findings, plan, progress, report
@@ -58,11 +59,13 @@ def build(context: Context, limit: float) -> Outcome:
     if not (ROOT / "setup.py").exists():
         return "skipped", "no source tree: the installed library is checked"
     if context.device == "cuda":
-        code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+        code = "import torch; print(*torch.cuda.get_device_capability())"
         capability = context.processes.run("build", [sys.executable, "-c", code], 60)
-        if capability.status != 0 or not capability.tail:
+        found = re.fullmatch(r"(\d+) (\d+)", capability.tail[-1]) if capability.tail else None
+        if capability.status != 0 or found is None:
             return "failed", f"torch does not report the device's architecture: {capability.reason}"
-        variables = {"ALEXNET_KERNELS_CUDA": "1", "ALEXNET_KERNELS_ARCHS": capability.tail[-1]}
+        arch = _library.arch_of((int(found[1]), int(found[2])))
+        variables = {"ALEXNET_KERNELS_CUDA": "1", "ALEXNET_KERNELS_ARCHS": arch}
     else:
         variables = {"ALEXNET_KERNELS_CUDA": "0"}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]

@@ -96,7 +96,7 @@ def _tests(lines: Sequence[Line]) -> dict[str, Any]:
 
 def problems(part: str, results: dict[str, Any]) -> list[str]:
     """Wrong values and errors of this package in a part's results."""
-    if part == "smoke":
+    if part in ("paths", "smoke"):
         return [f"{item}: {r['wrong'] or r['error']}" for item, r in results.items() if r["wrong"] or r["error"]]
     if part == "environment":
         return [f"the library: {r['missing_arch']}" for r in results.values() if r["missing_arch"]]
@@ -116,6 +116,13 @@ def problems(part: str, results: dict[str, Any]) -> list[str]:
 def sound(part: str, lines: Sequence[Line]) -> dict[str, Any]:
     """The results without problems."""
     return {item: r for item, r in findings.results(lines).items() if not problems(part, {item: r})}
+
+
+def broken_paths(lines: Sequence[Line]) -> set[str]:
+    """The kernels that part "paths" found to be wrong, to fail or to hang, as variants: "cuda, wgmma"."""
+    results = findings.results(lines)
+    bad = [item for item in results if problems("paths", {item: results[item]})]
+    return {item.rpartition(" by ")[2] for item in (*bad, *findings.crashed(lines))}
 
 
 def _rows(results: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +154,7 @@ def markdown(report: dict[str, Any]) -> str:
         if late := section.get("late"):
             lines.append(f"- Not reached in the time, of {name}: {'; '.join(late)}")
     lines.append("")
+    lines += _path_lines(results.get("paths", {}))
     lines += _smoke_lines(results.get("smoke", {}))
     legend = f"{tables.LEGEND}\n* without a CUDA graph: the time includes launch overhead." if cuda else tables.LEGEND
     lines += [legend, ""] if any(name in parts for name in ("networks", "ops", "compiled")) else []
@@ -179,6 +187,18 @@ def _absent(facts: dict[str, Any], device: str) -> list[str]:
     if facts.get("missing_arch"):
         lines.append(f"- The library lacks this device's architecture: {facts['missing_arch']}")
     return [*lines, ""] if lines else []
+
+
+def _path_lines(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    lines = ["## The package's own convolution kernels at AlexNet's layers, against float64", ""]
+    for item, r in results.items():
+        outcome = (
+            f"WRONG: {_cell(r['wrong'])}" if r["wrong"] else f"ERROR: {_cell(r['error'])}" if r["error"] else "right"
+        )
+        lines.append(f"- {item}: {outcome}")
+    return [*lines, ""]
 
 
 def _smoke_lines(results: dict[str, Any]) -> list[str]:

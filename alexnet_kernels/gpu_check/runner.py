@@ -16,9 +16,9 @@ from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import IN_WORKER, PATIENCE, SHARES, Budget, stages
 from alexnet_kernels.gpu_check.processes import ROOT, Ended, Log, Processes, Stopped
 from alexnet_kernels.gpu_check.programs import PROGRAMS, Context
+from alexnet_kernels.ops.conv2d_relu import VARIABLE
 
 LOG = "log.txt"
-SMOKE_PROCESSES = 8  # at most
 RESERVE = 2.0  # seconds, for the report
 START = 10.0  # seconds that a worker may take to start, beside its time
 
@@ -87,6 +87,7 @@ class Check:
     def _run_stage(self, parts: Sequence[str], later: Sequence[str]) -> None:
         start, left = time.monotonic(), self.budget.left()
         first, state, error = parts[0], "", ""
+        self._avoid_broken_paths()
         try:
             if left <= 0:
                 pass  # the parts are not reached
@@ -106,6 +107,13 @@ class Check:
             outcomes = {part: (state, error) if part == first else ("", "") for part in parts}
             self._end(outcomes, time.monotonic() - start)
 
+    def _avoid_broken_paths(self) -> None:
+        """Has backend "cuda" use cuDNN's convolutions from now on, if one of the package's own is wrong or hangs."""
+        broken = report.broken_paths(self.findings.lines("paths"))
+        if broken and VARIABLE not in self.processes.variables:
+            self.processes.variables[VARIABLE] = "library"
+            self.log.say(f"conv2d_relu by {' and by '.join(sorted(broken))} failed: the other parts do without it")
+
     def _end(self, outcomes: dict[str, tuple[str, str]], seconds: float) -> None:
         """Records the states of a stage's parts; an empty state is determined by the findings."""
         for part, (state, error) in outcomes.items():
@@ -124,7 +132,7 @@ class Check:
 
     def _work(self, parts: Sequence[str], ends: dict[str, float], start: float) -> None:
         """Runs parts in worker processes of this package."""
-        count = min(SMOKE_PROCESSES, plan.cores()) if parts[0] == "smoke" else 1
+        count = min(plan.WORKERS.get(parts[0], 1), plan.cores())
         stage = _Stage(start, ends, count)
         threads = [threading.Thread(target=self._run_worker, args=(parts, stage, index)) for index in range(count)]
         for thread in threads:

@@ -7,6 +7,7 @@ standard error and exits; the runner then starts another worker, which continues
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import platform
 import time
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alexnet_kernels import _library, _sources, backends
 from alexnet_kernels.bench import machine, roofline
-from alexnet_kernels.bench.cases import Case, Expectation, cases
+from alexnet_kernels.bench.cases import Case, Expectation, cases, compare
 from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.network_variant import HARDENED
 from alexnet_kernels.bench.op_row import OpRow
@@ -30,9 +32,12 @@ from alexnet_kernels.gpu_check import convolutions, findings, kernel_times, repo
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import Budget
 from alexnet_kernels.op_info._layers import CONVOLUTIONS
+from alexnet_kernels.op_info._record import Inputs
+from alexnet_kernels.ops.conv2d_relu import MMA, WGMMA, conv2d_relu_by
 
 BATCH = 128
 LARGE = 1024
+HANGS = 15.0  # seconds after which a convolution kernel is taken to hang
 GRACE = 5.0  # seconds that an item may run after the end of its part's time
 
 
@@ -44,6 +49,8 @@ class Item:
     least: float = 1.0
     """The item is not started with fewer seconds left."""
     compiles: bool = False
+    most: float = math.inf
+    """Seconds that it may take, if fewer than the worker's patience."""
 
 
 def _small(device: torch.device) -> bool:
@@ -106,6 +113,50 @@ def ceilings(device: torch.device) -> list[Item]:
     return [Item("rates", rates)]
 
 
+def paths(device: torch.device) -> list[Item]:
+    """Compares each of the package's own convolution kernels at AlexNet's layers, output and gradients, with float64.
+
+    Their tiles depend on the batch. For the one that is timed, the output is compared with cuDNN's in float32. Two
+    workers share the items, so that one kernel's hang does not keep the other from running.
+    """
+    found = []
+    for case in _small_cases() if _small(device) else [case for case in cases() if case.core]:
+        if case.op == "conv2d_relu":
+            for name, call in _own_convolutions(case, device).items():
+                found.append(_own_convolution(case, name, call, device))
+    return found
+
+
+def _own_convolutions(case: Case, device: torch.device) -> dict[str, Callable[[Inputs], Tensor]]:
+    if _small(device):
+        return {"cpu": lambda x: case.call(x, "cpu")}
+    algorithms = {"cuda, mma.sync": MMA}
+    if case.dtype != torch.float32 and torch.cuda.get_device_capability(device) == (9, 0):
+        algorithms["cuda, wgmma"] = WGMMA
+
+    def by(algorithm: int) -> Callable[[Inputs], Tensor]:
+        return lambda x: conv2d_relu_by(algorithm, **x, backend="cuda")
+
+    return {name: by(algorithm) for name, algorithm in algorithms.items()}
+
+
+@torch.no_grad()
+def _problem_of_batch(case: Case, call: Callable[[Inputs], Tensor], device: torch.device) -> str | None:
+    given = case.make(2 if _small(device) else BATCH, device)
+    output = call(given)
+    wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in given.items()}
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = case.info.reference(**wide)
+    return compare(output, expected, case.tolerance, f"output of batch {len(output)}")
+
+
+def _own_convolution(case: Case, name: str, call: Callable[[Inputs], Tensor], device: torch.device) -> Item:
+    def problem() -> str | None:
+        return Expectation(case, 2, device).problem(call) or _problem_of_batch(case, call, device)
+
+    return Item(f"{case.name} by {name}", lambda _: _checked(problem, device), least=2.0, most=HANGS)
+
+
 def smoke(device: torch.device) -> list[Item]:
     """Compares every op at AlexNet's layers, output and gradients, with its definition in float64.
 
@@ -121,19 +172,25 @@ def smoke(device: torch.device) -> list[Item]:
 
 
 def _compared(case: Case | SgdRow, backend: str, device: torch.device) -> dict[str, Any]:
+    def problem() -> str | None:
+        if isinstance(case, Case):
+            return Expectation(case, 2, device).problem(lambda x: case.call(x, backend))
+        return case.problem(backend, device)
+
+    error = backends.unavailable(case.op if isinstance(case, Case) else "sgd_step", backend)
+    return {"wrong": None, "error": error, "seconds": 0.0} if error else _checked(problem, device)
+
+
+def _checked(problem: Callable[[], str | None], device: torch.device) -> dict[str, Any]:
     start = time.perf_counter()
-    problem, error = None, backends.unavailable(case.op if isinstance(case, Case) else "sgd_step", backend)
-    if error is None:
-        try:
-            if isinstance(case, Case):
-                problem = Expectation(case, 2, device).problem(lambda x: case.call(x, backend))
-            else:
-                problem = case.problem(backend, device)
-        except Exception as failure:
-            if not works(device):
-                raise
-            error = reason_of(failure)
-    return {"wrong": problem, "error": error, "seconds": round(time.perf_counter() - start, 2)}
+    wrong = error = None
+    try:
+        wrong = problem()
+    except Exception as failure:
+        if not works(device):
+            raise
+        error = reason_of(failure)
+    return {"wrong": wrong, "error": error, "seconds": round(time.perf_counter() - start, 2)}
 
 
 def _timed(device: torch.device, rows: Sequence[Row], seconds: float, rounds: int, least: float = 2.0) -> list[Item]:
@@ -168,13 +225,13 @@ def networks(device: torch.device) -> list[Item]:
 
 
 def convolutions_alone(device: torch.device) -> list[Item]:
-    """Times cuDNN's convolutions of each layer, beside this package's op."""
+    """Times cuDNN's convolutions of each layer, beside this package's op by each of its kernels."""
     small = _small(device)
     batch = 2 if small else BATCH
 
     def item(layer: str) -> Item:
-        def run(_: Collection[str]) -> dict[str, Any]:
-            return convolutions.time_layer(layer, torch.bfloat16, batch, device, small=small)
+        def run(skip: Collection[str]) -> dict[str, Any]:
+            return convolutions.time_layer(layer, torch.bfloat16, batch, device, small=small, skip=skip)
 
         return Item(f"{layer}, bf16, batch {batch}", run, least=2.0)
 
@@ -217,6 +274,7 @@ def compiled(device: torch.device) -> list[Item]:
 WORK: dict[str, Callable[[torch.device], list[Item]]] = {
     "environment": environment,
     "ceilings": ceilings,
+    "paths": paths,
     "smoke": smoke,
     "networks": networks,
     "convolutions": convolutions_alone,
@@ -245,6 +303,7 @@ class Worker:
         items = WORK[part](self.device)[self.index :: self.count]
         self.findings.add(part, items=[item.name for item in items])
         done, skip = self._done(part)
+        skip |= {f"conv2d_relu by {path}" for path in report.broken_paths(self.findings.lines("paths"))}
         for item in items:
             left = budget.left()
             if item.name not in done and left >= item.least:
@@ -262,8 +321,9 @@ class Worker:
 
     def _run(self, part: str, item: Item, left: float, skip: Collection[str]) -> None:
         # A compilation may be slow without hanging.
-        limit = left + GRACE if item.compiles else min(self.patience, left + GRACE)
-        overtime = item.compiles or limit < self.patience
+        patience = min(self.patience, item.most)
+        limit = left + GRACE if item.compiles else min(patience, left + GRACE)
+        overtime = item.compiles or limit < patience
         self.findings.add(part, started=item.name, worker=self.index, overtime=overtime)
         faulthandler.dump_traceback_later(limit, exit=True)
         try:
