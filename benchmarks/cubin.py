@@ -47,12 +47,28 @@ def parse_name(mangled: str, demangled: str) -> tuple[str, str, list[str]]:
     match = re.match(r"(?:void )?alexnet_kernels::cuda::(\w+)(<.*>)?\(", plain)
     assert match is not None, plain
     arguments = split_arguments((match[2] or "<>")[1:-1])
-    arguments = [DTYPES.get(a, re.sub(r"^\((?:int|bool)\)", "", a)) for a in arguments]
+    arguments = [DTYPES.get(a, re.sub(r"\((?:int|bool)\)|alexnet_kernels::cuda::", "", a)) for a in arguments]
     return (f"{source[1]}.cu" if source else "headers"), match[1], arguments
 
 
 def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def architectures(path: Path, cuobjdump: str) -> list[str]:
+    """Those for which a library or a cubin has machine code, as "sm_90a", in ascending order."""
+    found = re.findall(r"\.(sm_\w+)\.cubin$", run(cuobjdump, "--list-elf", str(path)), re.MULTILINE)
+    return sorted(set(found), key=number)
+
+
+def number(arch: str) -> int:
+    """90 of "sm_90a"."""
+    return int(arch.removeprefix("sm_").rstrip("af"))
+
+
+def hopper(path: Path, cuobjdump: str) -> str:
+    """The architecture of the machine code for compute capability 9.0: "sm_90a", or "sm_90" where there is no such."""
+    return "sm_90a" if "sm_90a" in architectures(path, cuobjdump) else "sm_90"
 
 
 def disassemble(path: Path, cuobjdump: str, arch: str) -> str:

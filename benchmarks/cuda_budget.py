@@ -4,7 +4,8 @@
 
 Each op is called at AlexNet's layers (`alexnet_kernels.op_info`). The launches of its operators are recorded by the
 emulation of tests/emulation, but not run, and benchmarks/sass.py counts what they execute in the machine code for
-sm_90. Needs no GPU. cuda_resources.py writes the budgets to its report.
+compute capability 9.0. Needs no GPU. cuda_resources.py writes the budgets to its report. Convolutions are the
+library's, with the package's pass for bias and ReLU; convolution_budget.py predicts those of the package's own kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import functools
 import importlib
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from typing import Any
 
 import sass
 import torch
-from cubin import demangle, disassemble, find_cuobjdump, parse_name, run
+from cubin import architectures, demangle, disassemble, find_cuobjdump, hopper, parse_name, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -32,7 +34,6 @@ from alexnet_kernels import _library
 from alexnet_kernels.op_info import OP_INFOS, Layer, Maker, OpInfo, operator_calls
 from alexnet_kernels.op_info._record import OVERHEAD
 
-ARCH = "sm_90"
 BATCH = 128
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # Multiprocessors' quarters times the clock: instructions, or clocks of a pipe, a second. An H200 has the same.
@@ -42,6 +43,8 @@ COPY = {"H100": 3.0e12, "H200": 4.3e12}
 VECTOR = 16
 # Ops whose kernels are passes beside torch's convolution or product.
 PRODUCTS = ("conv2d_relu", "linear_relu_dropout")
+# The package's own convolution kernels, and the operator's argument `algorithm` for each.
+WAYS = {"mma": 2, "wgmma": 3}
 # What instructions do, as sass.kind_of names it.
 KINDS = ("floating point", "special functions", "integer", "conversions", "global loads", "global stores")
 KINDS += ("shared memory", "shuffles", "control", "constants", "matrix")
@@ -158,11 +161,12 @@ def recorded(operator: str, args: tuple[Any, ...]) -> tuple[Any, list[tuple]]:
 
 
 class Code:
-    """A library's machine code for an architecture."""
+    """A library's machine code for compute capability 9.0. A library without it has no functions."""
 
-    def __init__(self, library: Path, cuobjdump: str, arch: str = ARCH) -> None:
-        self.library, self.cuobjdump, self.arch = library, cuobjdump, arch
-        self.functions = sass.split(disassemble(library, cuobjdump, arch))
+    def __init__(self, library: Path, cuobjdump: str) -> None:
+        self.library, self.arch = library, hopper(library, cuobjdump)
+        has_some = self.arch in architectures(library, cuobjdump)
+        self.functions = sass.split(disassemble(library, cuobjdump, self.arch)) if has_some else {}
         mangled = list(self.functions)
         self.names: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {}
         for name, demangled in zip(mangled, demangle(mangled), strict=True):
@@ -198,6 +202,21 @@ def moved_bytes(info: OpInfo, layer: Layer, operator: str, args: tuple[Any, ...]
     return work.moved(BATCH, True) - forward if operator.endswith("_backward") else forward
 
 
+def schema_of(operator: str) -> Any:
+    emulation().load()
+    return getattr(getattr(torch.ops, emulation().NAMESPACE), operator).default._schema
+
+
+def with_algorithm(schema: Any, args: tuple[Any, ...], algorithm: int) -> tuple[Any, ...]:
+    """The arguments of an operator with the algorithm of a convolution, where it takes one: 0 is the library's."""
+    names = [argument.name for argument in schema.arguments]
+    if "algorithm" not in names:
+        return args
+    at = names.index("algorithm")
+    missing = [argument.default_value for argument in schema.arguments[len(args) : at]]
+    return (*args[:at], *missing, algorithm, *args[at + 1 :])
+
+
 def operators(only: str) -> Iterator[tuple[OpInfo, Layer, str, str, tuple[Any, ...]]]:
     """Every operator at AlexNet's layers, in channels_last: op, layer, dtype, operator, arguments."""
     for dtype, info in itertools.product(DTYPES, OP_INFOS.values()):
@@ -210,7 +229,7 @@ def operators(only: str) -> Iterator[tuple[OpInfo, Layer, str, str, tuple[Any, .
                 calls = operator_calls(info, layer.inputs(make, BATCH), "cuda", run=False)
             firsts = dict(reversed(calls))
             for operator in reversed(firsts):
-                yield info, layer, name, operator, firsts[operator]
+                yield info, layer, name, operator, with_algorithm(schema_of(operator), firsts[operator], 0)
 
 
 def budgets(code: Code, only: str = "") -> Iterator[Budget]:
@@ -227,12 +246,43 @@ def budgets(code: Code, only: str = "") -> Iterator[Budget]:
             yield budget
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A launch of one of the package's own convolution kernels at one of AlexNet's layers, in bfloat16."""
+
+    layer: str
+    way: str  # of WAYS
+    source: str
+    kernel: str
+    blocks: int
+    threads: int
+    shared: int  # bytes of dynamic shared memory
+
+
+def title_of(kernel: str, arguments: tuple[str, ...]) -> str:
+    return f"{kernel}<{', '.join(arguments)}>" if arguments else kernel
+
+
+def convolutions() -> list[Recorded]:
+    """What the operator launches where it is told which of the package's kernels to take, not the library's."""
+    found = []
+    for _, layer, _, operator, args in operators("conv2d_relu, .*, bfloat16"):
+        schema = schema_of(operator)
+        for way, algorithm in WAYS.items():
+            given = with_algorithm(schema, args, algorithm)
+            for offset, grid, block, shared, _ in recorded(operator, given)[1] if given is not args else ():
+                source, kernel, arguments = emulated_kernels()[offset]
+                title, blocks, threads = title_of(kernel, arguments), math.prod(grid), math.prod(block)
+                found.append(Recorded(layer.name, way, source, title, blocks, threads, shared))
+    return found
+
+
 def counted(
     code: Code, vectors: int, offset: int, grid: list[int], block: list[int], shared: int, arguments: bytes
 ) -> Launch:
     emulated = emulated_kernels()[offset]
     source, mangled = code.find(*emulated)
-    title = f"{emulated[1]}<{', '.join(emulated[2])}>" if emulated[2] else emulated[1]
+    title = title_of(*emulated[1:])
     try:
         count = sass.count(code.functions[mangled], arguments, grid, block, arch=code.arch)
     except sass.UnknownError as error:
@@ -281,15 +331,16 @@ def markdown(found: list[Budget]) -> list[str]:
     lines = [
         "## Instruction budgets",
         "",
-        f"What the operators execute on {ARCH} at AlexNet's layers, channels_last, batch {BATCH}, interpreted from the",
-        "machine code (benchmarks/sass.py): a prediction, not a measurement. A **vector** is 16 bytes of the larger of",
-        "the operator's first argument and result; of the result, where the kernel is a pass beside a convolution or",
-        "product. **Instructions** are all that warps issue, times 32 lanes, divided by the vectors: those of lanes",
-        "that only supply a halo are among them. **Issue** is the time at one instruction a clock of each quarter of",
-        "132 multiprocessors at 1.98 GHz (H100 and H200), **pipe** that of the busiest pipe (special: special",
-        "functions and conversions at 16 lanes a clock of a multiprocessor; ALU: integers, comparisons and selections",
-        "at 64; FMA: float arithmetic at 128, integer products at 64; LSU: memory and shuffles), **memory** that of",
-        "the least bytes at a copy's rate (3.0 TB/s on an H100, 4.3 TB/s on an H200). **Binds** names the longest.",
+        f"What the operators execute on compute capability 9.0 at AlexNet's layers, channels_last, batch {BATCH},",
+        "interpreted from the machine code (benchmarks/sass.py): a prediction, not a measurement. A **vector** is 16",
+        "bytes of the larger of the operator's first argument and result; of the result, where the kernel is a pass",
+        "beside a library's convolution or product. **Instructions** are all that warps issue, times 32 lanes, divided",
+        "by the vectors: those of lanes that only supply a halo are among them. **Issue** is the time at one",
+        "instruction a clock of each quarter of 132 multiprocessors at 1.98 GHz (H100 and H200), **pipe** that of the",
+        "busiest pipe (special: special functions and conversions at 16 lanes a clock of a multiprocessor; ALU:",
+        "integers, comparisons and selections at 64; FMA: float arithmetic at 128, integer products at 64; LSU: memory",
+        "and shuffles), **memory** that of the least bytes at a copy's rate (3.0 TB/s on an H100, 4.3 TB/s on an",
+        "H200). **Binds** names the longest.",
         "",
         "| operator, layer, dtype | kernel | blocks | instructions | MUFU | issue, us | pipe, us | MB | "
         "memory, us, H100 / H200 | binds, H100 / H200 |",

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from cubin import disassemble, find_cuobjdump
+from cubin import disassemble, find_cuobjdump, hopper
 from numpy.typing import NDArray
 from sass_machine import CONTROL, LANES, Machine, UnknownError
 from sass_text import Function, parse, split
 
 # Where constant bank 0 holds the parameters.
-PARAMETERS = {"sm_80": 0x160, "sm_86": 0x160, "sm_89": 0x160, "sm_90": 0x210}
+PARAMETERS = {"sm_80": 0x160, "sm_86": 0x160, "sm_89": 0x160, "sm_90": 0x210, "sm_90a": 0x210}
 
 # The pipe that executes an instruction on sm_90, and for how many clocks a warp's holds that pipe of its quarter of the
 # multiprocessor: by the CUDA programming guide's results a clock for compute capability 9.0 (128 for float32, 64 for
@@ -202,13 +202,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grid", type=int, nargs="+", default=[1000])
     parser.add_argument("--block", type=int, nargs="+", default=[256])
     parser.add_argument("--argument", action="append", default=[], help="BITS:VALUE, in order; BITS:? if unknown")
-    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--arch", help="by default that of compute capability 9.0")
     parser.add_argument("--warps", type=int, default=256)
     options = parser.parse_args(argv)
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         parser.error("cuobjdump is in neither PATH, CUDA_HOME nor the triton package")
-    code = disassemble(options.file, cuobjdump, options.arch)
+    arch = options.arch or hopper(options.file, cuobjdump)
+    code = disassemble(options.file, cuobjdump, arch)
     values = []
     for argument in options.argument:
         bits, value = argument.split(":")
@@ -218,9 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         if re.search(options.kernel, name):
             print(name)
             try:
-                found = count(
-                    text, arguments, options.grid, options.block, arch=options.arch, known=known, warps=options.warps
-                )
+                found = count(text, arguments, options.grid, options.block, arch=arch, known=known, warps=options.warps)
             except UnknownError as error:
                 print(f"  unknown: {error}")
                 continue
