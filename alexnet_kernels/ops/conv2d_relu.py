@@ -1,9 +1,9 @@
 """Convolution, bias and ReLU.
 
-See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu.cu,
-alexnet_kernels/triton/conv2d_relu.py and conv2d_relu_backward.py, reference.conv2d_relu, op_info/conv2d_relu.py,
-tests/ops/test_conv2d_relu.py; ops/space_to_depth.py for strided convolutions of few channels; _dispatch/choices.py for
-the algorithms of backend "auto".
+See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu.cu, conv2d_relu_sm90a.cu and
+conv2d_relu_sm80.cu, alexnet_kernels/triton/conv2d_relu.py and conv2d_relu_backward.py, reference.conv2d_relu,
+op_info/conv2d_relu.py, tests/ops/test_conv2d_relu.py and test_conv2d_relu_kernels.py; ops/space_to_depth.py for strided
+convolutions of few channels; _dispatch/choices.py for the algorithms of backend "auto".
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's conv2d.
 """
 
