@@ -280,6 +280,8 @@ class TestLibrary:
             return Ended(0, (said,))
 
         monkeypatch.setattr(programs, "_fits", lambda context: ("passed", ""))
+        monkeypatch.setattr(programs, "ROOT", tmp_path)
+        (tmp_path / "setup.py").touch()
         processes = SimpleNamespace(run=run)
         context = programs.Context(tmp_path, "cuda", tmp_path, None, 1.0, None, 0, processes)
         state, _ = programs.build(context, 60)
