@@ -36,28 +36,6 @@ __global__ void __launch_bounds__(kThreads)
   store<kVec>(y + vector * kVec, v);
 }
 
-// Whether cuDNN's kernel with bias and ReLU takes the convolution, and is faster. An H100, bfloat16, batch 128
-// (benchmarks/results/h100/report.md): conv3 68.8 us against 77.2. With two groups it is slower, conv4 366.8 us against
-// 121.9 and conv5 975.6 against 69.0. It checks no shapes: those that do not fit go to conv2d, which raises.
-bool fuses(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding, int64_t groups,
-           MemoryFormat format) {
-  const ScalarType type = x.scalar_type();
-  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  if (!half || weight.scalar_type() != type || groups != 1 || format != MemoryFormat::ChannelsLast ||
-      weight.size(1) != x.size(1)) {
-    return false;
-  }
-  double outputs = double(x.size(0)) * double(weight.size(0));
-  for (const int d : {0, 1}) {
-    const int64_t span = x.size(2 + d) + 2 * padding[d] - weight.size(2 + d);
-    if (span < 0) return false;
-    outputs *= double(span / stride[d] + 1);
-  }
-  const double most = double(int64_t(1) << 31);  // torch splits larger batches for its convolution only
-  return x.numel() > 0 && weight.numel() > 0 && double(x.numel()) < most && outputs < most &&
-         call_torch<bool>("aten::cudnn_is_acceptable", stack_of(x));
-}
-
 // A convolution as its arguments give it.
 struct Call {
   const Tensor &x, &weight;
@@ -67,12 +45,33 @@ struct Call {
   bool relu;
   MemoryFormat format;  // of x, and of the result
 
-  // Of the output, in dimension d = 0, 1 of the image; not positive if the kernel is larger than the padded image.
+  // Of the output, in dimension d = 0, 1 of the image; 0 if the kernel is larger than the padded image.
   int64_t extent(int d) const {
     const int64_t span = x.size(2 + d) + 2 * padding[d] - weight.size(2 + d);
     return span < 0 ? 0 : span / stride[d] + 1;
   }
+  // Elements of the output, which may be too many for an integer.
+  double outputs() const { return double(x.size(0)) * double(weight.size(0)) * double(extent(0)) * double(extent(1)); }
+  bool is_empty() const { return x.numel() == 0 || weight.numel() == 0 || outputs() == 0; }
 };
+
+constexpr double kMostElements = double(int64_t(1) << 31);
+
+// Whether cuDNN's kernel with bias and ReLU takes the convolution, and is faster. An H100, bfloat16, batch 128
+// (benchmarks/results/h100/report.md): conv3 68.8 us against 77.2. With two groups it is slower, conv4 366.8 us against
+// 121.9 and conv5 975.6 against 69.0. It checks no shapes: those that do not fit go to conv2d, which raises.
+bool fuses(const Call& call) {
+  const Tensor &x = call.x, &weight = call.weight;
+  const ScalarType type = x.scalar_type();
+  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  if (!half || weight.scalar_type() != type || call.groups != 1 || call.format != MemoryFormat::ChannelsLast ||
+      weight.size(1) != x.size(1)) {
+    return false;
+  }
+  // torch splits larger batches for its convolution only.
+  return !call.is_empty() && double(x.numel()) < kMostElements && call.outputs() < kMostElements &&
+         call_torch<bool>("aten::cudnn_is_acceptable", stack_of(x));
+}
 
 // Why the package's kernels don't take the convolution; null if they do. Arguments that torch's convolution refuses are
 // among the reasons: it has the error.
@@ -85,20 +84,17 @@ const char* why_not_own(const Call& call) {
   if (groups < 1 || weight.size(0) % groups != 0 || x.size(1) % groups != 0 || x.size(1) / groups != weight.size(1)) {
     return "the channels of input and weight do not fit the groups";
   }
-  const double most = double(int64_t(1) << 31);
-  double outputs = double(x.size(0)) * double(weight.size(0));
   for (const int d : {0, 1}) {
-    const int64_t extent = call.extent(d);
-    if (weight.size(2 + d) > 0 && extent < 1) return "the kernel is larger than the padded image";
-    outputs *= double(extent);
+    if (weight.size(2 + d) > 0 && call.extent(d) < 1) return "the kernel is larger than the padded image";
     // The kernels' products of a stride and a pixel beyond the output fit an int.
     constexpr int64_t kMost = 1 << 23;
     if (x.size(2 + d) + 2 * call.padding[d] > kMost || call.stride[d] > kMost) {
       return "an extent of the padded image, or a stride, exceeds 2^23";
     }
   }
-  if (x.numel() == 0 || weight.numel() == 0 || outputs == 0) return "a tensor is empty";
-  if (double(x.numel()) >= most || double(weight.numel()) >= most || outputs >= most) {
+  if (call.is_empty()) return "a tensor is empty";
+  if (double(x.numel()) >= kMostElements || double(weight.numel()) >= kMostElements ||
+      call.outputs() >= kMostElements) {
     return "a tensor has 2^31 elements or more";
   }
   return compute_capability() < 80 ? "the device's compute capability is below 8.0" : nullptr;
@@ -166,12 +162,12 @@ Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tens
   given.number("algorithm", algorithm, kLibrary, kWgmma);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
+  const Call call = {x, weight, bias, stride, padding, groups, with_relu, format};
   if (algorithm != kLibrary) {
-    const Call call = {x, weight, bias, stride, padding, groups, with_relu, format};
     if (std::optional<Tensor> y = convolve(given, call, algorithm)) return *y;
   }
   // cuDNN's kernel with ReLU may give other bits in another run; the package's kernels, which kOwn asks for, do not.
-  if (algorithm == kLibrary && with_relu && fuses(x, weight, stride, padding, groups, format)) {
+  if (algorithm == kLibrary && with_relu && fuses(call)) {
     if (bias) given.tensor("bias", *bias, x.scalar_type());
     return in_format(call_torch("aten::cudnn_convolution_relu",
                                 stack_of(x, weight, contiguous(bias), stride, padding, IntList{1, 1}, groups)),

@@ -106,15 +106,6 @@ struct RowEpilogue {
   }
 
  private:
-  static __device__ __forceinline__ float at_least(float v, float least) {
-#if defined(__CUDA_ARCH__)
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(least));
-    return v;
-#else
-    return v < least ? least : v;
-#endif
-  }
-
   // Transposes the 4 x 4 pairs of the row's threads and blocks, by exchanges with the neighbour and with the next but
   // one, and stores 16 bytes: block t of the four.
   template <class T>

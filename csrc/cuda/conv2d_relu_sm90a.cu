@@ -345,17 +345,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 }
 
-int divide_up(int a, int b) {
-  return (a + b - 1) / b;
-}
-
 int round_up(int a, int b) {
-  return divide_up(a, b) * b;
+  return int(divide_up(a, b)) * b;
 }
 
 // The largest extent below one that divides `whole` into more parts, the last of which may be smaller; 0 after 1.
 int next_smaller(int whole, int extent) {
-  return extent == 1 ? 0 : divide_up(whole, divide_up(whole, extent - 1));
+  return extent == 1 ? 0 : int(divide_up(whole, divide_up(whole, extent - 1)));
 }
 
 // Divides shared memory into stages; false if there is not enough.
@@ -418,11 +414,12 @@ Choice tile(const Convolution& c, int multiprocessors) {
   Choice best;
   for (int w = std::min(c.OW, Shape::kRows); w > 0; w = next_smaller(c.OW, w)) {
     for (int h = std::min(c.OH, Shape::kRows / w); h > 0; h = next_smaller(c.OH, h)) {
-      const int n = divide_up(c.N, divide_up(c.N, std::min(c.N, Shape::kRows / (w * h))));
+      const int n = int(divide_up(c.N, divide_up(c.N, std::min(c.N, Shape::kRows / (w * h)))));
       Tiling tiling{};
       tiling.n = n, tiling.h = h, tiling.w = w;
-      tiling.columns = divide_up(c.K, Shape::kColumns), tiling.groups = c.groups;
-      tiling.along_n = divide_up(c.N, n), tiling.along_h = divide_up(c.OH, h), tiling.along_w = divide_up(c.OW, w);
+      tiling.columns = int(divide_up(c.K, Shape::kColumns)), tiling.groups = c.groups;
+      tiling.along_n = int(divide_up(c.N, n));
+      tiling.along_h = int(divide_up(c.OH, h)), tiling.along_w = int(divide_up(c.OW, w));
       if (!divide_shared<Shape>(c, tiling)) continue;
       const double taken = clocks<Shape>(c, tiling, multiprocessors);
       if (taken < best.clocks) best = {taken, tiling};

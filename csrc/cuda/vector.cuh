@@ -130,14 +130,19 @@ __device__ __forceinline__ void store_words(uint8_t* p, const uint32_t (&in)[kWo
   *reinterpret_cast<Pack<uint32_t, kWords>*>(p) = pack;
 }
 
-// ReLU as in torch: NaN is kept. One instruction.
-__device__ __forceinline__ float relu(float v) {
+// max(v, least). NaN is kept. One instruction.
+__device__ __forceinline__ float at_least(float v, float least) {
 #if defined(__CUDA_ARCH__)
-  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(least));
   return v;
 #else
-  return v <= 0.f ? 0.f : v;
+  return v <= least ? least : v;
 #endif
+}
+
+// ReLU as in torch.
+__device__ __forceinline__ float relu(float v) {
+  return at_least(v, 0.f);
 }
 
 // Whether every pointer is aligned to 16 bytes. Null pointers count as aligned.
