@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,6 +35,18 @@ torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 def no_tf32() -> None:
     """A benchmark that a test before ran in this process allows TF32."""
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def cuda() -> Iterator[ModuleType]:
+    """The module of the emulation, whose settings are restored afterwards."""
+    if emulation is None:
+        pytest.skip("needs pybind11")
+    module = emulation.load()
+    yield module
+    module.set_recording(False)
+    module.set_order(0)
+    module.set_device()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

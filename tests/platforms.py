@@ -24,5 +24,5 @@ BACKENDS: dict[str, list[str]] = {"cpu": ["cpu", "native"], "cuda": ["cuda", "tr
 INTERPRETED = _library.INTERPRETED and _library.TRITON_INSTALLED
 if INTERPRETED:
     BACKENDS["cpu"].insert(1, "triton")
-if emulation is not None and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")):
+if emulation is not None and not torch.cuda.is_available() and shutil.which(emulation.COMPILER):
     BACKENDS["cpu"].insert(1, "cuda")  # emulated

@@ -26,20 +26,13 @@ from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, OWN
 
 np = pytest.importorskip("numpy")
 emulation = pytest.importorskip("emulation")
+trials = pytest.importorskip("emulation.trials")
 calls = pytest.importorskip("emulation.calls")
 
-COMPILER = os.environ.get("CXX", "g++")
 ALL = 0xFFFFFFFF
 ORDERS = range(6)
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
-
-
-@pytest.fixture
-def cuda() -> Iterator[ModuleType]:
-    module = emulation.load()
-    yield module
-    module.set_order(0)
+pytestmark = trials.needs_compiler
 
 
 @pytest.fixture
@@ -65,17 +58,12 @@ def launch(cuda: ModuleType) -> Callable[..., np.ndarray]:
     return run
 
 
-def numbers(count: int) -> np.ndarray:
-    """Distinct whole numbers, whose sums are exact."""
-    return np.random.default_rng(count).permutation(count).astype(np.float32) - count // 2
-
-
 class TestKernels:
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("threads", [1, 31, 32, 77, 256, 1024])
     def test_barriers_and_shared_memory(self, cuda, launch, threads: int, order: int) -> None:
         cuda.set_order(order)
-        values = numbers(threads * 3 - threads // 2)
+        values = trials.numbers(threads * 3 - threads // 2)
         out = launch("block_sum", values, grid=(3,), block=(threads,), shared=4 * threads)
         for block in range(0, len(values), threads):
             assert (out[block : block + threads] == values[block : block + threads].sum()).all()
@@ -85,7 +73,7 @@ class TestKernels:
     @pytest.mark.parametrize("order", ORDERS)
     def test_syncwarp(self, cuda, launch, order: int) -> None:
         cuda.set_order(order)
-        values = numbers(77)
+        values = trials.numbers(77)
         sums = [values[i : i + 32].sum() for i in range(0, 77, 32)]
         assert (launch("warp_sum", values, shared=4 * 77) == np.repeat(sums, 32)[:77]).all()
 
@@ -94,7 +82,7 @@ class TestKernels:
     @pytest.mark.parametrize("order", [0, 1])
     def test_shuffles(self, cuda, launch, kind: str, width: int, order: int) -> None:
         cuda.set_order(order)
-        values = numbers(96)
+        values = trials.numbers(96)
         lane = np.arange(32)
         group = lane // width * width
         for operand in (0, 1, 3, 5, width - 1):
@@ -108,7 +96,7 @@ class TestKernels:
             assert (out.reshape(3, 32) == values.reshape(3, 32)[:, source]).all(), operand
 
     def test_a_shuffle_of_some_lanes(self, launch) -> None:
-        values = numbers(64)
+        values = trials.numbers(64)
         mask = 0x0FF0F00F
         lane = np.arange(64) % 32
         inside = mask >> lane & 1 == 1
@@ -117,7 +105,7 @@ class TestKernels:
         assert (out[~inside] == -1).all()
 
     def test_a_lane_that_takes_no_part_has_no_value(self, launch) -> None:
-        values = numbers(45)
+        values = trials.numbers(45)
         assert np.isnan(launch("shuffle", values, options=(0x0000FFFF, 20, 32))[:16]).all()
         last = launch("shuffle down", values, options=(ALL, 4, 32))[32:]
         assert (last[:9] == values[36:]).all()
@@ -128,7 +116,7 @@ class TestKernels:
     @pytest.mark.parametrize("above", [-100, 30, 32, 100], ids=lambda v: f"above {v}")
     def test_votes(self, cuda, launch, mask: int, above: int, order: int) -> None:
         cuda.set_order(order)
-        values = numbers(77) - above
+        values = trials.numbers(77) - above
         yes = values > 0
         out = launch("votes", values, 6 * 77, options=(mask,)).reshape(6, 77)
         for first in range(0, 77, 32):
@@ -142,7 +130,7 @@ class TestKernels:
     @pytest.mark.parametrize("order", ORDERS)
     def test_atomics(self, cuda, launch, order: int) -> None:
         cuda.set_order(order)
-        values = numbers(4 * 50)
+        values = trials.numbers(4 * 50)
         out = np.zeros(4 + 200, np.float32)
         cuda.run("atomics", values, out, (4, 1, 1), (50, 1, 1), 0, [])
         total, largest, first, count = out[:4]
@@ -246,14 +234,14 @@ class TestFaults:
         with pytest.raises(RuntimeError, match=message):
             launch(trial, (), threads, block=(threads,))
         # The next launch is not affected.
-        values = numbers(64)
+        values = trials.numbers(64)
         assert (launch("votes", values, 6 * 64, options=(ALL,))[4 * 64 : 5 * 64] == (values > 0).sum()).all()
         assert (launch("block_sum", values, shared=4 * 64) == values.sum()).all()
         assert (launch("shuffle", values, options=(ALL, 5, 32)) == np.repeat(values[[5, 37]], 32)).all()
 
     @pytest.mark.parametrize("trial", ["block_sum", "tree_sum", "warp_sum"])
     def test_a_missing_barrier_shows_in_another_order(self, cuda, launch, trial: str) -> None:
-        values = numbers(64)
+        values = trials.numbers(64)
         missing = "syncwarp" if trial == "warp_sum" else "barrier"
         results = set()
         for order in ORDERS:
@@ -266,7 +254,7 @@ class TestFaults:
         assert len(results) > 1
 
     def test_some_orders_hide_a_missing_barrier(self, launch) -> None:
-        values = numbers(64)
+        values = trials.numbers(64)
         assert (launch("tree_sum without barrier", values, shared=4 * 64) == values.sum()).all()
 
     def test_an_unknown_trial(self, launch) -> None:
@@ -332,9 +320,9 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproc
         source = tmp_path_factory.mktemp("sanitizer") / "empty.cpp"
         source.write_text("int main() {}")
         flags = " ".join(emulation.SANITIZERS[name]).split()
-        empty = subprocess.run([COMPILER, *flags, source, "-o", source.with_suffix("")], capture_output=True)
+        empty = subprocess.run([emulation.COMPILER, *flags, source, "-o", source.with_suffix("")], capture_output=True)
         if empty.returncode:
-            pytest.skip(f"{COMPILER} lacks {' '.join(flags)}")
+            pytest.skip(f"{emulation.COMPILER} lacks {' '.join(flags)}")
         return emulation.build(name)
 
     # A randomised address space may collide with the sanitizers' shadow memory.

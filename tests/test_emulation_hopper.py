@@ -6,11 +6,9 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,18 +16,11 @@ import pytest
 
 np = pytest.importorskip("numpy")
 emulation = pytest.importorskip("emulation")
+trials = pytest.importorskip("emulation.trials")
 
-COMPILER = os.environ.get("CXX", "g++")
 ORDERS = range(8)
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
-
-
-@pytest.fixture
-def cuda() -> Iterator[ModuleType]:
-    module = emulation.load()
-    yield module
-    module.set_order(0)
+pytestmark = trials.needs_compiler
 
 
 @dataclasses.dataclass

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import pytest
@@ -12,19 +10,12 @@ import torch
 
 np = pytest.importorskip("numpy")
 emulation = pytest.importorskip("emulation")
+trials = pytest.importorskip("emulation.trials")
 
-COMPILER = os.environ.get("CXX", "g++")
 ORDERS = range(8)
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
+pytestmark = trials.needs_compiler
 every_order = pytest.mark.parametrize("order", ORDERS)
-
-
-@pytest.fixture
-def cuda() -> Iterator[ModuleType]:
-    module = emulation.load()
-    yield module
-    module.set_order(0)
 
 
 @pytest.fixture
@@ -44,17 +35,12 @@ def run(cuda: ModuleType) -> Callable[..., np.ndarray]:
     return launch
 
 
-def numbers(count: int) -> np.ndarray:
-    """Distinct whole numbers."""
-    return np.random.default_rng(count).permutation(count).astype(np.float32) - count // 2
-
-
 class TestCopies:
     threads = 77
 
     def copies(self, run, kind: str = "") -> tuple[np.ndarray, np.ndarray]:
         """The output of a trial, and what it is with every copy."""
-        values = numbers(self.threads)
+        values = trials.numbers(self.threads)
         whole = self.threads // 8 * 8
         expected = values[:whole].copy()
         expected[np.arange(whole) // 4 % 3 == 2] = 0
@@ -105,12 +91,12 @@ class TestCopies:
     @pytest.mark.parametrize("rounds", [1, 2, 3, 10])
     def test_a_ring(self, cuda, run, rounds: int, order: int) -> None:
         cuda.set_order(order)
-        values = numbers(rounds * 4 * 45)
+        values = trials.numbers(rounds * 4 * 45)
         out = run("ring_of_copies", values, values.size, 45, 3 * 16 * 45)
         assert (out.reshape(rounds, 45, 4) == np.roll(values.reshape(rounds, 45, 4), -1, 1)).all()
 
     def test_a_ring_without_barriers_shows(self, cuda, run) -> None:
-        values = numbers(10 * 4 * 45)
+        values = trials.numbers(10 * 4 * 45)
         expected = np.roll(values.reshape(10, 45, 4), -1, 1).ravel()
         wrong = []
         for order in ORDERS:
@@ -144,11 +130,11 @@ class TestMatrices:
 
     def matrices(self, run, kind: str = "", warps: int = 3, threads: int | None = None) -> np.ndarray:
         threads = threads or 32 * warps
-        return run(f"matrices{kind}", numbers(4 * threads), 4 * threads, threads, 16 * threads, self.rows)
+        return run(f"matrices{kind}", trials.numbers(4 * threads), 4 * threads, threads, 16 * threads, self.rows)
 
     def expected(self, warps: int = 3) -> np.ndarray:
         lane = np.arange(32)
-        values = numbers(4 * 32 * warps).reshape(warps, 32, 4)
+        values = trials.numbers(4 * 32 * warps).reshape(warps, 32, 4)
         return np.stack([values[:, self.rows[8 * i + lane // 4], lane % 4] for i in range(4)], -1).ravel()
 
     @every_order

@@ -28,6 +28,7 @@ from alexnet_kernels._dispatch.registration import implement
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "alexnet_kernels_emulated"
+COMPILER = os.environ.get("CXX", "g++")
 BUILD = ROOT / "build" / f"emulation-torch{torch.__version__}-python{sysconfig.get_python_version()}"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 MODULE = BUILD / "cuda_emulation.so"
@@ -54,7 +55,7 @@ def _write_ninja() -> None:
     torch_lib = torch_build.library_paths()[0]
     link = [f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     lines = [
-        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"cxx = {COMPILER}",
         f"flags = {' '.join(flags)}",
         f"libs = {' '.join(link)}",
         "rule compile",

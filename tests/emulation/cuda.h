@@ -547,6 +547,12 @@ class Block {
   size_t main_bytes_ = 0;
 };
 
+// Keeps the emulation's own accesses from ThreadSanitizer.
+struct Ignored {
+  Ignored() { Block::ignore(true); }
+  ~Ignored() { Block::ignore(false); }
+};
+
 inline Thread& thread() {
   return *Block::current().thread;
 }

@@ -153,12 +153,6 @@ class PhasedBarriers : public Unit {
   std::deque<PhasedBarrier> all_;
 };
 
-// Keeps the emulation's own accesses from ThreadSanitizer.
-struct Ignored {
-  Ignored() { Block::ignore(true); }
-  ~Ignored() { Block::ignore(false); }
-};
-
 inline void init(uint64_t* state, int arrivals) {
   const Ignored ignored;
   Block::current().unit<PhasedBarriers>().init(state, arrivals);

@@ -105,19 +105,16 @@ inline void copy_async(uint32_t shared, const void* global, bool valid) {
   require(Block::current().holds(to, kPart), "cp.async to an address outside dynamic shared memory");
   require(reinterpret_cast<uintptr_t>(global) % kPart == 0, "cp.async from an address that is no multiple of 16");
   *to = {~uint64_t(0), ~uint64_t(0)};
-  Block::ignore(true);
+  const Ignored ignored;
   Block::current().unit<Copies>().start(to, valid ? static_cast<const Part*>(global) : nullptr);
-  Block::ignore(false);
 }
 inline void copy_commit() {
-  Block::ignore(true);
+  const Ignored ignored;
   Block::current().unit<Copies>().commit();
-  Block::ignore(false);
 }
 inline void copy_wait(int groups) {
-  Block::ignore(true);
+  const Ignored ignored;
   Block::current().unit<Copies>().wait(groups);
-  Block::ignore(false);
 }
 
 inline char matrices;  // its address identifies the collective

@@ -401,7 +401,7 @@ class TestAlgorithms:
 
     def test_paths_of_the_benchmarks(self, monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(_library, "status", lambda: {"archs": ["8.0", "9.0a"]})
+        monkeypatch.setattr(_library, "status", lambda: {"wgmma": True})
         inputs = given(**FAST)
         paths = INFO.paths(torch.bfloat16, True, torch.device("cpu"))
         assert {name: asked_by(lambda path=path: path.call(inputs)) for name, path in paths.items()} == {

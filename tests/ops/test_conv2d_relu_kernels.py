@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import random as randoms
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from platforms import emulation
 from torch import Tensor
 
-try:
-    import emulation
-except ImportError:
-    emulation = None
-
-pytestmark = pytest.mark.skipif(
-    emulation is None or torch.cuda.is_available(), reason="needs pybind11, and a machine without a GPU"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        emulation is None or torch.cuda.is_available(), reason="needs pybind11, and a machine without a GPU"
+    ),
+    pytest.mark.usefixtures("cuda"),
+]
 
 KERNELS = ["mma", "wgmma"]
 ALGORITHMS = {"own": 1, "mma": 2, "wgmma": 3}
@@ -35,15 +33,6 @@ every_kernel_and_dtype = pytest.mark.parametrize(
         if kernel == "mma" or name != "fp32"
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def module() -> Iterator[object]:
-    module = emulation.load()
-    yield module
-    module.set_recording(False)
-    module.set_order(0)
-    module.set_device()
 
 
 def convolve(
@@ -133,9 +122,9 @@ ORDERED = [
 
 @every_kernel
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers(kernel: str, layer: str, module) -> None:
+def test_layers(kernel: str, layer: str, cuda) -> None:
     torch.manual_seed(len(layer))
-    module.set_device(multiprocessors=1)  # large tiles
+    cuda.set_device(multiprocessors=1)  # large tiles
     check(kernel, LAYERS[layer], torch.bfloat16)
 
 
@@ -152,14 +141,14 @@ CLIPPED = [
 @every_kernel
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("case", CLIPPED, ids=lambda case: f"{case.batch}x{case.size}")
-def test_tiles_beyond_the_output_are_clipped(kernel: str, case: Case, multiprocessors: int, module) -> None:
+def test_tiles_beyond_the_output_are_clipped(kernel: str, case: Case, multiprocessors: int, cuda) -> None:
     torch.manual_seed(1)
-    module.set_device(multiprocessors=multiprocessors)
+    cuda.set_device(multiprocessors=multiprocessors)
     check(kernel, case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("algorithm", ["own", "wgmma"])
-def test_filters_that_shared_memory_does_not_hold(algorithm: str, module) -> None:
+def test_filters_that_shared_memory_does_not_hold(algorithm: str, cuda) -> None:
     """The pixels of a tile and those around them have more bytes than an int counts."""
     x, w = (torch.zeros(n, 182, 182, 8, dtype=torch.bfloat16).permute(0, 3, 1, 2) for n in (256, 8))
     arguments = (x, w, None, (1, 1), (0, 0), 1, True)
@@ -167,9 +156,9 @@ def test_filters_that_shared_memory_does_not_hold(algorithm: str, module) -> Non
         with pytest.raises(RuntimeError, match="too large for shared memory"):
             convolve("wgmma", *arguments)
         return
-    module.set_recording(True)
+    cuda.set_recording(True)
     convolve("own", *arguments)
-    ((_, grid, block, shared, _),) = module.recorded()
+    ((_, grid, block, shared, _),) = cuda.recorded()
     assert (grid, block, shared) == ([2, 1, 1], [128, 1, 1], 4 * 64 * (128 + 64))  # mma.sync's
 
 
@@ -235,21 +224,21 @@ def test_nan_and_infinity(kernel: str, value: float, C: int, relu: bool, dtype: 
     [*(("mma", case) for case in ORDERED), ("wgmma", ORDERED[0]), ("wgmma", Case(5, 72, (6, 6), 208, (3, 3)))],
     ids=lambda value: value if isinstance(value, str) else f"{value.C}x{value.K}",
 )
-def test_the_order_of_threads_changes_no_bit(kernel: str, case: Case, module) -> None:
+def test_the_order_of_threads_changes_no_bit(kernel: str, case: Case, cuda) -> None:
     torch.manual_seed(1)
     arguments = (*case.inputs(torch.bfloat16), case.stride, case.padding, case.groups, case.relu)
     expected = convolve(kernel, *arguments)
     for order in range(1, 6):
-        module.set_order(order)
+        cuda.set_order(order)
         assert torch.equal(convolve(kernel, *arguments), expected), order
 
 
 @every_dtype
 @pytest.mark.parametrize("K", [64, 96, 128])
-def test_matrices_are_read_without_bank_conflicts(dtype: torch.dtype, K: int, module) -> None:
-    module.set_device(multiprocessors=1)
+def test_matrices_are_read_without_bank_conflicts(dtype: torch.dtype, K: int, cuda) -> None:
+    cuda.set_device(multiprocessors=1)
     check("mma", Case(1, 24, (16, 16), K, (3, 3)), dtype)
-    launch = module.last_launch()
+    launch = cuda.last_launch()
     assert launch["threads"] == 2 * K
     assert launch["conflicts"] == 0
 
@@ -272,12 +261,11 @@ def test_matrices_are_read_without_bank_conflicts(dtype: torch.dtype, K: int, mo
         (96, 1, 2, 64),
     ],
 )
-def test_the_columns_of_a_tile(K: int, groups: int, pixels: int, columns: int, module) -> None:
+def test_the_columns_of_a_tile(K: int, groups: int, pixels: int, columns: int, cuda) -> None:
     x = torch.zeros(1, 1, pixels, 8 * groups, dtype=torch.bfloat16).permute(0, 3, 1, 2)
-    module.set_recording(True)
+    cuda.set_recording(True)
     convolve("mma", x, torch.zeros(K * groups, 8, 1, 1, dtype=torch.bfloat16), None, (1, 1), (0, 0), groups, True)
-    ((_, grid, block, shared, _),) = module.recorded()
-    module.set_recording(False)
+    ((_, grid, block, shared, _),) = cuda.recorded()
     assert block == [2 * columns, 1, 1]
     assert grid == [-(-pixels // 128) * groups * -(-K // columns), 1, 1]
     assert shared == 4 * 64 * (128 + columns)
@@ -285,10 +273,10 @@ def test_the_columns_of_a_tile(K: int, groups: int, pixels: int, columns: int, m
 
 @every_kernel_and_dtype
 @pytest.mark.parametrize("seed", range(40))
-def test_any_convolution(kernel: str, dtype: torch.dtype, seed: int, module) -> None:
+def test_any_convolution(kernel: str, dtype: torch.dtype, seed: int, cuda) -> None:
     torch.manual_seed(seed)
-    module.set_order(seed % 4)
-    module.set_device(multiprocessors=1 if seed % 2 else 132)
+    cuda.set_order(seed % 4)
+    cuda.set_device(multiprocessors=1 if seed % 2 else 132)
     check(kernel, drawn(seed, kernel), dtype)
 
 
@@ -303,11 +291,11 @@ TILES = {
 
 
 @pytest.mark.parametrize("layer", TILES)
-def test_the_tiles_of_wgmma(layer: str, module) -> None:
+def test_the_tiles_of_wgmma(layer: str, cuda) -> None:
     case = replace(LAYERS[layer], batch=128)
-    module.set_recording(True)
+    cuda.set_recording(True)
     convolve("wgmma", *case.inputs(torch.bfloat16), case.stride, case.padding, case.groups, True)
-    ((_, _, _, _, arguments),) = module.recorded()
+    ((_, _, _, _, arguments),) = cuda.recorded()
     maps = 2 * 128 * (1 if case.C % 64 == 0 else 2)
     n, h, w, *_, x_stages, w_stages, _, _, resident = struct.unpack_from("<14i?", arguments, maps)
     assert ((n, h, w), (x_stages, w_stages), resident) == TILES[layer]
