@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -259,7 +259,7 @@ class Recorded:
     shared: int  # bytes of dynamic shared memory
 
 
-def title_of(kernel: str, arguments: tuple[str, ...]) -> str:
+def title_of(kernel: str, arguments: Sequence[str]) -> str:
     return f"{kernel}<{', '.join(arguments)}>" if arguments else kernel
 
 

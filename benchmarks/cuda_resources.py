@@ -56,7 +56,7 @@ class Kernel:
 
     @property
     def title(self) -> str:
-        return f"{self.name}<{', '.join(self.arguments)}>" if self.arguments else self.name
+        return cuda_budget.title_of(self.name, self.arguments)
 
     @property
     def moves_vectors(self) -> bool:

@@ -90,7 +90,7 @@ class TestCases:
     def test_paths_of_a_convolution(self, monkeypatch, capability, archs, wgmma: bool) -> None:
         case, device = case_named("conv2d_relu, conv3, bf16"), torch.device("cuda")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(_library, "status", lambda: {"archs": archs})
+        monkeypatch.setattr(_library, "status", lambda: {"wgmma": "9.0a" in archs})
         monkeypatch.setattr(backends, "unavailable", lambda op, backend: None)
         assert set(case.paths(device)) == {"cuda, cuDNN", "cuda, mma.sync"} | ({"cuda, wgmma"} if wgmma else set())
         assert set(case_named("conv2d_relu, conv3, fp32").paths(device)) == {"cuda, cuDNN", "cuda, mma.sync"}

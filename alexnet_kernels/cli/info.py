@@ -32,9 +32,10 @@ def run(options: argparse.Namespace) -> int:
     print("  ".join(f"{name} {value}" for name, value in facts["versions"].items()))
     print(f"devices: {', '.join(facts['devices'])} ({torch.get_num_threads()} CPU threads)")
     if library["loaded"]:
-        wgmma = "with" if library["wgmma"] else "without"
-        cuda = f"CUDA kernels for {', '.join(library['archs'])}, {wgmma} the wgmma convolution"
-        cuda = cuda if library["cuda_built"] else "no CUDA kernels"
+        cuda = "no CUDA kernels"
+        if library["cuda_built"]:
+            wgmma = "with" if library["wgmma"] else "without"
+            cuda = f"CUDA kernels for {', '.join(library['archs'])}, {wgmma} the wgmma convolution"
         print(f"library: {library['path']}, {library['isa']} on the CPU, {cuda}")
     else:
         print(f"library: not loaded: {library['reason']}")

@@ -31,9 +31,9 @@ from alexnet_kernels.bench.timing import DeviceLost, reason_of, works
 from alexnet_kernels.gpu_check import convolutions, findings, kernel_times, report
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import Budget
+from alexnet_kernels.op_info import conv2d_relu
 from alexnet_kernels.op_info._layers import CONVOLUTIONS
 from alexnet_kernels.op_info._record import Inputs
-from alexnet_kernels.ops.conv2d_relu import MMA, WGMMA, conv2d_relu_by
 
 BATCH = 128
 LARGE = 1024
@@ -130,14 +130,8 @@ def paths(device: torch.device) -> list[Item]:
 def _own_convolutions(case: Case, device: torch.device) -> dict[str, Callable[[Inputs], Tensor]]:
     if _small(device):
         return {"cpu": lambda x: case.call(x, "cpu")}
-    algorithms = {"cuda, mma.sync": MMA}
-    if case.dtype != torch.float32 and torch.cuda.get_device_capability(device) == (9, 0):
-        algorithms["cuda, wgmma"] = WGMMA
-
-    def by(algorithm: int) -> Callable[[Inputs], Tensor]:
-        return lambda x: conv2d_relu_by(algorithm, **x, backend="cuda")
-
-    return {name: by(algorithm) for name, algorithm in algorithms.items()}
+    algorithms = conv2d_relu.own_algorithms(case.dtype, device)
+    return {f"cuda, {name}": conv2d_relu.by(algorithm) for name, algorithm in algorithms.items()}
 
 
 @torch.no_grad()

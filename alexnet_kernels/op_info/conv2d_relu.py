@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -128,19 +129,23 @@ def _split(x: Inputs) -> Tensor:
     return torch.cat(parts, 1).relu()
 
 
+def own_algorithms(dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """The package's own that take AlexNet's layers there in channels_last, if the library has them."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    wgmma = {"wgmma": WGMMA} if half and torch.cuda.get_device_capability(device) == (9, 0) else {}
+    return {"mma.sync": MMA, **wgmma}
+
+
+def by(algorithm: int) -> Callable[[Inputs], Tensor]:
+    return lambda x: conv2d_relu_by(algorithm, **x, backend="cuda")
+
+
 def _paths(dtype: torch.dtype, channels_last: bool, device: torch.device) -> dict[str, Baseline]:
     """The algorithms that take AlexNet's layers there."""
-    algorithms = {"cuDNN": LIBRARY}
-    if channels_last:
-        algorithms["mma.sync"] = MMA
-        half, built = dtype in (torch.bfloat16, torch.float16), "9.0a" in _library.status()["archs"]
-        if half and built and torch.cuda.get_device_capability(device) == (9, 0):
-            algorithms["wgmma"] = WGMMA
-
-    def path(algorithm: int) -> Baseline:
-        return Baseline(lambda x: conv2d_relu_by(algorithm, **x, backend="cuda"), outliers=OUTLIERS)
-
-    return {name: path(algorithm) for name, algorithm in algorithms.items()}
+    algorithms = {"cuDNN": LIBRARY, **(own_algorithms(dtype, device) if channels_last else {})}
+    if not _library.status()["wgmma"]:
+        algorithms.pop("wgmma", None)
+    return {name: Baseline(by(algorithm), outliers=OUTLIERS) for name, algorithm in algorithms.items()}
 
 
 def _domain(draw: Draw) -> Sample:
