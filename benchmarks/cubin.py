@@ -58,12 +58,12 @@ def run(*command: str) -> str:
 def architectures(path: Path, cuobjdump: str) -> list[str]:
     """Those for which a library or a cubin has machine code, as "sm_90a", in ascending order."""
     found = re.findall(r"\.(sm_\w+)\.cubin$", run(cuobjdump, "--list-elf", str(path)), re.MULTILINE)
-    return sorted(set(found), key=number)
+    return sorted(set(found), key=rank)
 
 
-def number(arch: str) -> int:
-    """90 of "sm_90a"."""
-    return int(arch.removeprefix("sm_").rstrip("af"))
+def rank(arch: str) -> tuple[int, str]:
+    """By which architectures are ordered: sm_90, sm_90a, sm_100."""
+    return int(arch.removeprefix("sm_").rstrip("af")), arch
 
 
 def hopper(path: Path, cuobjdump: str) -> str:

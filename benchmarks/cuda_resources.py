@@ -21,7 +21,7 @@ from pathlib import Path
 
 import convolution_budget
 import cuda_budget
-from cubin import architectures, compiler, demangle, disassemble, find_cuobjdump, number, parse_name, run
+from cubin import architectures, compiler, demangle, disassemble, find_cuobjdump, parse_name, rank, run
 from cuda_budget import Budget, Recorded
 
 from alexnet_kernels import _library
@@ -135,7 +135,7 @@ def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
                 kernel.overlapped += match[1] == "HGMMA" and "gsb0" not in match[3]
             kernel.matrix = dict(sorted(matrix.items()))
             kernel.loads, kernel.stores = dict(sorted(loads.items())), dict(sorted(stores.items()))
-    return sorted(found.values(), key=lambda k: (k.source, k.name, k.arguments, number(k.arch)))
+    return sorted(found.values(), key=lambda k: (k.source, k.name, k.arguments, rank(k.arch)))
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
@@ -164,7 +164,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 
 def markdown(kernels: list[Kernel], launches: list[Recorded], budgets: list[Budget], compiler: str) -> str:
-    archs = sorted({k.arch for k in kernels}, key=number)
+    archs = sorted({k.arch for k in kernels}, key=rank)
     faulty = sum(bool(faults([kernel])) for kernel in kernels)
     lines = [
         "# Resources of the CUDA kernels",
