@@ -297,7 +297,13 @@ def convolution_calls(few: bool) -> Iterator[OperatorCall]:
             make = Maker(dtype, torch.channels_last)
             for groups, bias, relu in ((1, make(filters), True), (2, None, False)):
                 x, weight = make(2, groups * channels, 5, 6), make(groups * filters, channels, kernel, kernel)
-                yield "conv2d_relu", (x, weight, bias, [1, 1], [1, 0], groups, relu, algorithm)
+                geometry = [1, 1], [1, 0], groups
+                yield "conv2d_relu", (x, weight, bias, *geometry, relu, algorithm)
+                operands = make(2, groups * filters, 8 - kernel, 7 - kernel), None, x, weight
+                if kernel > 1 or algorithm != MMA:
+                    yield "conv2d_relu_backward_input", (*operands, *geometry, relu, algorithm)
+                if algorithm == MMA and dtype != torch.float32:
+                    yield "conv2d_relu_backward_weight", (*operands, *geometry, algorithm)
 
 
 def operator_calls(few: bool) -> Iterator[OperatorCall]:

@@ -278,6 +278,22 @@ class TestCute:
             assert fact["bytes"] == [cuda.swizzled(at, row_bytes) for at in range(0, 64 * row_bytes, 2)]
         assert len(cute["swizzle"]) == 6
 
+    def test_transposed_matrices(self, cuda: ModuleType, cute: dict[str, list[dict]]) -> None:
+        for fact in cute["transposed"]:
+            row_bytes, rows, terms = fact["row_bytes"], fact["rows"], fact["terms"]
+            places = np.reshape(fact["bytes"], (terms, rows))
+            # The rows of a term are in several matrices, one behind the other, if they exceed row_bytes.
+            several, beyond = 2 * rows > row_bytes, terms * row_bytes
+            for step, bits in enumerate(fact["bits"]):
+                mine = cuda.describe_transposed(row_bytes, 16 * row_bytes * step, beyond)
+                other = 0 if several else 0x3FFF << 16  # means nothing with one matrix
+                assert bits & ~other == mine & ~other, fact
+            mine = cuda.describe_transposed(row_bytes, 0, beyond)
+            for term, row in itertools.product(range(16), range(0, rows, 8)):
+                assert cuda.transposed(mine, term, row) == places[term, row]
+                assert (np.diff(places[term, row : row + 8]) == 2).all()
+        assert {fact["rows"] for fact in cute["transposed"]} == {64, 96, 128, 192}
+
     def test_accumulators(self, cute: dict[str, list[dict]]) -> None:
         for fact in cute["accumulators"]:
             rows, columns, depth = fact["shape"]
@@ -311,7 +327,8 @@ class TestCute:
 
     def test_instructions(self, cute: dict[str, list[dict]]) -> None:
         """The operands after the accumulators: A's registers, B, whether to accumulate, and the constants."""
-        assert [(fact["k_major"], fact["scale_one"]) for fact in cute["constants"]] == [(0, 1)]
+        (constants,) = cute["constants"]
+        assert (constants["k_major"], constants["mn_major"], constants["scale_one"]) == (0, 1, 1)
         library = Path(importlib.util.find_spec("cutlass_library").origin).parent
         theirs = (library / "source" / "include" / "cute" / "arch" / "mma_sm90_gmma.hpp").read_text()
         text = theirs[theirs.index("struct MMA_64x128x16_F32BF16BF16_RS") :]
@@ -323,4 +340,5 @@ class TestCute:
         names = re.findall(r'"[lrn]"\((?:int32_t\()?(\w+)', inputs)
         assert names == ["a00", "a01", "a02", "a03", "desc_b", "scale_D", "scaleA", "scaleB", "tnspB"]
         ours = re.sub(r"\\\n\s*", "", (emulation.ROOT / "csrc" / "cuda" / "hopper.cuh").read_text())
-        assert re.search(r'"\}, \{" a0 ", " a1 ", " a2 ", " a3 "\}, " b_operand ", 1, 1, 1, 0;"', ours)
+        assert re.search(r'"\}, \{" a0 ", " a1 ", " a2 ", " a3 "\}, " b_operand ", 1, 1, 1, " transposed ";"', ours)
+        assert '"n"(int(kTransposed))' in ours

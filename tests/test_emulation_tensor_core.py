@@ -142,6 +142,18 @@ class TestMatrices:
         cuda.set_order(order)
         assert (self.matrices(run) == self.expected()).all()
 
+    @every_order
+    def test_transposed(self, cuda, run, order: int) -> None:
+        """Lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of column l / 4, of 16 bits."""
+        cuda.set_order(order)
+        halves = trials.numbers(4 * 32 * 3).view(np.uint16).reshape(3, 4 * 8, 8)
+        matrices = halves[:, self.rows].reshape(3, 4, 8, 8)
+        lane = np.arange(32)
+        pairs = [matrices[:, :, 2 * (lane % 4) + i, lane // 4] for i in range(2)]  # [warp, matrix, lane] each
+        expected = np.stack(pairs, -1).transpose(0, 2, 1, 3)
+        out = self.matrices(run, " transposed").view(np.uint16).reshape(3, 32, 4, 2)
+        assert (out == expected).all()
+
     def test_rows_in_the_same_banks_are_counted(self, cuda, run) -> None:
         rows = self.rows
         try:

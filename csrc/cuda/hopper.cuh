@@ -119,6 +119,21 @@ __device__ __forceinline__ uint64_t describe(const void* matrix) {
   return uint64_t(shared_address(matrix) >> 4 & 0x3fff) | kLeading << 16 | kEightRows << 32 | kMode << 62;
 }
 
+// The same of a matrix whose rows lie across: a term of the sums has the rows' elements one after the other, kRowBytes
+// of them, and the next term those of the next kRowBytes. `next`: bytes from there to the next kRowBytes / 2 rows.
+template <int kRowBytes>
+__device__ __forceinline__ uint64_t describe_transposed(const void* matrix, int next) {
+  constexpr uint64_t kLeading = uint64_t(0x3fff) << 16;
+  return (describe<kRowBytes>(matrix) & ~kLeading) | uint64_t(next >> 4) << 16;
+}
+
+// Lets TMA and wgmma see what this thread wrote to shared memory.
+__device__ __forceinline__ void publish_shared() {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // The registers of this thread from now on, a multiple of 8. All warps of a warpgroup ask for the same; those that ask
 // for more wait until others have given up as many.
 template <int kRegisters>
@@ -190,11 +205,11 @@ __device__ __forceinline__ void wgmma_wait() {
 #define ALEXNET_OPERANDS_48(d) ALEXNET_OPERANDS_32(d), ALEXNET_OPERANDS_16(d, 32)
 #define ALEXNET_OPERANDS_64(d) ALEXNET_OPERANDS_48(d), ALEXNET_OPERANDS_16(d, 48)
 #define ALEXNET_OPERANDS_96(d) ALEXNET_OPERANDS_64(d), ALEXNET_OPERANDS_16(d, 64), ALEXNET_OPERANDS_16(d, 80)
-#define ALEXNET_WGMMA(kColumns, type, count, a0, a1, a2, a3, b_operand)                                              \
+#define ALEXNET_WGMMA(kColumns, type, count, a0, a1, a2, a3, b_operand, transposed)                                  \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32." type "." type " {" ALEXNET_REGISTERS_##count \
-               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_operand ", 1, 1, 1, 0;"                                     \
+               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_operand ", 1, 1, 1, " transposed ";"                        \
                : ALEXNET_OPERANDS_##count(d)                                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kTransposed)))
 #endif
 
 // After the wait for products: keeps the compiler from reading their results before it.
@@ -210,24 +225,25 @@ __device__ __forceinline__ void settle([[maybe_unused]] float (&d)[kCount]) {
 // float. Neither a nor d may change before the products were waited for.
 //   d[i]   row 16 (warp % 4) + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2
 //   a[i]   the same row for i % 2, terms 8 (i / 2) + 2 (lane % 4) and the next
-template <class T, int kN>
+// kTransposed: b is of describe_transposed.
+template <class T, int kN, bool kTransposed = false>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kN == 64 || kN == 96 || kN == 128 || kN == 192);
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
 #if defined(__CUDACC__)
   if constexpr (std::is_same_v<T, bf16>) {
-    if constexpr (kN == 64) ALEXNET_WGMMA(64, "bf16", 32, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (kN == 96) ALEXNET_WGMMA(96, "bf16", 48, "%48", "%49", "%50", "%51", "%52");
-    if constexpr (kN == 128) ALEXNET_WGMMA(128, "bf16", 64, "%64", "%65", "%66", "%67", "%68");
-    if constexpr (kN == 192) ALEXNET_WGMMA(192, "bf16", 96, "%96", "%97", "%98", "%99", "%100");
+    if constexpr (kN == 64) ALEXNET_WGMMA(64, "bf16", 32, "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 96) ALEXNET_WGMMA(96, "bf16", 48, "%48", "%49", "%50", "%51", "%52", "%53");
+    if constexpr (kN == 128) ALEXNET_WGMMA(128, "bf16", 64, "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 192) ALEXNET_WGMMA(192, "bf16", 96, "%96", "%97", "%98", "%99", "%100", "%101");
   } else {
-    if constexpr (kN == 64) ALEXNET_WGMMA(64, "f16", 32, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (kN == 96) ALEXNET_WGMMA(96, "f16", 48, "%48", "%49", "%50", "%51", "%52");
-    if constexpr (kN == 128) ALEXNET_WGMMA(128, "f16", 64, "%64", "%65", "%66", "%67", "%68");
-    if constexpr (kN == 192) ALEXNET_WGMMA(192, "f16", 96, "%96", "%97", "%98", "%99", "%100");
+    if constexpr (kN == 64) ALEXNET_WGMMA(64, "f16", 32, "%32", "%33", "%34", "%35", "%36", "%37");
+    if constexpr (kN == 96) ALEXNET_WGMMA(96, "f16", 48, "%48", "%49", "%50", "%51", "%52", "%53");
+    if constexpr (kN == 128) ALEXNET_WGMMA(128, "f16", 64, "%64", "%65", "%66", "%67", "%68", "%69");
+    if constexpr (kN == 192) ALEXNET_WGMMA(192, "f16", 96, "%96", "%97", "%98", "%99", "%100", "%101");
   }
 #else
-  emulation::wgmma<T, kN>(d, a, b);
+  emulation::wgmma<T, kN, kTransposed>(d, a, b);
 #endif
 }
 

@@ -58,6 +58,19 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&matrix)[4], uint32_t shared)
 #endif
 }
 
+// The same, each matrix transposed, of elements of 16 bits: the lane gets elements 2 (l % 4) and 2 (l % 4) + 1 of
+// column l / 4, one of each row.
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&matrix)[4], uint32_t shared) {
+#if defined(__CUDACC__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(shared)
+               : "memory");
+#else
+  emulation::ldmatrix_transposed(matrix, shared);
+#endif
+}
+
 // The bits of a float, rounded to the 10 bits of TF32's mantissa; ties go away from zero.
 __device__ __forceinline__ uint32_t round_tf32(uint32_t v) {
 #if defined(__CUDACC__)

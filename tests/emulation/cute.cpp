@@ -37,19 +37,19 @@ auto matrix() {
   return tile_to_shape(atom<T, kRowBytes>(), Shape<Int<kRows>, Int<kRowBytes / 2>>{});
 }
 
-template <class T, int kN>
+template <class T, int kN, auto kMajorOfB = GMMA::Major::K>
 auto instruction() {
   constexpr auto kMajor = GMMA::Major::K;
   if constexpr (kBf16<T>) {
-    if constexpr (kN == 64) return SM90_64x64x16_F32BF16BF16_SS<kMajor, kMajor>{};
-    if constexpr (kN == 96) return SM90::GMMA::MMA_64x96x16_F32BF16BF16_SS<kMajor, kMajor>{};
-    if constexpr (kN == 128) return SM90_64x128x16_F32BF16BF16_SS<kMajor, kMajor>{};
-    if constexpr (kN == 192) return SM90_64x192x16_F32BF16BF16_SS<kMajor, kMajor>{};
+    if constexpr (kN == 64) return SM90_64x64x16_F32BF16BF16_SS<kMajor, kMajorOfB>{};
+    if constexpr (kN == 96) return SM90::GMMA::MMA_64x96x16_F32BF16BF16_SS<kMajor, kMajorOfB>{};
+    if constexpr (kN == 128) return SM90_64x128x16_F32BF16BF16_SS<kMajor, kMajorOfB>{};
+    if constexpr (kN == 192) return SM90_64x192x16_F32BF16BF16_SS<kMajor, kMajorOfB>{};
   } else {
-    if constexpr (kN == 64) return SM90_64x64x16_F32F16F16_SS<kMajor, kMajor>{};
-    if constexpr (kN == 96) return SM90::GMMA::MMA_64x96x16_F32F16F16_SS<kMajor, kMajor>{};
-    if constexpr (kN == 128) return SM90_64x128x16_F32F16F16_SS<kMajor, kMajor>{};
-    if constexpr (kN == 192) return SM90_64x192x16_F32F16F16_SS<kMajor, kMajor>{};
+    if constexpr (kN == 64) return SM90_64x64x16_F32F16F16_SS<kMajor, kMajorOfB>{};
+    if constexpr (kN == 96) return SM90::GMMA::MMA_64x96x16_F32F16F16_SS<kMajor, kMajorOfB>{};
+    if constexpr (kN == 128) return SM90_64x128x16_F32F16F16_SS<kMajor, kMajorOfB>{};
+    if constexpr (kN == 192) return SM90_64x192x16_F32F16F16_SS<kMajor, kMajorOfB>{};
   }
 }
 
@@ -86,6 +86,31 @@ void swizzle() {
   }
   std::printf("{\"kind\": \"swizzle\", \"bf16\": %d, \"row_bytes\": %d, \"bytes\": %s}\n", kBf16<T>, kRowBytes,
               json(bytes).c_str());
+}
+
+// Descriptors of B, of kTerms terms of which each has its rows' elements one after the other, kRowBytes at a time, and
+// where the elements are: [term][row].
+template <class T, int kN, int kRowBytes, int kTerms>
+void transposed() {
+  using Atom = std::conditional_t<kRowBytes == 128, GMMA::Layout_MN_SW128_Atom<T>, GMMA::Layout_MN_SW64_Atom<T>>;
+  const auto layout = tile_to_shape(Atom{}, Shape<Int<kN>, Int<kTerms>>{}, Step<_2, _1>{});
+  const Tensor b = make_tensor(make_smem_ptr(static_cast<T*>(nullptr)), layout);
+  const auto slice = make_tiled_mma(instruction<T, kN, GMMA::Major::MN>()).get_slice(0);
+  const auto fragment = slice.make_fragment_B(slice.partition_B(b));
+  std::vector<uint64_t> bits;
+  for (int step = 0; step < size<2>(fragment); ++step) {
+    const cute::GmmaDescriptor descriptor = *(fragment.data() + fragment.layout()(0, 0, step));
+    bits.push_back(descriptor.desc_);
+  }
+  std::vector<int> bytes;
+  const auto places = as_position_independent_swizzle_layout(layout);
+  for (int term = 0; term < kTerms; ++term) {
+    for (int row = 0; row < kN; ++row) bytes.push_back(2 * int(places(row, term)));
+  }
+  std::printf(
+      "{\"kind\": \"transposed\", \"bf16\": %d, \"rows\": %d, \"row_bytes\": %d, \"terms\": %d, \"bits\": %s, "
+      "\"bytes\": %s}\n",
+      kBf16<T>, kN, kRowBytes, kTerms, json(bits).c_str(), json(bytes).c_str());
 }
 
 template <class T, int kN>
@@ -141,6 +166,10 @@ void all() {
   descriptors<T, 192, 128, 3>();
   descriptors<T, 192, 64, 1>();
   descriptors<T, 128, 32, 2>();
+  transposed<T, 64, 128, 48>();
+  transposed<T, 96, 64, 32>();
+  transposed<T, 128, 128, 32>();
+  transposed<T, 192, 128, 176>();
   tensor_map<T, 32>();
   tensor_map<T, 64>();
   tensor_map<T, 128>();
@@ -166,8 +195,8 @@ extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType typ
 
 int main() {
   left();
-  std::printf("{\"kind\": \"constants\", \"k_major\": %d, \"scale_one\": %d}\n", int(GMMA::Major::K),
-              int(GMMA::ScaleIn::One));
+  std::printf("{\"kind\": \"constants\", \"k_major\": %d, \"mn_major\": %d, \"scale_one\": %d}\n", int(GMMA::Major::K),
+              int(GMMA::Major::MN), int(GMMA::ScaleIn::One));
   all<cute::bfloat16_t>();
   all<cute::half_t>();
   return 0;

@@ -259,8 +259,18 @@ struct Matrix {
   // Eight elements: half `part` of the 16 of a row.
   const char* eight(uint32_t row, uint32_t part) const {
     const uint32_t first = start + row / 8 * stride;
-    const uint32_t at =
-        span == 16 ? first + row % 8 * 16 + part * leading : swizzled(first + row % 8 * span + part * 16, span);
+    return checked(span == 16 ? first + row % 8 * 16 + part * leading
+                              : swizzled(first + row % 8 * span + part * 16, span));
+  }
+  // Of a transposed matrix: elements `row` to row + 7, a multiple of 8, of a term.
+  const char* eight_of_term(uint32_t term, uint32_t row) const {
+    const uint32_t rows = span / kElementBytes;
+    const uint32_t first = start + row / rows * leading + term / 8 * stride;
+    return checked(swizzled(first + term % 8 * span + row % rows * kElementBytes, span));
+  }
+
+ private:
+  const char* checked(uint32_t at) const {
     if (at + 16 > bytes) Block::current().fail("a product of a matrix beyond dynamic shared memory");
     return shared + at;
   }
@@ -299,21 +309,33 @@ __attribute__((always_inline)) inline void decode(const char* from, float* to) {
   std::memcpy(to, &result, sizeof(result));
 }
 
+// A right operand: [column][term].
+template <class T, int kN, bool kTransposed>
+__attribute__((always_inline)) inline void decode(const Matrix& b, float (*columns)[16]) {
+  if constexpr (kTransposed) {
+    for (uint32_t i = 0; i < 2 * kN; ++i) {
+      float eight[8];
+      decode<T>(b.eight_of_term(i % 16, i / 16 * 8), eight);
+      for (uint32_t j = 0; j < 8; ++j) columns[i / 16 * 8 + j][i % 16] = eight[j];
+    }
+  } else {
+    for (uint32_t i = 0; i < 2 * kN; ++i) decode<T>(b.eight(i / 2, i % 2), columns[i / 2] + i % 2 * 8);
+  }
+}
+
 // c[column][row] += the sum of a[row][k] b[column][k] over k < 16, for the 16 rows of a warp.
-template <class T, int kN>
+template <class T, int kN, bool kTransposed>
 __attribute__((always_inline)) inline void multiply(const Fragments& a, const Matrix& b, float (*c)[16]) {
   float rows[16][16];
   alignas(32) float transposed[16][16];
   for (uint32_t i = 0; i < 32; ++i) decode<T>(a.eight(i / 2, i % 2), rows[i / 2] + i % 2 * 8);
   for (int i = 0; i < 256; ++i) transposed[i % 16][i / 16] = rows[i / 16][i % 16];
+  float all_columns[kN][16];
+  decode<T, kN, kTransposed>(b, all_columns);
   constexpr int kColumns = 4;
   for (int n = 0; n < kN; n += kColumns) {
-    float columns[kColumns][16];
+    const float(*columns)[16] = all_columns + n;
     Eight sums[kColumns][2];
-    for (uint32_t i = 0; i < kColumns; ++i) {
-      decode<T>(b.eight(n + i, 0), columns[i]);
-      decode<T>(b.eight(n + i, 1), columns[i] + 8);
-    }
     std::memcpy(sums, c + n, sizeof(sums));
     for (int k = 0; k < 16; ++k) {
       Eight row[2];
@@ -326,23 +348,23 @@ __attribute__((always_inline)) inline void multiply(const Fragments& a, const Ma
     std::memcpy(c + n, sums, sizeof(sums));
   }
 }
-template <class T, int kN>
+template <class T, int kN, bool kTransposed>
 void multiply_anywhere(const Fragments& a, const Matrix& b, float (*c)[16]) {
-  multiply<T, kN>(a, b, c);
+  multiply<T, kN, kTransposed>(a, b, c);
 }
 #if defined(__x86_64__)
-template <class T, int kN>
+template <class T, int kN, bool kTransposed>
 __attribute__((target("avx2,fma"))) void multiply_avx2(const Fragments& a, const Matrix& b, float (*c)[16]) {
-  multiply<T, kN>(a, b, c);
+  multiply<T, kN, kTransposed>(a, b, c);
 }
 #endif
 using Multiply = void (*)(const Fragments&, const Matrix&, float (*)[16]);
-template <class T, int kN>
+template <class T, int kN, bool kTransposed>
 Multiply fastest_multiply() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return multiply_avx2<T, kN>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return multiply_avx2<T, kN, kTransposed>;
 #endif
-  return multiply_anywhere<T, kN>;
+  return multiply_anywhere<T, kN, kTransposed>;
 }
 
 class Products : public Unit {
@@ -583,10 +605,10 @@ inline void wgmma_wait(int groups) {
   Block::ignore(false);
   products.wait(groups);
 }
-template <class T, int kN>
+template <class T, int kN, bool kTransposed>
 void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
   const Ignored ignored;
-  static const Multiply multiply = fastest_multiply<T, kN>();
+  static const Multiply multiply = fastest_multiply<T, kN, kTransposed>();
   Block::current().unit<Products>().start(multiply, kN, a, b, d);
 }
 

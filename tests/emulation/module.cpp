@@ -54,6 +54,18 @@ PYBIND11_MODULE(cuda_emulation, m) {
            : row_bytes == 64 ? cuda::describe<64>(matrix)
                              : cuda::describe<128>(matrix);
   });
+  m.def("describe_transposed", [](int row_bytes, uint32_t address, int next) {
+    const char* matrix = emulation::Block::current().shared() + address;
+    return row_bytes == 64 ? cuda::describe_transposed<64>(matrix, next) : cuda::describe_transposed<128>(matrix, next);
+  });
+  m.def(
+      "transposed",
+      [](uint64_t descriptor, uint32_t term, uint32_t row) {
+        emulation::Matrix matrix(descriptor);
+        matrix.shared = nullptr, matrix.bytes = size_t(-1);
+        return reinterpret_cast<uintptr_t>(matrix.eight_of_term(term, row));
+      },
+      "The address of elements row to row + 7 of a term.");
   m.def("swizzled", emulation::swizzled);
   m.def(
       "encode",

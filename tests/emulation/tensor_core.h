@@ -117,9 +117,10 @@ inline void copy_wait(int groups) {
   Block::current().unit<Copies>().wait(groups);
 }
 
-inline char matrices;  // its address identifies the collective
+inline char matrices[2];  // whose addresses identify the collectives
 
-inline void ldmatrix(uint32_t (&matrix)[4], uint32_t shared) {
+template <bool kTransposed>
+void load_matrices(uint32_t (&matrix)[4], uint32_t shared) {
   require_whole_warp("ldmatrix by a warp of fewer than 32 lanes");
   struct Rows {
     uint32_t word[4];
@@ -133,10 +134,16 @@ inline void ldmatrix(uint32_t (&matrix)[4], uint32_t shared) {
   require(Block::current().holds(shared_part(shared), kPart), "ldmatrix from an address outside dynamic shared memory");
   const Part part = *shared_part(shared);
   const Rows rows = Block::current().collective<Rows>(
-      0xffffffffu, &matrices, Row{part, shared}, [](unsigned l, const Row* const* in) {
+      0xffffffffu, &matrices[kTransposed], Row{part, shared}, [](unsigned l, const Row* const* in) {
+        auto bytes = [&](unsigned i, unsigned row) { return reinterpret_cast<const char*>(&in[8 * i + row]->part); };
         Rows mine;
         for (unsigned i = 0; i < 4; ++i) {
-          std::memcpy(&mine.word[i], reinterpret_cast<const char*>(&in[8 * i + l / 4]->part) + 4 * (l % 4), 4);
+          char* const to = reinterpret_cast<char*>(&mine.word[i]);
+          if (kTransposed) {
+            for (unsigned j = 0; j < 2; ++j) std::memcpy(to + 2 * j, bytes(i, 2 * (l % 4) + j) + 2 * (l / 4), 2);
+          } else {
+            std::memcpy(to, bytes(i, l / 4) + 4 * (l % 4), 4);
+          }
         }
         if (l % 8 == 0) {
           // The eight rows that are read at once, each from four of the 32 banks.
@@ -147,6 +154,12 @@ inline void ldmatrix(uint32_t (&matrix)[4], uint32_t shared) {
         return mine;
       });
   for (int i = 0; i < 4; ++i) matrix[i] = rows.word[i];
+}
+inline void ldmatrix(uint32_t (&matrix)[4], uint32_t shared) {
+  load_matrices<false>(matrix, shared);
+}
+inline void ldmatrix_transposed(uint32_t (&matrix)[4], uint32_t shared) {
+  load_matrices<true>(matrix, shared);
 }
 
 inline uint32_t round_tf32(uint32_t v) {

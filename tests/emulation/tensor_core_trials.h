@@ -69,7 +69,7 @@ void ring_of_copies(const Data& d) {
 
 // A warp's rows of four words, of the lanes in `in`, go to shared memory; lane l loads with the address of row
 // options[l].
-enum class Loading { right, without_barrier, misaligned, outside, without_a_lane };
+enum class Loading { right, transposed, without_barrier, misaligned, outside, without_a_lane };
 template <Loading kKind>
 void matrices(const Data& d) {
   const int t = int(threadIdx.x), lane = t % 32, first = t - lane;
@@ -80,7 +80,7 @@ void matrices(const Data& d) {
   if (kKind == Loading::misaligned && lane == 5) address += 8;
   if (kKind == Loading::outside && lane == 5) address += 16 * blockDim.x;
   if (kKind == Loading::without_a_lane && lane == 5) return;
-  cuda::ldmatrix(words, address);
+  kKind == Loading::transposed ? cuda::ldmatrix_transposed(words, address) : cuda::ldmatrix(words, address);
   __syncwarp();
   std::memcpy(d.out + 4 * t, words, 16);
 }
@@ -131,6 +131,7 @@ inline const std::map<std::string, Kernel>& tensor_core_kernels() {
       {"ring_of_copies", ring_of_copies<true>},
       {"ring_of_copies without barrier", ring_of_copies<false>},
       {"matrices", matrices<Loading::right>},
+      {"matrices transposed", matrices<Loading::transposed>},
       {"matrices without barrier", matrices<Loading::without_barrier>},
       {"matrices misaligned", matrices<Loading::misaligned>},
       {"matrices outside", matrices<Loading::outside>},
