@@ -84,7 +84,8 @@ def read_bounded(path: str | Path, limit: int) -> bytes:
             raise ValueError("it is not a regular file")
         if state.st_size > limit:
             raise ValueError(f"it has {state.st_size:,} bytes, at most {limit:,} are read")
-        content = io.BufferedReader(file).read(state.st_size + 1)
+        with io.BufferedReader(file) as reader:
+            content = reader.read(state.st_size + 1)
     if len(content) > state.st_size:
         raise ValueError("it grew while it was read")
     return content

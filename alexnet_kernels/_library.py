@@ -66,6 +66,9 @@ def _build_info() -> dict[str, str]:
 ARCHS = tuple(arch for arch in _build_info().get("archs", "").split(";") if arch)
 """The GPU architectures that the CUDA kernels were compiled for, as in "9.0a" and "10.0+PTX"."""
 
+SOURCES = _build_info().get("sources", "")
+"""A digest of what the library was built from."""
+
 WGMMA = any(arch.startswith("9.0a") for arch in ARCHS)
 """Whether the CUDA kernels include the convolution of Hopper's wgmma (csrc/cuda/*_sm90a.cu)."""
 
@@ -151,5 +154,5 @@ def status() -> dict[str, Any]:
         "cuda_built": any(key == "CUDA" for _, key in KERNELS),
         "archs": list(ARCHS),
         "wgmma": WGMMA,
-        "sources": _build_info().get("sources", ""),
+        "sources": SOURCES,
     }

@@ -2,7 +2,9 @@
 
     "auto"    the package's kernel for the tensors' device where there is one, else "triton" for the ops that PyTorch
               computes in several passes over memory (all but conv2d_relu), else "native"; so too on a GPU of an
-              architecture for which the native library was not built, which a warning tells once
+              architecture for which the native library was not built, which a warning tells once. Where both "cuda"
+              and "triton" have a kernel, and for a convolution's implementations, the tables of choices decide by kind
+              of call: the user's, which `alexnet-kernels tune` writes, then the package's (docs/tuning.md)
     "cpu"     the C++ kernels for the CPU
     "cuda"    the CUDA C++ kernels, float32, bfloat16 and float16
     "triton"  the Triton kernels, float32, bfloat16 and float16, on a GPU (or, with TRITON_INTERPRET=1 in the
@@ -29,9 +31,32 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import _library
+from alexnet_kernels._dispatch import choices
+from alexnet_kernels._dispatch.choices import is_tuned, set_tuned
 from alexnet_kernels._dispatch.contracts import CONTRACTS, public_ops
 from alexnet_kernels._dispatch.eager import operators
 from alexnet_kernels._torch_private import constant_when_compiled, in_autograd_thread, in_transform
+
+__all__ = [
+    "BACKENDS",
+    "GPUS",
+    "Backend",
+    "get_backend",
+    "is_tuned",
+    "kernels_of",
+    "load_with",
+    "register",
+    "registered",
+    "report",
+    "requested",
+    "select",
+    "serves",
+    "set_backend",
+    "set_tuned",
+    "substituted",
+    "unavailable",
+    "use_backend",
+]
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "native")
 GPUS = ("cuda", "xpu")
@@ -110,11 +135,14 @@ def registered(name: str) -> Backend:
 def register(backend: Backend) -> None:
     """Makes this the backend of its name."""
     _REGISTERED[backend.name] = backend
-    _AUTOMATIC.clear()
+    for cache in choices.CACHES:
+        cache.clear()
 
 
 _AUTOMATIC: dict[tuple[str, torch.device, torch.dtype], str] = {}
-"""What "auto" chose, by op, device and dtype: choosing costs a few percent of a small call."""
+"""What "auto" chose, by op, device and dtype, "" where it depends on the shape: choosing costs a few percent of a small
+call."""
+choices.CACHES.append(_AUTOMATIC)
 
 
 @contextmanager
@@ -264,17 +292,42 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
         return "native"
     if name == "auto":
         key = (op, tensor.device, tensor.dtype)
-        if not compiling and key in _AUTOMATIC:
-            return _AUTOMATIC[key]
+        known = None if compiling else _AUTOMATIC.get(key)
+        if known is not None:
+            return known or _by_shape(op, tensor)
         chosen = _automatic(*key)
     else:
         chosen = _checked(op, tensor, _REGISTERED[name])
     if chosen is not None and chosen.load is not None:
         chosen.load()
     found = "native" if chosen is None else chosen.name
-    if name == "auto" and not compiling:
-        _AUTOMATIC[key] = found
-    return found
+    if name != "auto":
+        return found
+    varies = found == "cuda" and op != choices.CONVOLUTION and choices.has_rows(op, tensor.device)
+    if not compiling:
+        _AUTOMATIC[key] = "" if varies else found
+    return _by_shape(op, tensor) if varies else found
+
+
+def _by_shape(op: str, tensor: Tensor) -> str:
+    """What "auto" runs where "cuda" has a kernel and a table has rows of the op."""
+    found = choices.choose(op, choices.BOTH, tensor, tensor.dtype)
+    return found if found == "cuda" or serves(found, op, tensor) else "cuda"
+
+
+def serves(name: str, op: str, tensor: Tensor) -> bool:
+    """Whether "auto" may take this backend for a call, in place of the one that it takes first. Loads it if so."""
+    backend = _REGISTERED[name]
+    if (
+        tensor.device.type not in backend.devices
+        or (tensor.dtype == torch.float64 and not backend.float64)
+        or backend.missing(op) is not None
+        or (name == "triton" and _library.INTERPRETED)
+    ):
+        return False
+    if backend.load is not None:
+        backend.load()
+    return True
 
 
 def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> Backend | None:

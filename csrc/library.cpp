@@ -68,7 +68,14 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
 
   m.def(
       "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int groups, bool relu, "
-      "int algorithm=0) -> Tensor");
+      "int algorithm=0, int backward_input=0, int backward_weight=0, bool masked_grad=False, bool mask_input=False) "
+      "-> Tensor");
+  m.def(
+      "conv2d_relu_backward_input(Tensor grad, Tensor? output, Tensor input, Tensor weight, int[2] stride, "
+      "int[2] padding, int groups, bool mask_input, int algorithm=0) -> Tensor");
+  m.def(
+      "conv2d_relu_backward_weight(Tensor grad, Tensor? output, Tensor input, Tensor weight, int[2] stride, "
+      "int[2] padding, int groups, int algorithm=0) -> (Tensor grad_weight, Tensor grad_bias)");
   m.def("space_to_depth(Tensor input, int block, int[2] padding, int[2] size, ScalarType dtype) -> Tensor");
   m.def("depth_to_space(Tensor input, int block, int[2] padding, int[2] size, ScalarType dtype) -> Tensor");
   m.def("relu_dropout_backward(Tensor grad, Tensor output, float scale) -> Tensor");

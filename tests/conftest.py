@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# A developer's table of choices takes no part, here and in the processes that tests start.
+os.environ["ALEXNET_KERNELS_TUNED"] = "0"
+os.environ.pop("ALEXNET_KERNELS_CACHE", None)
+
 from platforms import BACKENDS, DEVICES, INTERPRETED, emulation
 
 from alexnet_kernels import backends, ops

@@ -5,6 +5,7 @@ outside the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -131,6 +132,45 @@ def batch_norm_backward(k: Any, grad: Tensor, input: Tensor, mean: Tensor, **val
 
 def conv(k: Any, weight: Tensor | None = None, bias: Any = None, stride=(1, 1), padding=(0, 0), groups: int = 1):
     return k.conv2d_relu(x(), x(4, 8, 3, 3) if weight is None else weight, bias, stride, padding, groups, True)
+
+
+def conv_backward(k: Any, operator: str, **changes: Any) -> Any:
+    """`conv2d_relu_backward_<operator>` of a convolution with one group of 3 x 3 filters."""
+    given = {"grad": x(2, 4, 6, 6), "output": None, "input": x(), "weight": x(4, 8, 3, 3)}
+    given |= {"stride": [1, 1], "padding": [0, 0], "groups": 1, "mask": False, "algorithm": 1, **changes}
+    mask = given.pop("mask")
+    algorithm = given.pop("algorithm")
+    options = (mask, algorithm) if operator == "input" else (algorithm,)
+    return getattr(k, f"conv2d_relu_backward_{operator}")(*given.values(), *options)
+
+
+# Faults of both backward operators of conv2d_relu.
+CONV_BACKWARD: dict[str, Callable[[], dict[str, Any]]] = {
+    "small gradient": lambda: {"grad": x(1, 4, 6, 6)},
+    "large gradient": lambda: {"grad": x(2, 4, 8, 8)},
+    "three dimensions": lambda: {"grad": x(4, 6, 6)},
+    "gradient of another dtype": lambda: {"grad": x(2, 4, 6, 6, dtype=HALF)},
+    "small output": lambda: {"output": x(2, 4, 1, 1)},
+    "output of another dtype": lambda: {"output": x(2, 4, 6, 6, dtype=DOUBLE)},
+    "output elsewhere": lambda: {"output": x(2, 4, 6, 6).to("meta")},
+    "input of another dtype": lambda: {"input": x(dtype=HALF)},
+    "other channels": lambda: {"weight": x(4, 7, 3, 3)},
+    "no taps": lambda: {"weight": x(4, 8, 0, 3), "grad": x(2, 4, 9, 6)},
+    "larger than the image": lambda: {"weight": x(4, 8, 9, 3)},
+    "groups 0": lambda: {"groups": 0},
+    "groups 3": lambda: {"groups": 3},
+    "groups of 2^62": lambda: {"groups": FAR, "weight": x(0, 8, 3, 3), "grad": x(2, 0, 6, 6)},
+    "stride 0": lambda: {"stride": [0, 1]},
+    "one stride": lambda: {"stride": [1]},
+    "padding negative": lambda: {"padding": [-1, 0]},
+    "padding of 2^62": lambda: {"padding": [FAR, FAR]},
+    "algorithm 4": lambda: {"algorithm": 4},
+    "algorithm -1": lambda: {"algorithm": -1},
+}
+
+
+def _call_conv_backward(k: Any, operator: str, changes: Callable[[], dict[str, Any]]) -> Any:
+    return conv_backward(k, operator, **changes())
 
 
 # By operator and fault.
@@ -284,6 +324,11 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "conv2d_relu: padding negative": lambda k: conv(k, padding=[-1, -1]),
     "conv2d_relu: short bias": lambda k: conv(k, bias=x(1)),
     "conv2d_relu: integers": lambda k: conv(k, torch.ones(4, 8, 3, 3, dtype=INT)),
+    **{
+        f"conv2d_relu_backward_{operator}: {fault}": partial(_call_conv_backward, operator=operator, changes=changes)
+        for operator in ("input", "weight")
+        for fault, changes in CONV_BACKWARD.items()
+    },
 }
 
 # Unusual, but defined: the result, or None where any finite one will do.

@@ -36,19 +36,14 @@ def register_operator(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    *,
-    native: bool = True,
 ) -> None:
-    """Registers the contract of an operator that is a part of an op, such as its backward.
-
-    Without `native` the native library has no such operator: only Triton has it.
-    """
-    _register(name, Contract(fake, backward, setup_context), native)
+    """Registers the contract of an operator that is a part of an op, such as its backward."""
+    _register(name, Contract(fake, backward, setup_context))
 
 
-def _register(name: str, contract: Contract, native: bool = True) -> None:
+def _register(name: str, contract: Contract) -> None:
     CONTRACTS[name] = contract
-    if native and _library.LOADED:
+    if _library.LOADED:
         implement(_library.NAMESPACE, name)
 
 

@@ -86,9 +86,8 @@ class OpRow:
                 result.missing[backend] = reason
             else:
                 made[backend] = lambda backend=backend: self._by(backend)  # type: ignore[misc]
-        # Their backward pass is that of backend "cuda".
         for name, path in case.paths(device).items():
-            made[name] = lambda path=path: dataclasses.replace(path, differentiable=False)  # type: ignore[misc]
+            made[name] = lambda path=path: path  # type: ignore[misc]
         made |= self._baselines(device)
         expectation = Expectation(case, 2, device)
         variants: dict[str, Baseline] = {}

@@ -1,7 +1,7 @@
 """Times cuDNN's convolutions alone (forward, input gradient and filter gradient), beside this package's op.
 
 The op's variants are those of the benchmarks: "cuda" is what the backend chooses; "cuda, wgmma" and so on are its
-kernels one by one, of which the forward pass is timed, since they share the backward pass.
+kernels one by one, forward and backward.
 
 Forms of the same convolution: "plain" or "grouped", as the layer defines it; "split", one convolution a group, each on
 its own tensors (the time excludes joining them); "space-to-depth", stride 1 on pixel blocks already stored as channels.

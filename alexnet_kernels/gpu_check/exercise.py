@@ -34,7 +34,8 @@ def _exercise(info: OpInfo, make: Maker, backend: str) -> None:
     if backend == "cuda" and torch.device(make.device).type == "cuda":
         last = make.memory_format == torch.channels_last
         for path in info.paths(make.dtype, last, torch.device(make.device)).values():
-            path.call(info.inputs(info.large, make))
+            call = path.call
+            forward_backward(info, lambda backend, call=call, **x: call(x), info.inputs(info.large, make), backend)
 
 
 def main() -> int:

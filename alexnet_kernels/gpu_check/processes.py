@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from alexnet_kernels._dispatch import choices
 from alexnet_kernels.bench.machine import PACKAGE
 from alexnet_kernels.gpu_check.plan import Budget
 
@@ -227,7 +228,9 @@ class Processes:
 
     def _start(self, command: Sequence[str], variables: dict[str, str], cwd: Path | None) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.variables, **variables}
+        # A user's table of choices takes no part in a check.
+        env = {**os.environ, choices.VARIABLE: "0", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        env |= self.variables | variables
         with self._lock:
             if self.stopped:
                 raise Stopped

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alexnet_kernels import _library, _sources, backends
 from alexnet_kernels.bench import machine, roofline
-from alexnet_kernels.bench.cases import Case, Expectation, cases, compare
+from alexnet_kernels.bench.cases import Case, Expectation, backward_of, cases, compare
 from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.network_variant import HARDENED
 from alexnet_kernels.bench.op_row import OpRow
@@ -31,7 +31,7 @@ from alexnet_kernels.bench.timing import DeviceLost, reason_of, works
 from alexnet_kernels.gpu_check import convolutions, findings, kernel_times, report
 from alexnet_kernels.gpu_check.findings import Findings
 from alexnet_kernels.gpu_check.plan import Budget
-from alexnet_kernels.op_info import conv2d_relu
+from alexnet_kernels.op_info import conv2d_relu, with_gradients
 from alexnet_kernels.op_info._layers import CONVOLUTIONS
 from alexnet_kernels.op_info._record import Inputs
 
@@ -116,7 +116,7 @@ def ceilings(device: torch.device) -> list[Item]:
 def paths(device: torch.device) -> list[Item]:
     """Compares each of the package's own convolution kernels at AlexNet's layers, output and gradients, with float64.
 
-    Their tiles depend on the batch. For the one that is timed, the output is compared with cuDNN's in float32. Two
+    Their tiles depend on the batch. For the one that is timed, they are compared with cuDNN's in float32. Two
     workers share the items, so that one kernel's hang does not keep the other from running.
     """
     found = []
@@ -134,14 +134,23 @@ def _own_convolutions(case: Case, device: torch.device) -> dict[str, Callable[[I
     return {f"cuda, {name}": conv2d_relu.by(algorithm) for name, algorithm in algorithms.items()}
 
 
-@torch.no_grad()
 def _problem_of_batch(case: Case, call: Callable[[Inputs], Tensor], device: torch.device) -> str | None:
-    given = case.make(2 if _small(device) else BATCH, device)
-    output = call(given)
+    given = with_gradients(case.make(2 if _small(device) else BATCH, device), case.wrt)
     wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in given.items()}
+    wide = with_gradients(wide, case.wrt)
+    output = call(given)
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected = case.info.reference(**wide)
-    return compare(output, expected, case.tolerance, f"output of batch {len(output)}")
+        # Zero where a rounding may change ReLU's mask.
+        grad = torch.randn_like(output) * (expected > case.tolerance * expected.amax())
+        gradients = backward_of(expected, wide, case.wrt, grad.float())
+    names = ["output", *(f"gradient of {name}" for name in case.wrt)]
+    pairs = zip((output, *backward_of(output, given, case.wrt, grad)), (expected, *gradients), strict=True)
+    problems = (
+        compare(actual, wanted, case.tolerance, f"{name} of batch {len(output)}")
+        for name, (actual, wanted) in zip(names, pairs, strict=True)
+    )
+    return next(filter(None, problems), None)
 
 
 def _own_convolution(case: Case, name: str, call: Callable[[Inputs], Tensor], device: torch.device) -> Item:

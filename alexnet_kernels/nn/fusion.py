@@ -15,7 +15,7 @@ from alexnet_kernels._torch_private import is_transformed
 from alexnet_kernels.backends import select
 from alexnet_kernels.nn.modules import Dropout, LocalResponseNorm
 from alexnet_kernels.ops.batch_norm_relu import batch_norm_relu
-from alexnet_kernels.ops.conv2d_relu import conv2d_relu
+from alexnet_kernels.ops.conv2d_relu import conv2d_relu, conv2d_relu_by
 from alexnet_kernels.ops.dropout import dropout
 from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout
 from alexnet_kernels.ops.local_response_norm import local_response_norm
@@ -41,6 +41,9 @@ class FusedSequential(nn.Sequential):
     | Linear alone, on the CPU | linear_relu_dropout with relu=False and p=0 |
     | ReLU, LocalResponseNorm, MaxPool2d, Dropout alone | their own |
 
+    Where a run that begins with a Conv2d follows Conv2d, ReLU, on a GPU, the following convolution's backward applies
+    the ReLU's mask, to the gradient that it hands back.
+
     The children are not changed: state_dict keys, slices, replacement, hooks and re-parenting work as in Sequential.
     Runs are found in every call. A child is part of a run only if its type is exactly torch.nn's or this package's, the
     op supports its arguments (no dilation, padding_mode or string padding, no return_indices) and the tensor that
@@ -56,12 +59,14 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         children = list(self._modules.values())
         kinds = _kinds(children)
-        x, i = input, 0
+        x, i, masks = input, 0, _NO_MASKS
         while i < len(children):
             run = _run_taken(kinds, children, i, x, overwritten)
             if run:
-                x = _compute(run, children[i : i + len(run)], x)
-                i += len(run)
+                end = i + len(run)
+                masks = _Masks(run == "CR" and _masks_input(kinds, children, i, end, x, overwritten), masks.grad)
+                x = _compute(run, children[i:end], x, masks)
+                i = end
             else:
                 container = type(children[i]) is FusedSequential
                 if container and _overwrites_input(kinds, children, i + 1, overwritten):
@@ -216,10 +221,20 @@ def _overwrites_input(kinds: str, children: Sequence[nn.Module], i: int, otherwi
     return otherwise
 
 
-class Rule(NamedTuple):
-    """How a run of children is computed: `compute(run, children, x)`."""
+class _Masks(NamedTuple):
+    """conv2d_relu's masked_grad and mask_input: of the run's ReLU, and of the one before the run."""
 
-    compute: Callable[[str, Sequence[Any], Tensor], Tensor]
+    grad: bool
+    input: bool
+
+
+_NO_MASKS = _Masks(False, False)
+
+
+class Rule(NamedTuple):
+    """How a run of children is computed: `compute(run, children, x)`, and for convolutions with their masks."""
+
+    compute: Callable[..., Tensor]
     images: bool = True  # of [N, C, H, W] only
     cpu: bool = False  # on the CPU only
 
@@ -228,15 +243,21 @@ def _relu(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
     return F.relu(x)
 
 
-def _conv2d_relu(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
-    conv = children[0]
-    return conv2d_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.groups, relu=run == "CR")
+def _convolve(conv: Any, x: Tensor, bias: Tensor | None, relu: bool, masks: _Masks) -> Tensor:
+    arguments = x, conv.weight, bias, conv.stride, conv.padding, conv.groups
+    if masks == _NO_MASKS:
+        return conv2d_relu(*arguments, relu=relu)
+    return conv2d_relu_by(None, *arguments, relu=relu, masked_grad=masks.grad, mask_input=masks.input)
 
 
-def _conv_pool(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+def _conv2d_relu(run: str, children: Sequence[Any], x: Tensor, masks: _Masks = _NO_MASKS) -> Tensor:
+    return _convolve(children[0], x, children[0].bias, run == "CR", masks)
+
+
+def _conv_pool(run: str, children: Sequence[Any], x: Tensor, masks: _Masks = _NO_MASKS) -> Tensor:
     """The convolution alone; the pool adds its bias."""
     conv = children[0]
-    x = conv2d_relu(x, conv.weight, None, conv.stride, conv.padding, conv.groups, relu=False)
+    x = _convolve(conv, x, None, False, masks)
     bias = conv.bias
     # Autocast keeps the parameter, which is float32 as a rule: the sum is rounded once.
     if bias.dtype != x.dtype and not (bias.dtype == torch.float32 and x.dtype in LOW_PRECISION):
@@ -372,6 +393,19 @@ def _run_taken(kinds: str, children: Sequence[Any], i: int, x: Any, overwritten:
     return run if taken else ""
 
 
+def _masks_input(kinds: str, children: Sequence[Any], i: int, end: int, x: Tensor, overwritten: bool) -> bool:
+    """Whether the run at child `end` is a convolution whose backward applies the mask of the ReLU of run i.
+
+    Nobody but that convolution reads the ReLU's output, and no hook sees its gradient. On the CPU, where torch's own
+    convolutions run, nothing is gained.
+    """
+    if not torch.is_grad_enabled() or end == len(children) or select("conv2d_relu", x, None) in ("cpu", "native"):
+        return False
+    following = _run_taken(kinds, children, end, x, overwritten)  # run i hands on a tensor like x
+    taken = children[i:end], children[end : end + len(following)]
+    return following.startswith("C") and not any(type(child) in _RUN_LAYERS for run in taken for child in run)
+
+
 def _takes(rule: Rule, x: object) -> bool:
     return (
         isinstance(x, Tensor)
@@ -382,8 +416,9 @@ def _takes(rule: Rule, x: object) -> bool:
     )
 
 
-def _compute(run: str, children: Sequence[Any], x: Tensor) -> Tensor:
+def _compute(run: str, children: Sequence[Any], x: Tensor, masks: _Masks) -> Tensor:
     for child in children:
         if type(child) in _RUN_LAYERS:
             return child.compute_run(run, children, x)
-    return _rule(run).compute(run, children, x)
+    compute = _rule(run).compute
+    return compute(run, children, x) if masks == _NO_MASKS else compute(run, children, x, masks)

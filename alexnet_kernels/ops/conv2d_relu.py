@@ -1,9 +1,9 @@
 """Convolution, bias and ReLU.
 
-See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu.cu, conv2d_relu_sm90a.cu and
-conv2d_relu_sm80.cu, alexnet_kernels/triton/conv2d_relu.py and conv2d_relu_backward.py, reference.conv2d_relu,
-op_info/conv2d_relu.py, tests/ops/test_conv2d_relu.py and test_conv2d_relu_kernels.py; ops/space_to_depth.py for strided
-convolutions of few channels; _dispatch/choices.py for the algorithms of backend "auto".
+See: schema in csrc/library.cpp, csrc/cpu/conv2d_relu.cpp, csrc/cuda/conv2d_relu*.cu, triton/conv2d_relu.py and
+triton/conv2d_relu_backward.py, reference.conv2d_relu, op_info/conv2d_relu.py, tests/ops/test_conv2d_relu.py,
+test_conv2d_relu_kernels.py and test_conv2d_relu_backward.py; ops/space_to_depth.py for strided convolutions of few
+channels; ops/conv2d_by_name.py and _dispatch/choices.py for what backend "auto" runs.
 Autocast: input, weight and bias are cast to the autocast dtype, as for torch's conv2d.
 """
 
@@ -22,14 +22,20 @@ from alexnet_kernels._dispatch import checks, choices
 from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
 from alexnet_kernels._dispatch.registration import register_op, register_operator
 from alexnet_kernels._torch_private import constant_when_compiled
-from alexnet_kernels.backends import kernels_of, requested, select
+from alexnet_kernels.backends import kernels_of, requested, select, serves
+from alexnet_kernels.ops.conv2d_by_name import GRADIENTS, gradient_of_input, gradient_of_weight, split_forward
 from alexnet_kernels.ops.space_to_depth import space_to_depth
 
 OP = "conv2d_relu"
 
 LIBRARY, OWN, MMA, WGMMA = range(4)
-"""The operator's algorithms on CUDA, as in csrc/cuda/conv2d_relu.cuh: torch's convolution; the best of the package's
+"""The operators' algorithms on CUDA, as in csrc/cuda/conv2d_relu.cuh: torch's convolution; the best of the package's
 own that takes the call, else torch's; mma.sync; wgmma. The last two raise where they don't take the call."""
+ALGORITHMS = {name: GRADIENTS.index(name) for name in ("library", "own", "mma", "wgmma")}
+"""By name, as in the table of choices, which also names "split", "space_to_depth" and "triton"."""
+_OWN = frozenset(("own", "mma", "wgmma"))
+FORWARD_ONLY = -1
+"""The Triton operator's algorithm whose backward is that of backend "cuda". 0: Triton's both ways."""
 VARIABLE = "ALEXNET_KERNELS_CONV2D_RELU"
 """The environment variable that says what backend "cuda" means if it is asked for by name: "own" or "library"."""
 if (_by_name := os.environ.get(VARIABLE, "own")) not in ("own", "library"):
@@ -73,7 +79,7 @@ def conv2d_relu(
 
 
 def conv2d_relu_by(
-    algorithm: int | None,
+    name: str | int | None,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -83,8 +89,18 @@ def conv2d_relu_by(
     *,
     relu: bool = True,
     backend: str | None = None,
+    masked_grad: bool = False,
+    mask_input: bool = False,
 ) -> Tensor:
-    """`conv2d_relu` by an algorithm of the CUDA operator; None chooses one."""
+    """`conv2d_relu` by one implementation, forward and backward; None chooses one for each direction.
+
+    Args:
+        name: as in the table of choices (`_dispatch/choices.py`); "space_to_depth" rearranges the call and chooses an
+            implementation of what results. Or an algorithm of the CUDA operators, for the call as backend "cuda" has
+            it: rearranged where that is faster.
+        masked_grad: the output's gradient will be 0 where the output is, so that backward leaves ReLU's mask out.
+        mask_input: the input is a ReLU's output, whose mask backward applies to the input's gradient.
+    """
     stride, padding = checks.pair(OP, "stride", stride, 1), checks.pair(OP, "padding", padding, 0)
     images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     _check(images, weight, bias, stride, padding, groups)
@@ -94,7 +110,13 @@ def conv2d_relu_by(
         images = images.clone(memory_format=memory_format_of(images))
     chosen = select(OP, images, backend)
     dtype = _compute_dtype(images)
-    to_depth = chosen != "native" and _gains_by_space_to_depth(chosen, images, weight, dtype, stride, groups)
+    if mask_input and chosen in ("cpu", "native"):
+        images, mask_input = F.relu(images), False
+    if type(name) is str:
+        _check_name(name, chosen, images, weight, stride, groups)
+    context = backend, chosen, dtype, relu or bias is not None
+    names = _names(*context, images, weight, stride, padding, groups)
+    to_depth = chosen != "native" and (name if type(name) is str else names[0]) == "space_to_depth"
     if chosen in ("cpu", "native") and not to_depth and _is_wrong_in_torch(images, weight, dtype, stride, padding):
         with torch.autocast("cpu", enabled=False):
             wide = (images.float(), weight.float(), None if bias is None else bias.float())
@@ -109,15 +131,36 @@ def conv2d_relu_by(
         if to_depth:
             images, weight = space_to_depth(kernels, images, weight, dtype, stride[0], padding)
             stride, padding = [1, 1], [0, 0]
-        if algorithm is None:
-            geometry = images, dtype, weight, stride, padding, groups
-            algorithm = _algorithm(requested(backend), *geometry) if chosen == "cuda" else LIBRARY
-        # The library's algorithm may fuse ReLU into cuDNN's kernel, whose algorithms torch does not restrict.
-        fusible = relu and chosen == "cuda" and algorithm == LIBRARY and groups == 1 and dtype in checks.LOW_PRECISION
-        apart = fusible and _must_repeat()
-        output = kernels.conv2d_relu(images, weight, bias, stride, padding, groups, relu and not apart, algorithm)
-        output = F.relu(output) if apart else output
+            names = _names(*context, images, weight, stride, padding, groups)
+            name = None if name == "space_to_depth" else name
+        gradients = (LIBRARY, LIBRARY)
+        if chosen == "cuda" and torch.is_grad_enabled():
+            gradients = _gradients(names[1:] if name is None else name, dtype)
+        operands = images, weight, bias, stride, padding, groups
+        forward = names[0] if name is None else name
+        output = _run(forward, gradients, chosen, dtype, *operands, relu, masked_grad, mask_input)
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _check_name(name: str, chosen: str, input: Tensor, weight: Tensor, stride: list[int], groups: int) -> None:
+    names = *ALGORITHMS, "split", "space_to_depth", "triton"
+    if name not in names:
+        raise ValueError(f"{OP}: there is no implementation {name!r}: one of {', '.join(map(repr, names))} expected")
+    if chosen == "native" and name != "library":
+        raise ValueError(f"{OP}: backend 'native' has the implementation 'library' only, not {name!r}")
+    if name == "triton":
+        select(OP, input, name)
+    if name == "space_to_depth" and not _takes_space_to_depth(input, weight, stride, groups):
+        raise ValueError(
+            f"{OP}: space_to_depth takes at most 4 channels in channels_last, one group and a square stride above 1 "
+            f"and below the kernel's extents, not input {list(input.shape)}, weight {list(weight.shape)}, "
+            f"stride={stride}, groups={groups}"
+        )
+
+
+def _takes_space_to_depth(input: Tensor, weight: Tensor, stride: list[int], groups: int) -> bool:
+    channels_last = memory_format_of(input) == torch.channels_last
+    return choices.takes_space_to_depth(channels_last, input.shape[1], weight.shape[2:], stride, groups)
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
@@ -127,16 +170,129 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _algorithm(
-    backend: str, input: Tensor, dtype: torch.dtype, weight: Tensor, stride: list[int], padding: list[int], groups: int
-) -> int:
-    """The algorithm of the CUDA operator for a call that was asked to run on `backend`, "auto" or "cuda"."""
-    if backend == "auto":
-        geometry = {"weight": weight, "stride": stride, "padding": padding, "groups": groups}
-        return choices.choose(OP, "forward", input, dtype, **geometry)
-    if _by_name == "library":
-        return LIBRARY
-    return OWN if dtype in checks.LOW_PRECISION or (dtype == torch.float32 and _allows_tf32()) else LIBRARY
+_NUMBERS = {name: number for number, name in enumerate(GRADIENTS)}
+_LIBRARIES = ("library", "library", "library")
+_CHOSEN: dict[tuple, tuple[str, str, str]] = {}
+"""What "auto" runs, by all that it depends on."""
+choices.CACHES.append(_CHOSEN)
+
+
+def _names(
+    backend: str | None,
+    chosen: str,
+    dtype: torch.dtype,
+    epilogue: bool,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+) -> tuple[str, str, str]:
+    """What computes the output and the gradients of input and weight, for a call that asks for `backend`.
+
+    chosen: the backend that `select` chose.
+    """
+    if chosen == "native" or (chosen != "cuda" and stride[0] == 1):
+        return _LIBRARIES
+    if requested(backend) == "auto":
+        call = dtype, weight, stride, padding, groups, epilogue
+        if torch.compiler.is_compiling() or type(input) not in checks.PLAIN_TENSORS:
+            return _by_table(chosen, input, *call)
+        key = (
+            chosen,
+            dtype,
+            input.device,
+            input.shape,
+            input.stride(),
+            weight.shape,
+            *stride,
+            *padding,
+            groups,
+            epilogue,
+        )
+        found = _CHOSEN.get(key)
+        if found is None:
+            if len(_CHOSEN) >= choices.MOST_CACHED:
+                _CHOSEN.clear()
+            found = _CHOSEN[key] = _by_table(chosen, input, *call)
+        return found
+    tensor_cores = dtype in checks.LOW_PRECISION or (dtype == torch.float32 and _allows_tf32())
+    own = chosen == "cuda" and _by_name == "own" and tensor_cores
+    forward = "own" if own else "library"
+    images = None if torch.compiler.is_compiling() else input.shape[0]
+    takes = _takes_space_to_depth(input, weight, stride, groups)
+    if takes and choices.gains_by_space_to_depth(chosen != "cpu", choices.dtype_name(dtype), images):
+        forward = "space_to_depth"
+    # The weight's gradient has no kernel for float32.
+    wide = dtype not in checks.LOW_PRECISION
+    return forward, "own" if own else "library", "own" if own and not wide else "library"
+
+
+def _by_table(
+    chosen: str,
+    input: Tensor,
+    dtype: torch.dtype,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+    epilogue: bool,
+) -> tuple[str, str, str]:
+    """The tables' choices, "library" in place of those that do not run here."""
+    names = choices.choose_directions(chosen != "cpu", input, dtype, weight, stride, padding, groups, epilogue)
+    wide = dtype not in checks.LOW_PRECISION  # TF32 is the user's decision
+    triton = "triton" in names and serves("triton", OP, input)
+    forward, by_input, by_weight = (
+        "library" if (name in _OWN and wide) or (name == "triton" and not triton) else name for name in names
+    )
+    if by_input == "mma" and not _covers(weight, padding):
+        by_input = "own"  # mma alone raises where it does not take a call
+    return forward, by_input, by_weight
+
+
+def _gradients(chosen: int | str | tuple[str, str], dtype: torch.dtype) -> tuple[int, int]:
+    """The numbers, in GRADIENTS, of what computes the gradients of input and weight, by both their names or by one."""
+    if isinstance(chosen, tuple):
+        return _NUMBERS[chosen[0]], _NUMBERS[chosen[1]]
+    number = ALGORITHMS.get(chosen, LIBRARY) if isinstance(chosen, str) else chosen
+    # The weight's gradient has no kernel for float32.
+    return number, number if dtype in checks.LOW_PRECISION else LIBRARY
+
+
+def _run(
+    name: str | int,
+    gradients: tuple[int, int],
+    chosen: str,
+    dtype: torch.dtype,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+    relu: bool,
+    masked_grad: bool,
+    mask_input: bool,
+) -> Tensor:
+    """The output by an implementation, or an algorithm of the operator of backend `chosen`."""
+    if name == "split":
+        return split_forward(F.relu(input) if mask_input else input, weight, bias, stride, padding, groups, relu)
+    operands = input, weight, bias, stride, padding, groups
+    rest = *gradients, masked_grad, mask_input
+    if name == "triton":
+        algorithm = LIBRARY if chosen == "triton" else FORWARD_ONLY
+        return kernels_of("triton").conv2d_relu(*operands, relu, algorithm, *rest)
+    algorithm = ALGORITHMS[name] if isinstance(name, str) else name
+    # The library's algorithm may fuse ReLU into cuDNN's kernel, whose algorithms torch does not restrict.
+    fusible = relu and chosen == "cuda" and algorithm == LIBRARY and groups == 1 and dtype in checks.LOW_PRECISION
+    apart = fusible and _must_repeat()
+    output = kernels_of(chosen).conv2d_relu(*operands, relu and not apart, algorithm, *rest)
+    return F.relu(output) if apart else output
+
+
+def _covers(weight: Tensor, padding: list[int]) -> bool:
+    """Whether every window of the kernel has a pixel of the image."""
+    return padding[0] < weight.shape[2] and padding[1] < weight.shape[3]
 
 
 @constant_when_compiled
@@ -165,28 +321,6 @@ def _is_wrong_in_torch(
         and stride[1] > 1
         and input.device.type == "cpu"
         and (input.shape[3] < stride[1] or input.shape[3] + 2 * padding[1] - weight.shape[3] < stride[1])
-    )
-
-
-def _gains_by_space_to_depth(
-    backend: str, input: Tensor, weight: Tensor, dtype: torch.dtype, stride: list[int], groups: int
-) -> bool:
-    """Whether a strided convolution of few channels, AlexNet's first, is faster with its blocks of pixels as channels.
-
-    Measured on two AVX512-BF16 cores with torch 2.14, 11x11 kernels, stride 4, on [N, 3, 224, 224], channels last,
-    bfloat16: forward 13.0 -> 10.8 ms at N = 16, forward and backward 26.2 -> 23.5; below 6 images rearranging the
-    weight costs more than it saves. In float32 the weight gradient loses more than the rest gains. A GPU's tensor
-    cores need runs of 16 channels or more, in any dtype, and the input's gradient needs stride 1.
-    """
-    # A compiled graph serves any batch size.
-    many = torch.compiler.is_compiling() or input.shape[0] >= 6
-    return (
-        (backend in ("cuda", "triton") or (backend == "cpu" and dtype == torch.bfloat16 and many))
-        and groups == 1
-        and stride[0] == stride[1] > 1
-        and stride[0] < min(weight.shape[2:])
-        and input.shape[1] <= 4
-        and memory_format_of(input) == torch.channels_last
     )
 
 
@@ -221,6 +355,10 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
     return shape
 
 
+_DEFAULTS = (LIBRARY, LIBRARY, LIBRARY, False, False)
+"""Of the operator's arguments after `relu`."""
+
+
 def _eager(
     input: Tensor,
     weight: Tensor,
@@ -229,7 +367,11 @@ def _eager(
     padding,
     groups: int,
     relu: bool,
-    algorithm: int = 0,
+    algorithm: int = LIBRARY,
+    backward_input: int = LIBRARY,
+    backward_weight: int = LIBRARY,
+    masked_grad: bool = False,
+    mask_input: bool = False,
 ) -> Tensor:
     if algorithm not in (LIBRARY, OWN):
         raise RuntimeError(
@@ -237,44 +379,58 @@ def _eager(
         )
     memory_format = memory_format_of(input)
     images = input.contiguous(memory_format=memory_format)
+    images = F.relu(images) if mask_input else images
     output = torch.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
     return output.relu_() if relu else output
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride,
-    padding,
-    groups: int,
-    relu: bool,
-    algorithm: int = 0,
-) -> Tensor:
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, groups: int, *args) -> Tensor:
     return empty_like(input, _check(input, weight, bias, stride, padding, groups))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias, ctx.stride, ctx.padding, ctx.groups, ctx.relu, *_ = inputs
+    input, weight, bias, ctx.stride, ctx.padding, ctx.groups, relu = inputs[:7]
+    algorithm, by_input, by_weight, masked_grad, ctx.mask_input = inputs[7:] + _DEFAULTS[len(inputs) - 7 :]
+    ctx.forward_only = algorithm == FORWARD_ONLY
+    ctx.by_input, ctx.by_weight = GRADIENTS[by_input], GRADIENTS[by_weight]
     ctx.bias_size = None if bias is None else [weight.shape[0]]
-    ctx.save_for_backward(input, weight, output if ctx.relu else None)
+    ctx.save_for_backward(input, weight, output if relu and not masked_grad else None)
 
 
 def _backward(kernels, ctx, grad: Tensor):
     input, weight, output = ctx.saved_tensors
     needed = [*ctx.needs_input_grad[:2], ctx.bias_size is not None and ctx.needs_input_grad[2]]
-    if kernels.name == _library.TRITON_NAMESPACE and not torch.is_grad_enabled():
-        args = (grad, output, input, weight, ctx.stride, ctx.padding, ctx.groups)
-        grad_input = kernels.conv2d_relu_backward_input(*args) if needed[0] else None
-        grad_weight, grad_bias = kernels.conv2d_relu_backward_weight(*args) if any(needed[1:]) else (None, None)
-        grads = [grad_input, grad_weight if needed[1] else None, grad_bias if needed[2] else None]
-        return *grads, None, None, None, None, None
-    if ctx.relu:
-        grad = kernels.relu_dropout_backward(grad, output, 1.0)
-    grads = torch.ops.aten.convolution_backward(
-        grad, input, weight, ctx.bias_size, ctx.stride, ctx.padding, [1, 1], False, [0, 0], ctx.groups, needed
-    )
-    return *grads, None, None, None, None, None
+    differentiable = torch.is_grad_enabled()  # the gradients' operators are not
+    if ctx.mask_input and differentiable:
+        # The mask is for all of the input's gradients, those of the weight's gradient included.
+        input = F.relu(input)
+    rest = input, weight, ctx.stride, ctx.padding, ctx.groups
+    by_input, by_weight = ctx.by_input, ctx.by_weight
+    triton = kernels.name == _library.TRITON_NAMESPACE and not ctx.forward_only
+    if triton:
+        by_input = by_weight = "triton"
+    elif ctx.forward_only:
+        kernels = kernels_of("cuda")
+    if differentiable:
+        by_input = by_weight = "library"
+    if output is not None and (by_input, by_weight) != ("triton", "triton"):
+        # Triton's kernels apply the mask as they load the gradient.
+        grad, output = kernels.relu_dropout_backward(grad, output, 1.0), None
+    found: list[Tensor | None] = [None] * 3
+    if needed[0] and by_input != "library":
+        found[0] = gradient_of_input(by_input, grad, output, *rest, mask_input=ctx.mask_input, kernels=kernels)
+    if by_weight != "library" and (needed[1] or (needed[2] and by_weight == "triton")):
+        grad_weight, grad_bias = gradient_of_weight(by_weight, grad, output, *rest, needed[2], kernels=kernels)
+        found[1:] = [grad_weight if needed[1] else None, grad_bias]
+    left = [need and value is None for need, value in zip(needed, found, strict=True)]
+    if any(left):
+        by_torch: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
+            grad, input, weight, ctx.bias_size, ctx.stride, ctx.padding, [1, 1], False, [0, 0], ctx.groups, left
+        )
+        if left[0] and ctx.mask_input:
+            by_torch = (kernels.relu_dropout_backward(by_torch[0], input, 1.0), *by_torch[1:])
+        found = [theirs if wanted else ours for wanted, theirs, ours in zip(left, by_torch, found, strict=True)]
+    return *found, *[None] * 9
 
 
 def _fake_backward_input(grad: Tensor, output: Tensor | None, input: Tensor, weight: Tensor, *args) -> Tensor:
@@ -286,5 +442,5 @@ def _fake_backward_weight(grad: Tensor, output: Tensor | None, input: Tensor, we
 
 
 register_op(OP, _fake, _backward, _setup_context, autocast=True, eager=_eager, auto_triton=False)
-register_operator(f"{OP}_backward_input", _fake_backward_input, native=False)
-register_operator(f"{OP}_backward_weight", _fake_backward_weight, native=False)
+register_operator(f"{OP}_backward_input", _fake_backward_input)
+register_operator(f"{OP}_backward_weight", _fake_backward_weight)

@@ -14,6 +14,11 @@ from alexnet_kernels.triton._common import Layout
 from alexnet_kernels.triton._config import ProductTile
 
 
+def check_algorithm(op: str, algorithm: int) -> None:
+    if algorithm not in (0, 1):
+        raise ValueError(f"{op}: the Triton kernels have algorithms 0 and 1 only, the same, not {algorithm}")
+
+
 def tile_of(tensor: Tensor, half: ProductTile) -> ProductTile:
     """The tile for operands of this dtype and device; `half` for 16-bit dtypes where shared memory suffices."""
     if tensor.dtype == torch.float32:

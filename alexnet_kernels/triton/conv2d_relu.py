@@ -100,9 +100,13 @@ def conv2d_relu(
     groups: int,
     relu: bool,
     algorithm: int = 0,
+    backward_input: int = 0,
+    backward_weight: int = 0,
+    masked_grad: bool = False,
+    mask_input: bool = False,
 ) -> Tensor:
-    if algorithm != 0:
-        raise ValueError(f"conv2d_relu: the Triton kernels have algorithm 0 only, not {algorithm}")
+    if algorithm not in (0, -1):
+        raise ValueError(f"conv2d_relu: the Triton kernels have algorithms 0 and -1 only, not {algorithm}")
     x, memory_format = in_own_format(input)
     w = contiguous_as(weight, torch.channels_last)
     (height, width), (rows, columns) = x.shape[2:], w.shape[2:]

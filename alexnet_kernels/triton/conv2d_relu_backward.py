@@ -15,6 +15,7 @@ from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._common import check_size, contiguous_as, in_own_format, layout_of, triton_op, wrap_triton
 from alexnet_kernels.triton._conv import (
     add_product,
+    check_algorithm,
     extra_columns_of,
     geometry_of,
     launch_constants,
@@ -27,15 +28,22 @@ from alexnet_kernels.triton._conv import (
 )
 
 
+@triton.jit
+def clear_unless_positive(total, gate, at, n, m_mask, C):
+    """ReLU's backward: `total`, 0 where the elements of `gate` are at most 0."""
+    values = tl.load(gate + at, mask=m_mask[:, None] & (n < C)[None, :], other=0).to(tl.float32)
+    return tl.where(values <= 0, 0.0, total)
+
+
 # dx[m, c] = sum_t g[m, t] w[t, c]: m runs over the input pixels of one phase (row and column modulo the stride, which
 # determine the taps that reach a pixel), t over those taps and the filters of one group, c over its channels. A program
-# computes BLOCK_M pixels by BLOCK_N + EXTRA channels.
+# computes BLOCK_M pixels by BLOCK_N + EXTRA channels. MASK: dx is 0 where x, which is laid out like it, is at most 0.
 # g, out [N, G K, OH, OW] by strides; w [G K, R, S, C]; dx by image, pixel, channel.
 @triton.jit
 def conv_backward_input_kernel(
-    g_ptr, out_ptr, w_ptr, dx_ptr, N, H, W, OH, OW, GN, GC, GH, GW, XN, XC, XP, column_tiles, GROUPS,
+    g_ptr, out_ptr, w_ptr, x_ptr, dx_ptr, N, H, W, OH, OW, GN, GC, GH, GW, XN, XC, XP, column_tiles, GROUPS,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -94,9 +102,14 @@ def conv_backward_input_kernel(
             b = tl.load(w_base + w_at + n_extra[None, :], mask=t_mask[:, None] & (n_extra < C)[None, :], other=0)
             extra = add_product(a, b, extra, PRECISION)
     to = dx_ptr + group * C * XC
+    gate = x_ptr + group * C * XC
     rows = (image * XN + (y * W + x) * XP)[:, None]
+    if MASK:
+        total = clear_unless_positive(total, gate, rows + (n * XC)[None, :], n, m_mask, C)
     store_tile(to, rows + (n * XC)[None, :], n, total, m_mask, C)
     if EXTRA > 0:
+        if MASK:
+            extra = clear_unless_positive(extra, gate, rows + (n_extra * XC)[None, :], n_extra, m_mask, C)
         store_tile(to, rows + (n_extra * XC)[None, :], n_extra, extra, m_mask, C)
 
 
@@ -199,7 +212,10 @@ def conv2d_relu_backward_input(
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
+    mask_input: bool,
+    algorithm: int = 0,
 ) -> Tensor:
+    check_algorithm("conv2d_relu_backward_input", algorithm)
     memory_format = memory_format_of(input)
     dx = contiguous_as(empty_like(input), memory_format)
     if dx.numel() == 0:
@@ -207,6 +223,7 @@ def conv2d_relu_backward_input(
     w = contiguous_as(weight, torch.channels_last)
     g = contiguous_as(grad, memory_format)
     out = g if output is None else contiguous_as(output, memory_format)
+    gate = contiguous_as(input, memory_format) if mask_input else dx
     check_size(g, dx)
     tile, geometry = tile_of(g, _config.CONV_HALF), geometry_of(w, stride, padding, groups)
     column_tiles, constants = launch_constants(tile, geometry["C"])
@@ -214,9 +231,9 @@ def conv2d_relu_backward_input(
     pixels = n * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
     grid = (triton.cdiv(pixels, tile.rows) * column_tiles * groups, stride[0] * stride[1])
     wrap_triton(conv_backward_input_kernel)[grid](
-        g, out, w, dx, n, height, width, *g.shape[2:], *layout_of(g), *pixel_strides(layout_of(dx)),
+        g, out, w, gate, dx, n, height, width, *g.shape[2:], *layout_of(g), *pixel_strides(layout_of(dx)),
         column_tiles, groups,
-        **geometry, RELU=output is not None, PRECISION=precision_of(g.dtype),
+        **geometry, RELU=output is not None, MASK=mask_input, PRECISION=precision_of(g.dtype),
         **constants,
     )  # fmt: skip
     return dx
@@ -231,7 +248,9 @@ def conv2d_relu_backward_weight(
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
+    algorithm: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    check_algorithm("conv2d_relu_backward_weight", algorithm)
     dw, db = empty_like(weight), weight.new_empty(weight.shape[0])
     if dw.numel() == 0 or grad.numel() == 0:
         return dw.zero_(), db.zero_()

@@ -161,6 +161,25 @@ class Operands {
     pair("stride", stride, 1);
     pair("padding", padding, 0);
   }
+  // What the kernels of its gradients take. `output` may be null.
+  void convolution_gradient(const Tensor& grad, const std::optional<Tensor>& output, const Tensor& input,
+                            const Tensor& weight, const IntList& stride, const IntList& padding, int64_t groups) const {
+    images("input", input);
+    convolution(weight, std::nullopt, stride, padding);
+    tensor("weight", weight, input.scalar_type());
+    number("groups", groups, 1, kMost);
+    STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1), op_, ": weight is ",
+                    text(sizes_of(weight)), ", which does not fit ", groups, " groups of ", input.size(1), " channels");
+    IntList size = {input.size(0), weight.size(0), 0, 0};
+    for (const int d : {0, 1}) {
+      const int64_t span = input.size(2 + d) + 2 * padding[d] - weight.size(2 + d);
+      STD_TORCH_CHECK(weight.size(2 + d) > 0 && span >= 0, op_, ": weight is ", text(sizes_of(weight)),
+                      ", whose kernel does not fit an image of ", input.size(2), " x ", input.size(3));
+      size[2 + d] = span / stride[d] + 1;
+    }
+    tensor("grad", grad, input.scalar_type(), size);
+    if (output) tensor("output", *output, input.scalar_type(), size);
+  }
   // Images, and values of their channels.
   void batch_norm(const Tensor& input, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) const {

@@ -200,6 +200,8 @@ Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optio
   return output;
 }
 
+}  // namespace
+
 Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double scale) {
   operands("relu_dropout_backward", "output", output).alike("grad", grad, output);
   const MemoryFormat format = memory_format_of(output);
@@ -211,8 +213,6 @@ Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double sc
       y.numel() * 12);
   return grad_input;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alexnet_kernels, CPU, m) {
   m.impl("linear_relu_dropout", TORCH_BOX(&linear_relu_dropout));

@@ -21,4 +21,7 @@ inline void run(Kernel<Args> kernel, const Args& args, int64_t tasks, int64_t by
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// linear_relu_dropout.cpp: scale times grad where output is positive, else 0.
+Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double scale);
+
 }  // namespace alexnet_kernels::cpu

@@ -102,16 +102,13 @@ const char* why_not_own(const Call& call) {
 
 // Empty once wgmma's kernel is launched, else why it does not take a convolution that the package's kernels take.
 std::string try_wgmma(const Convolution& convolution, [[maybe_unused]] const OnDevice& device) {
+  std::string reason = why_no_wgmma();
 #ifdef ALEXNET_SM90A
-  if (const int capability = compute_capability(); capability != 90) {
-    return "it runs on compute capability 9.0, not " + std::to_string(capability / 10) + "." +
-           std::to_string(capability % 10);
+  if (reason.empty()) {
+    if (const char* why = convolve_wgmma(convolution, device); why != nullptr) reason = why;
   }
-  const char* reason = convolve_wgmma(convolution, device);
-  return reason != nullptr ? reason : "";
-#else
-  return "this library was not built for compute capability 9.0a";
 #endif
+  return reason;
 }
 
 // The result of the package's own kernels; nothing where algorithm kOwn leaves the convolution to torch.
@@ -131,6 +128,7 @@ std::optional<Tensor> convolve(const Operands& given, const Call& call, int64_t 
       .w = weight,
       .y = empty({N, K, OH, OW}, x.scalar_type(), x, MemoryFormat::ChannelsLast),
       .bias = contiguous(call.bias),
+      .mask = std::nullopt,
       .N = int(N),
       .H = int(x.size(2)),
       .W = int(x.size(3)),
@@ -154,8 +152,9 @@ std::optional<Tensor> convolve(const Operands& given, const Call& call, int64_t 
   return c.y;
 }
 
+// The arguments after `algorithm` are for autograd's formula (alexnet_kernels/ops/conv2d_relu.py).
 Tensor conv2d_relu(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, IntList stride,
-                   IntList padding, int64_t groups, bool with_relu, int64_t algorithm) {
+                   IntList padding, int64_t groups, bool with_relu, int64_t algorithm, int64_t, int64_t, bool, bool) {
   const Operands given = operands("conv2d_relu", "input", input);
   given.images("input", input);
   given.convolution(weight, bias, stride, padding);

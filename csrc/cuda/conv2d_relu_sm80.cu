@@ -70,7 +70,7 @@ __device__ __forceinline__ uint32_t place(int row, int part) {
 // The arguments of the kernel. Offsets are in elements, modulo 2^32: those of elements in a tensor are below 2^31.
 template <class T>
 struct Problem {
-  const T *x, *w, *bias;
+  const T *x, *w, *bias, *mask;
   T* y;
   int rows;                 // pixels of y
   int H, W, C, S, filters;  // channels and filters of a group
@@ -308,8 +308,10 @@ __global__ void __launch_bounds__(Tile<kMostColumns>::kThreads, kResident) convo
 #pragma unroll
   for (int i = 0; i < 2 * kDown; ++i) {  // this thread's rows
     const int64_t row = first_row + warp_row + i * (kMmaRows / 2) + lane / 4;
-    T* const to = row < p.rows ? p.y + row * p.groups * p.filters + group * p.filters + first : nullptr;
-    epilogue.store<kAcross>(to, [&](int block, int j) { return sums[i / 2][block][i % 2 * 2 + j]; });
+    const int64_t at = row * p.groups * p.filters + group * p.filters + first;
+    T* const to = row < p.rows ? p.y + at : nullptr;
+    epilogue.store<kAcross>(to, p.mask == nullptr ? nullptr : p.mask + at,
+                            [&](int block, int j) { return sums[i / 2][block][i % 2 * 2 + j]; });
   }
 }
 
@@ -345,6 +347,7 @@ Problem<T> problem_of(const Convolution& c) {
   p.x = data<T>(c.x);
   p.w = data<T>(c.w);
   p.bias = c.bias ? data<T>(*c.bias) : nullptr;
+  p.mask = c.mask ? data<T>(*c.mask) : nullptr;
   p.y = mutable_data<T>(c.y);
   p.rows = c.N * c.OH * c.OW;
   p.H = c.H, p.W = c.W, p.C = c.C, p.S = c.S;
@@ -364,7 +367,7 @@ Problem<T> problem_of(const Convolution& c) {
   p.channels = Divisor(c.C);
   p.taps = Divisor(c.S);
   p.least = least_of(c);
-  p.vectors = c.K % kVector<T> == 0 && aligned(p.y, p.bias);
+  p.vectors = c.K % kVector<T> == 0 && aligned(p.y, p.bias, p.mask);
   return p;
 }
 

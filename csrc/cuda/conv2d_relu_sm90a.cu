@@ -20,23 +20,19 @@
 // that the next tile is copied while the consumers store this one. Where all boxes of w fit into the ring and every
 // tile takes the same (conv1), w is copied once.
 #include <algorithm>
-#include <array>
 #include <limits>
-#include <map>
 #include <tuple>
 
 #include "conv2d_relu.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "ring.cuh"
 #include "tensor_core.cuh"
 
 namespace alexnet_kernels::cuda {
 namespace {
 
-constexpr int kWarpgroupRows = 64;
-constexpr int kTerms = 16;   // of the sums, in one wgmma
-constexpr int kAtom = 1024;  // bytes after which the permutation of 128-byte rows repeats: boxes begin there
-constexpr int kSharedBytes = 227 * 1024;
+constexpr int kTerms = 16;  // of the sums, in one wgmma
 constexpr int kMostXStages = 4, kMostWStages = 16;
 
 // One kernel's tile. A pixel's or filter's chunk of channels is one row of 128 bytes or, for 48 channels, one of 64
@@ -112,41 +108,6 @@ struct Geometry {
 template <int kBoxes>
 struct Maps {
   TensorMap x[kBoxes], w[kBoxes];
-};
-
-// Stages of shared memory that are filled and emptied in turn. Fill i uses stage i % stages; it completes phase
-// i / stages of the stage's barrier `full`, and emptying it that of `empty`.
-class Ring {
- public:
-  __device__ __forceinline__ Ring(unsigned char* stages, int bytes, int count, Barrier* barriers)
-      : stages_(stages), bytes_(bytes), count_(count), barriers_(barriers) {}
-
-  __device__ __forceinline__ void initialise(int consumers) const {
-#pragma unroll 1
-    for (int stage = 0; stage < count_; ++stage) {
-      init(barriers_ + 2 * stage, 1);
-      init(barriers_ + 2 * stage + 1, consumers);
-    }
-  }
-  __device__ __forceinline__ unsigned char* stage() const { return stages_ + at_ * bytes_; }
-  __device__ __forceinline__ Barrier* full() const { return barriers_ + 2 * at_; }
-  // Of the stage before: by one lane of each consumer warp.
-  __device__ __forceinline__ void hand_back_previous() const {
-    arrive(barriers_ + 2 * (at_ == 0 ? count_ - 1 : at_ - 1) + 1);
-  }
-  __device__ __forceinline__ void wait_full() const { wait(full(), parity_); }
-  __device__ __forceinline__ void wait_empty() const { wait(barriers_ + 2 * at_ + 1, parity_ ^ 1); }
-  __device__ __forceinline__ void advance() {
-    if (++at_ == count_) at_ = 0, parity_ ^= 1;
-  }
-  // Of a ring that is filled once: the next pass finds the same phases.
-  __device__ __forceinline__ void rewind() { at_ = parity_ = 0; }
-
- private:
-  unsigned char* stages_;
-  int bytes_, count_;
-  Barrier* barriers_;
-  int at_ = 0, parity_ = 0;
 };
 
 // The producer's lane: copies the boxes of all tiles.
@@ -236,8 +197,8 @@ __device__ __forceinline__ void multiply(float (&sum)[Shape::kColumns / 2],
 
 // Consumer warps: multiply and store all tiles.
 template <class T, class Shape>
-__device__ __forceinline__ void consume(Ring x, Ring w, const Tiling& tiling, const Geometry& g, const T* bias, T* y,
-                                        float least) {
+__device__ __forceinline__ void consume(Ring x, Ring w, const Tiling& tiling, const Geometry& g, const T* bias,
+                                        const T* mask, T* y, float least) {
   // The shuffle tells the compiler that all lanes of a warp have the same number.
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarp, 0), lane = int(threadIdx.x) % kWarp;
   const int taps = g.R * g.S, steps = taps * ((g.C + Shape::kChunk - 1) / Shape::kChunk);
@@ -314,8 +275,8 @@ __device__ __forceinline__ void consume(Ring x, Ring w, const Tiling& tiling, co
       const int n = line / tiling.h, image = tile.n + n, oh = tile.h + line % tiling.h, ow = tile.w + pixel % tiling.w;
       const bool inside = n < tiling.n && image < g.N && oh < g.OH && ow < g.OW;
       const int64_t at = (int64_t(image) * g.OH + oh) * g.OW + ow;
-      T* to = y + at * (g.K * tiling.groups) + filter;
-      row.store<Shape::kColumns / 8>(inside ? to : nullptr,
+      const int64_t offset = at * (g.K * tiling.groups) + filter;
+      row.store<Shape::kColumns / 8>(inside ? y + offset : nullptr, mask == nullptr ? nullptr : mask + offset,
                                      [&](int block, int j) { return sum[4 * block + 2 * i + j]; });
     }
   }
@@ -323,8 +284,8 @@ __device__ __forceinline__ void consume(Ring x, Ring w, const Tiling& tiling, co
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    convolve(const __grid_constant__ Maps<Shape::kBoxes> maps, Tiling tiling, Geometry geometry, const T* bias, T* y,
-             float least) {
+    convolve(const __grid_constant__ Maps<Shape::kBoxes> maps, Tiling tiling, Geometry geometry, const T* bias,
+             const T* mask, T* y, float least) {
   unsigned char* const shared = dynamic_shared();
   const int x_bytes = tiling.x_stages * tiling.x_bytes, w_bytes = tiling.w_stages * Shape::kWBytes;
   auto* const barriers = reinterpret_cast<Barrier*>(shared + x_bytes + w_bytes);
@@ -338,20 +299,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   if (__shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroup, 0) < Shape::kWarpgroups) {
     if constexpr (Shape::kMovesRegisters) take_registers<Shape::kConsumerRegisters>();
-    consume<T, Shape>(x, w, tiling, geometry, bias, y, least);
+    consume<T, Shape>(x, w, tiling, geometry, bias, mask, y, least);
   } else {
     if constexpr (Shape::kMovesRegisters) give_up_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == Shape::kConsumers) produce<Shape>(x, w, maps, tiling, geometry);
   }
-}
-
-int round_up(int a, int b) {
-  return int(divide_up(a, b)) * b;
-}
-
-// The largest extent below one that divides `whole` into more parts, the last of which may be smaller; 0 after 1.
-int next_smaller(int whole, int extent) {
-  return extent == 1 ? 0 : int(divide_up(whole, divide_up(whole, extent - 1)));
 }
 
 // Divides shared memory into stages; false if there is not enough.
@@ -457,7 +409,7 @@ void run(const Convolution& c, const Tiling& tiling, int multiprocessors, const 
   const Geometry geometry{c.N, c.C, c.K, c.R, c.S, c.OH, c.OW, c.padding[0], c.padding[1]};
   device.launch_with_shared(convolve<T, Shape>, std::min(tiling.count(), multiprocessors), Shape::kThreads,
                             shared_bytes<Shape>(tiling), maps, tiling, geometry, c.bias ? data<T>(*c.bias) : nullptr,
-                            mutable_data<T>(c.y), least_of(c));
+                            c.mask ? data<T>(*c.mask) : nullptr, mutable_data<T>(c.y), least_of(c));
 }
 
 // The kernel that takes the fewest clocks, and its tiles.
@@ -477,16 +429,9 @@ struct Plan {
     tiling = best.tiling;
   }
 
-  // That of a convolution. Planning takes some 10 us, so that each thread keeps its last plans.
   static const Plan& of(const Convolution& c, int multiprocessors) {
-    constexpr size_t kMost = 256;
-    using Key = std::array<int, 11>;
-    static thread_local std::map<Key, Plan> plans;
-    const Key key{c.N, c.C, c.groups, c.K, c.R, c.S, c.OH, c.OW, c.H, c.W, multiprocessors};
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
-    if (plans.size() == kMost) plans.clear();
-    return plans.emplace(key, Plan(c, multiprocessors)).first->second;
+    const std::array<int, 11> key{c.N, c.C, c.groups, c.K, c.R, c.S, c.OH, c.OW, c.H, c.W, multiprocessors};
+    return planned<Plan>(key, [&] { return Plan(c, multiprocessors); });
   }
 };
 
@@ -507,7 +452,7 @@ const char* convolve_wgmma(const Convolution& c, const OnDevice& device) {
   if (c.stride[0] != 1 || c.stride[1] != 1) return "it takes stride 1";
   if (c.C % 8 != 0 || c.K % 8 != 0) return "a group's channels and filters must be multiples of 8";
   if (!aligned(c.x.const_data_ptr(), c.w.const_data_ptr(), c.y.const_data_ptr(),
-               c.bias ? c.bias->const_data_ptr() : nullptr)) {
+               c.bias ? c.bias->const_data_ptr() : nullptr, c.mask ? c.mask->const_data_ptr() : nullptr)) {
     return "the tensors must be aligned to 16 bytes";
   }
   return type == ScalarType::BFloat16 ? run_plan<bf16>(c, device) : run_plan<f16>(c, device);

@@ -2,6 +2,7 @@
 // Backward of ReLU and dropout is one kernel: the gradient times scale where output > 0.
 //   input [N, in], weight [out, in], bias [out], output [N, out]; float, bfloat16 or float16
 // A thread holds 16 bytes of elements.
+#include "conv2d_relu_backward.cuh"
 #include "dropout.cuh"
 
 namespace alexnet_kernels::cuda {
@@ -37,6 +38,8 @@ Tensor linear_relu_dropout(const Tensor& input, const Tensor& weight, std::optio
   return output;
 }
 
+}  // namespace
+
 Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double scale) {
   operands("relu_dropout_backward", "output", output).alike("grad", grad, output);
   const MemoryFormat format = memory_format_of(output);
@@ -55,8 +58,6 @@ Tensor relu_dropout_backward(const Tensor& grad, const Tensor& output, double sc
   });
   return grad_input;
 }
-
-}  // namespace
 
 ALEXNET_CUDA_OPERATORS(m) {
   m.impl("linear_relu_dropout", TORCH_BOX(&linear_relu_dropout));

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_kernels import _library, backends, reference, use_backend
 from alexnet_kernels._dispatch import choices
+from alexnet_kernels._dispatch.kinds import Row
 from alexnet_kernels._dispatch.layout import memory_format_of
 from alexnet_kernels.backends import kernels_of
 from alexnet_kernels.models import PRESETS, AlexNet
@@ -421,15 +422,18 @@ class TestAlgorithms:
         with tf32(True):
             assert asked_by(lambda: conv2d_relu(**inputs)) == [LIBRARY]
             assert asked_by(lambda: conv2d_relu(**inputs, backend="auto")) == [LIBRARY]
+            kind = choices.kind_of("conv2d_relu", "forward", "emulated", dtype, True, (16, 8, 3, 3, 1, 1, 2, 2 * 30, 1))
+            names = {torch.float16: "mma", torch.bfloat16: "own", torch.float32: "mma"}
             rows = (
-                choices.Choice("conv2d_relu", "backward", MMA, measured=True),
-                choices.Choice("conv2d_relu", "forward", WGMMA, measured=True, shapes=lambda groups, **_: groups == 3),
-                choices.Choice("conv2d_relu", "forward", MMA, measured=True, dtypes=[torch.float16]),
-                choices.Choice("conv2d_relu", "forward", OWN, measured=True, dtypes=SIXTEEN_BITS),
+                Row(kind._replace(direction="backward_input"), "own", "measured"),
+                Row(kind._replace(format="contiguous"), "own", "measured"),
+                Row(kind, names[dtype], "measured"),
             )
-            monkeypatch.setattr(choices, "CHOICES", rows)
+            monkeypatch.setattr(choices, "COMMITTED", rows)
+            choices.forget()
             wanted = {torch.float16: MMA, torch.bfloat16: OWN, torch.float32: LIBRARY}
             assert asked_by(lambda: conv2d_relu(**inputs)) == [wanted[dtype]]
+        choices.forget()
 
     def test_mixed_settings_of_tf32(self) -> None:
         """torch.backends.cudnn.allow_tf32 raises where a program has also set fp32_precision."""
@@ -632,6 +636,6 @@ def test_other_devices_have_one_algorithm() -> None:
 
 
 @pytest.mark.skipif("triton" not in BACKENDS["cpu"], reason="needs Triton's interpreter")
-def test_triton_has_one_algorithm() -> None:
+def test_triton_has_none_of_cuda_s_algorithms() -> None:
     inputs = given(**FAST)
-    raises(ValueError, "algorithm 0 only, not 1", lambda: conv2d_relu_by(OWN, **inputs, backend="triton"))
+    raises(ValueError, "algorithms 0 and -1 only, not 1", lambda: conv2d_relu_by(OWN, **inputs, backend="triton"))
