@@ -85,7 +85,11 @@ def assert_same(network: checkpoint.Network, other: checkpoint.Network) -> None:
 class TestRoundTrip:
     @pytest.mark.parametrize(
         "changes",
-        [{}, {"mean": "channel", "precision": "bf16"}, {"preset": "paper", "image_size": 67, "lr": 0.001}],
+        [
+            {},
+            {"mean": "channel", "precision": "bf16"},
+            {"preset": "paper", "image_size": 67, "lr": 0.001, "precision": "bf16-pure"},
+        ],
         ids=str,
     )
     def test_in_every_bit(self, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from alexnet_kernels.training import checkpoint, inference, prepare, run, throug
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ("train", "evaluate", "predict", "convert", "prepare", "bench", "throughput", "info")
+COMMANDS = ("train", "evaluate", "predict", "convert", "prepare", "bench", "throughput", "tune", "info")
 NUMBERS = (
     "", "0", "-1", "1e999", "nan", "inf", "1" * 5000, "99999999999999999999", "0x10", "1_0", "٣", "²", " 4", "1e-320",
     "2147483648", "1,,2", ",", "1h1h", "h", "None", "--", "\x1b[2J", "a\nb", "\udce9",
@@ -72,6 +72,7 @@ def base(command: str, root: Path) -> list[str]:
         "prepare": [str(root / "tree"), "out", "--size", "32", "--workers", "1"],
         "bench": ["--list"],
         "throughput": [*data, *small],
+        "tune": ["--show"],
         "info": [],
     }[command]
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from alexnet_kernels import _library, backends
+from alexnet_kernels._errors import printable
 from alexnet_kernels._version import __version__
+from alexnet_kernels.cli import tune
 from alexnet_kernels.models import PRESETS, AlexNet, count_parameters
 
 __all__ = ["add_parser", "run"]
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     for reason in library["unserved"]:
         print(f"GPU: {reason}")
     print(f"backend: {facts['backend']}")
+    for table in facts["choices"].values():
+        print(printable(table["text"]))
     _print_ops(facts["ops"])
     print("\npresets")
     for name, row in facts["presets"].items():
@@ -65,6 +69,7 @@ def _facts() -> dict[str, Any]:
         "devices": devices,
         "library": _library.status() | {"unserved": unserved},
         "backend": backends.get_backend(),
+        "choices": {str(device): tune.status(device) | {"text": tune.describe(device)} for device in _torch_devices()},
         "ops": backends.report(),
         "presets": {
             name: {
@@ -75,6 +80,11 @@ def _facts() -> dict[str, Any]:
             for name, preset in PRESETS.items()
         },
     }
+
+
+def _torch_devices() -> list[torch.device]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
 
 
 def _print_ops(report: list[dict[str, Any]]) -> None:
