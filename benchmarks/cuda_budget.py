@@ -45,6 +45,11 @@ VECTOR = 16
 PRODUCTS = ("conv2d_relu", "linear_relu_dropout")
 # The package's own convolution kernels, and the operator's argument `algorithm` for each.
 WAYS = {"mma": 2, "wgmma": 3}
+DIRECTIONS = {
+    "conv2d_relu": "forward",
+    "conv2d_relu_backward_input": "input gradient",
+    "conv2d_relu_backward_weight": "filter gradient",
+}
 # What instructions do, as sass.kind_of names it.
 KINDS = ("floating point", "special functions", "integer", "conversions", "global loads", "global stores")
 KINDS += ("shared memory", "shuffles", "control", "constants", "matrix")
@@ -251,6 +256,7 @@ class Recorded:
     """A launch of one of the package's own convolution kernels at one of AlexNet's layers, in bfloat16."""
 
     layer: str
+    direction: str  # of DIRECTIONS
     way: str  # of WAYS
     source: str
     kernel: str
@@ -258,13 +264,17 @@ class Recorded:
     threads: int
     shared: int  # bytes of dynamic shared memory
 
+    @property
+    def name(self) -> str:
+        return f"{self.layer}, {self.direction}, {self.way}"
+
 
 def title_of(kernel: str, arguments: Sequence[str]) -> str:
     return f"{kernel}<{', '.join(arguments)}>" if arguments else kernel
 
 
 def convolutions() -> list[Recorded]:
-    """What the operator launches where it is told which of the package's kernels to take, not the library's."""
+    """What the operators launch where they are told which of the package's kernels to take, not the library's."""
     found = []
     for _, layer, _, operator, args in operators("conv2d_relu, .*, bfloat16"):
         schema = schema_of(operator)
@@ -273,7 +283,8 @@ def convolutions() -> list[Recorded]:
             for offset, grid, block, shared, _ in recorded(operator, given)[1] if given is not args else ():
                 source, kernel, arguments = emulated_kernels()[offset]
                 title, blocks, threads = title_of(kernel, arguments), math.prod(grid), math.prod(block)
-                found.append(Recorded(layer.name, way, source, title, blocks, threads, shared))
+                direction = DIRECTIONS[operator]
+                found.append(Recorded(layer.name, direction, way, source, title, blocks, threads, shared))
     return found
 
 

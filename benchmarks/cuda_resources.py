@@ -28,7 +28,7 @@ from alexnet_kernels import _library
 
 # Kernels that move single elements, and kernels that load single elements but store vectors.
 ELEMENTS = {"lrn_bases", "lrn_backward_any", "lrn_forward_any", "forward_any", "pooled_gradient"}
-ELEMENTS |= {"augment_pixels", "combine_bias_sums", "combine_moments", "combine_sums"}
+ELEMENTS |= {"augment_pixels", "combine_bias_sums", "combine_moments", "combine_sums", "turn_filters"}
 GATHERS = {"augment_colours", "colours_to_depth", "planes_to_depth", "to_depth", "to_space"}
 
 
@@ -73,7 +73,13 @@ class Kernel:
 
     @property
     def store_bits(self) -> int:
-        """The widest that its vectors allow: in float, threads store the pairs of elements that tensor cores give."""
+        """The widest that its vectors allow.
+
+        In float, threads store the pairs of elements that tensor cores give. The weight's gradient by wgmma stores its
+        sums transposed: eight threads 32 consecutive bytes.
+        """
+        if self.name == "weight_gradient" and self.has("HGMMA"):
+            return 32
         return 64 if self.has("HMMA") and self.arguments[:1] == ["fp32"] else 128
 
     def has(self, name: str) -> bool:
@@ -116,6 +122,7 @@ def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
             )
     for arch in sorted({arch for arch, _ in found}):
         kernel, loads, stores, matrix = None, Counter[str](), Counter[str](), Counter[str]()
+        ends_group = False
         for line in disassemble(library, cuobjdump, arch).splitlines():
             if "Function : " in line:
                 kernel = found[arch, line.split("Function : ")[1].strip()]
@@ -133,6 +140,11 @@ def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
                 matrix[matrix_key(match[1], match[2])] += 1
                 # The last of a group sets the scoreboard for which the warp waits.
                 kernel.overlapped += match[1] == "HGMMA" and "gsb0" not in match[3]
+                ends_group = match[1] == "HGMMA" and "gsb0" in match[3]
+            if match[1] == "WARPGROUP" and ".DEPBAR.LE" in match[2]:
+                # A wait for the groups before the last one.
+                kernel.overlapped += ends_group and not match[3].strip().endswith("0x0")
+                ends_group = False
             kernel.matrix = dict(sorted(matrix.items()))
             kernel.loads, kernel.stores = dict(sorted(loads.items())), dict(sorted(stores.items()))
     return sorted(found.values(), key=lambda k: (k.source, k.name, k.arguments, rank(k.arch)))

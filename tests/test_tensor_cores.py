@@ -114,9 +114,9 @@ class TestSerialised:
         kernels = resources.inspect(output, cubin.find_cuobjdump())
         assert any(kernel.has("HGMMA") for kernel in kernels)
         assert resources.faults(kernels) == []
-        if source.stem == "conv2d_relu_sm90a":
-            for kernel in kernels:
-                warpgroups = int(re.findall(r"\d+", kernel.arguments[1])[0])
+        for kernel in kernels:
+            if shape := re.search(r"Shape<(\d+)", " ".join(kernel.arguments)):
+                warpgroups = int(shape[1])
                 if warpgroups > 2:
                     # setmaxnreg moves registers of a pool, those that the launch gives to all threads.
                     assert kernel.registers == 65536 // (128 * (warpgroups + 1)) // 8 * 8, kernel.title
@@ -197,33 +197,66 @@ class TestTiles:
         assert (conv4.terms, conv4.tile_bytes) == (1728, 2 * 1728 * (128 + 96))
         assert budget.mma(budget.layer("conv2"), 128).terms == 1216  # 37.5 chunks of 32
 
+    def test_input_gradients(self) -> None:
+        conv2 = budget.mirrored(budget.Layer("layer", 2, 8, 6, 16, 96, 2, 3))
+        assert conv2 == budget.Layer("layer", 2, 6, 8, 96, 16, 2, 3)
+        assert (conv2.products, conv2.bytes) == (
+            2 * 64 * 2 * 9 * 16 * 96,
+            2 * (2 * 2 * (36 * 96 + 64 * 16) + 2 * 9 * 1536),
+        )
+
+    def test_filter_gradients_of_wgmma(self) -> None:
+        # 75 units of 16 channels of a tap in blocks of 16; 128 x 3 boxes, 30 of them in the largest of 13 splits.
+        conv2 = budget.weight_wgmma(budget.layer("conv2"), (1, 9, 27), 3, 16, 128, 13)
+        assert conv2.tiles == 5 * 2 * 13
+        assert (conv2.rows, conv2.columns, conv2.terms) == (256, 128, 30 * 256)
+        assert conv2.tile_bytes == 30 * 2 * (48 * 11 * 31 + 243 * 128)
+        assert conv2.sums_us == pytest.approx(13 * 256 * 1200 * 8 / 5.5e6)
+        assert conv2.us("H100") == pytest.approx(conv2.tensor_us + conv2.sums_us)
+        conv4 = budget.weight_wgmma(budget.layer("conv4"), (1, 13, 13), 1, 12, 192, 7)
+        assert (conv4.tiles, conv4.terms) == (3 * 3 * 2 * 7, 19 * 176)  # taps in threes, 64 channels each
+
+    def test_filter_gradients_of_mma(self) -> None:
+        conv5 = budget.weight_mma(budget.layer("conv5"), 128, 9)
+        assert (conv5.tiles, conv5.terms) == (14 * 2 * 9, 76 * 32)  # 676 chunks of 32 pixels
+        assert conv5.sums_us == pytest.approx(9 * 256 * 1728 * 8 / 5.5e6)
+
     def test_every_layer_has_both_ways(self) -> None:
         names = [launch.name for launch in budget.launches()]
-        assert sorted(names) == sorted(f"conv{i}, {way}" for i in range(1, 6) for way in cuda_budget.WAYS)
+        directions = [f"conv{i}, {direction}" for i in range(1, 6) for direction in cuda_budget.DIRECTIONS.values()]
+        directions.remove("conv1, input gradient")
+        assert sorted(names) == sorted(f"{first}, {way}" for first in directions for way in cuda_budget.WAYS)
 
     def test_they_are_the_kernels(self) -> None:
         """As far as launches and template arguments tell."""
         pytest.importorskip("emulation")
-        recorded = {f"{launch.layer}, {launch.way}": launch for launch in cuda_budget.convolutions()}
-        if not recorded:
-            pytest.skip("the operator takes no algorithm")
+        sources = ("_sm80.cu", "_sm90a.cu")
+        recorded = {one.name: one for one in cuda_budget.convolutions() if one.source.endswith(sources)}
         for launch in budget.launches():
             found = recorded[launch.name]
-            first, second, *_ = map(int, re.findall(r"\d+", found.kernel.partition("bf16")[2] + " 0"))
+            numbers = list(map(int, re.findall(r"\d+", found.kernel.partition("bf16")[2])))
             if launch.way == "mma":
-                assert (found.blocks, first) == (launch.tiles, launch.columns), launch.name
+                assert (found.blocks, numbers[0]) == (launch.tiles, launch.columns), launch.name
+            elif launch.direction == budget.FILTER:
+                warpgroups, units, columns = numbers  # of 16 channels, for a warp
+                assert (64 * warpgroups * units, columns) == (launch.rows, launch.columns), launch.name
+                assert found.blocks == launch.tiles, launch.name
             else:
-                assert (64 * first, second) == (launch.rows, launch.columns), launch.name  # warpgroups, columns
+                assert (64 * numbers[0], numbers[1]) == (launch.rows, launch.columns), (
+                    launch.name
+                )  # warpgroups, columns
                 assert found.blocks == min(launch.tiles, budget.MULTIPROCESSORS), launch.name
 
     def test_the_report(self) -> None:
-        launch = cuda_budget.Recorded("conv3", "wgmma", "conv2d_relu_sm90a.cu", "convolve<bf16>", 132, 512, 200000)
+        launch = cuda_budget.Recorded(
+            "conv3", "forward", "wgmma", "conv2d_relu_sm90a.cu", "convolve<bf16>", 132, 512, 200000
+        )
         kernel = resources.Kernel("conv2d_relu_sm90a.cu", "convolve", ["bf16"], "sm_90a", 128, 0, 0, 0)
         lines = budget.markdown([launch], [kernel])
-        assert "| conv3, wgmma | `convolve<bf16>` | 132 x 512 | 128 | 200000 B |" in lines
-        (conv3,) = [line for line in lines if line.startswith("| conv3, wgmma | 256 |")]
+        assert "| conv3, forward, wgmma | `convolve<bf16>` | 132 x 512 | 128 | 200000 B |" in lines
+        (conv3,) = [line for line in lines if line.startswith("| conv3, forward, wgmma | 256 |")]
         assert conv3.startswith(
-            "| conv3, wgmma | 256 | 192 x 192 x 2304 | 47.3 | 85% | 46.5 | 9.8 / 6.9 | 47.3 / 47.3 |"
+            "| conv3, forward, wgmma | 256 | 192 x 192 x 2304 | 47.3 | 85% | 46.5 | 9.8 / 6.9 | 0.0 | 47.3 / 47.3 |"
         )
 
 
@@ -245,6 +278,7 @@ class TestRecording:
     def test_the_package_s_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = type("Layer", (), {"name": "conv3"})
         calls = [(None, layer, "bfloat16", "conv", ("x", 1, True, 0)), (None, layer, "bfloat16", "backward", ("x",))]
+        monkeypatch.setattr(cuda_budget, "DIRECTIONS", {"conv": "forward"})
         monkeypatch.setattr(cuda_budget, "operators", lambda only: iter(calls))
         backward = torch._C.parse_schema("backward(Tensor x) -> Tensor")
         monkeypatch.setattr(cuda_budget, "schema_of", {"conv": self.SCHEMA, "backward": backward}.get)
@@ -256,6 +290,6 @@ class TestRecording:
 
         monkeypatch.setattr(cuda_budget, "recorded", recorded)
         assert cuda_budget.convolutions() == [
-            cuda_budget.Recorded("conv3", "mma", "a_sm80.cu", "convolve<bf16, 96>", 8, 128, 2000),
-            cuda_budget.Recorded("conv3", "wgmma", "a_sm90a.cu", "convolve<bf16>", 8, 128, 3000),
+            cuda_budget.Recorded("conv3", "forward", "mma", "a_sm80.cu", "convolve<bf16, 96>", 8, 128, 2000),
+            cuda_budget.Recorded("conv3", "forward", "wgmma", "a_sm90a.cu", "convolve<bf16>", 8, 128, 3000),
         ]
