@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class SGD(torch.optim.Optimizer):
         rule: "paper" or "torch".
         master_weights: keep a float32 copy of each bfloat16 or float16 parameter, take the step there and round. True,
             False (the parameters themselves are stepped and rounded), or None: True where there are such parameters.
+            `set_masters` gives the copies other values than the parameters'.
 
     Momentum is float32 wherever a parameter has a master, else of the parameter's dtype. DTensors are stepped
     shard by shard, and their momentum is a DTensor. Sparse gradients are refused.
@@ -99,12 +100,41 @@ class SGD(torch.optim.Optimizer):
                 )
         return loss
 
+    @torch.no_grad()
+    def set_masters(self, masters: Mapping[Tensor, Tensor]) -> None:
+        """Start from masters of these values, which the parameters are roundings of.
+
+        Without it, a master starts as its parameter, which has lost the bits below bfloat16's or float16's. The values
+        are copied; the parameters are first written by the next step.
+
+        Args:
+            masters: by parameter, float32 of its shape, on any device.
+
+        Raises:
+            TypeError, ValueError: a parameter of another optimizer, one that has no master, or another dtype or shape.
+        """
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for param, master in masters.items():
+            if param not in groups:
+                raise ValueError("set_masters: a parameter is none of this optimizer's")
+            if param.dtype not in LOW_PRECISION or groups[param]["master_weights"] is False:
+                options = f"master_weights={groups[param]['master_weights']}"
+                raise ValueError(f"set_masters: a {param.dtype} parameter with {options} has no master")
+            if not isinstance(master, Tensor) or master.dtype != torch.float32:
+                given = master.dtype if isinstance(master, Tensor) else type(master).__name__
+                raise TypeError(f"set_masters: a master must be a float32 tensor, not {given}")
+            if master.shape != param.shape:
+                raise ValueError(f"set_masters: a master is {list(master.shape)}, its parameter {list(param.shape)}")
+        for param, master in masters.items():
+            copy = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
+            self.state[param]["master"] = copy.copy_(master)
+
     def _start(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Creates the state of a parameter that has none; returns whether it did."""
+        """Creates the state that a parameter lacks; returns whether this is its first step."""
         state = self.state[param]
-        if state:
+        if "momentum_buffer" in state:
             return False
-        if param.dtype in LOW_PRECISION and group["master_weights"] is not False:
+        if "master" not in state and param.dtype in LOW_PRECISION and group["master_weights"] is not False:
             state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
         state["momentum_buffer"] = torch.zeros_like(state.get("master", param), memory_format=torch.preserve_format)
         return True

@@ -24,7 +24,7 @@ from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
 from alexnet_kernels.bench.optimizer_row import SgdRow
 from alexnet_kernels.bench.roofline import Ceilings
-from alexnet_kernels.bench.row import PURPOSES, WITHOUT_MASTERS, Row, is_ours
+from alexnet_kernels.bench.row import ONE_GRAPH, PURPOSES, WITHOUT_MASTERS, Row, is_ours
 from alexnet_kernels.bench.timing import DeviceLost, Failure, Timing, copy_rate, input_sets, measure
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS, count_macs
@@ -106,6 +106,16 @@ class TestCases:
         assert set(result.directions["forward"].times) == {"cpu", "cuda, one"}
         assert set(result.directions["forward and backward"].times) == {"cpu"}
         assert list(result.wrong) == ["cuda, two"]
+
+
+def test_graphs_of_their_own_are_variants_on_a_gpu_only() -> None:
+    cuda = torch.device("cuda")
+    for purpose in PURPOSES:
+        row = NetRow("paper", 2, purpose)
+        names = {name for name in row._known(cuda) if name.endswith(ONE_GRAPH)}
+        assert names == {"auto, one graph", "auto, pure bf16, one graph"}
+        assert all(map(is_ours, names))
+        assert not any(name.endswith(ONE_GRAPH) for name in row._known(CPU))
 
 
 class TestRoofline:

@@ -12,6 +12,7 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,12 @@ pytest.importorskip("lightning")
 from runs import shipped_images
 
 from alexnet_kernels import _library, backends
+from alexnet_kernels._errors import InputError
 from alexnet_kernels.cli import main
+from alexnet_kernels.cli.throughput import verdict
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.training import checkpoint, datasets
+from alexnet_kernels.training.throughput import binding
 
 SMALL = ["--width", "0.04", "--image-size", "64", "--batch-size", "6", "--epochs", "2", "--precision", "32"]
 
@@ -230,6 +234,16 @@ class TestTrain:
         fails(capsys, ["train", *arguments], *words)
         assert not list(tmp_path.iterdir())
 
+    def test_no_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def train(spec: Any, console: object) -> None:
+            wanted.append(spec.graph)
+            raise InputError("stop")
+
+        wanted: list[bool] = []
+        monkeypatch.setattr("alexnet_kernels.training.run.train", train)
+        assert [main(["train", *options]) for options in ([], ["--no-graph"])] == [2, 2]
+        assert wanted == [True, False]
+
     def test_backend_that_is_not_there(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -343,15 +357,52 @@ class TestThroughput:
         out = capsys.readouterr().out
         assert f"12 images of {data}, held in memory; batches of 4, 64 x 64, on cpu" in out
         rates = re.findall(r"^ +([\d,]+)  (\S+)", out, flags=re.MULTILINE)
-        assert [name for _, name in rates] == ["reading", "crops,", "both,", "training"]
+        assert [name for _, name in rates] == ["reading", "crops,", "reading", "training", "all"]
         assert all(int(rate.replace(",", "")) > 0 for rate, _ in rates)
         assert "training step of preset batchnorm" in out
+        line = out.splitlines()[-1]
+        assert re.fullmatch(r"reading, .* share the CPU's cores, .* add up: [\d,]+ images/s, \d+% of .* step", line)
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["throughput", *self.ARGUMENTS, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert (result["images"], result["batch_size"], result["workers"]) == (4000, 4, 0)
-        assert min(result[name] for name in ("read", "augment", "input", "step")) > 0
+        assert min(result[name] for name in ("read", "augment", "input", "step", "together")) > 0
+        assert (result["copy"], result["binds"]) == (None, "sum")
+        times = sum(1 / result[name] for name in ("read", "augment", "step"))
+        assert result["limit"] == pytest.approx(1 / times)
+
+    @pytest.mark.parametrize(
+        ("changes", "line"),
+        [
+            ({}, "stepping binds: 5,000 images/s; reading has 3.1 times that, copying has 4.0 times that"),
+            (
+                {"read": 1000.0},
+                "reading binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; try "
+                "`alexnet-kernels prepare`, or more --workers than 8",
+            ),
+            (
+                {"read": 1000.0, "prepared": True},
+                "reading binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; try more "
+                "--workers than 8",
+            ),
+            (
+                {"read": 1000.0, "in_memory": True},
+                "reading binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; the images "
+                "are held in memory, and the CPU gathers them no faster",
+            ),
+            (
+                {"copy": 2500.0},
+                "copying binds: 2,500 images/s; reading has 6.2 times that, stepping has 2.0 times that",
+            ),
+        ],
+    )
+    def test_says_what_binds_on_a_gpu(self, changes: dict[str, Any], line: str) -> None:
+        """A step of 6,000 images/s and augmentation of 30,000 make 5,000."""
+        rates = {"read": 15500.0, "copy": 20000.0, "augment": 30000.0, "step": 6000.0} | changes
+        binds, limit = binding(rates)
+        facts = {"prepared": False, "in_memory": False, "workers": 8} | changes
+        assert verdict({**rates, **facts, "binds": binds, "limit": limit}) == line
 
     def test_mistakes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fails(capsys, ["throughput", "--data", str(tmp_path)], "no train/", "empty")

@@ -23,6 +23,7 @@ LAYERS = (
     ("triton",),
     ("ops",),
     ("op_info", "nn", "optim"),
+    ("capture",),
     ("models",),
     ("parallel",),
     ("training", "bench"),

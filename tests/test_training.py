@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,16 @@ from PIL import Image
 
 pytest.importorskip("lightning")
 
+from graph_recorder import RecordedGraphs
 from runs import assert_same, figures, shipped_images, train
 
+from alexnet_kernels import ops, use_backend
 from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels._files import atomic_file, link_atomically
+from alexnet_kernels.backends import kernels_of
+from alexnet_kernels.capture import CapturedStep
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.training import checkpoint, datasets, inference, pictures
+from alexnet_kernels.training import checkpoint, datasets, inference, module, pictures
 from alexnet_kernels.training import run as run_module
 from alexnet_kernels.training.callbacks.checkpoint import CheckpointCallback
 from alexnet_kernels.training.callbacks.progress import ProgressCallback
@@ -36,6 +41,19 @@ from alexnet_kernels.training.settings import settings_of
 from alexnet_kernels.training.spec import resumed_run
 
 TINY = settings_of("quick", epochs=2, batch_size=8, image_size=64, width=0.04, precision="32")
+
+
+def augment_without_reading(
+    images: torch.Tensor,
+    crops: torch.Tensor,
+    size: tuple[int, int],
+    *options: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The op, which on a CPU reads the crops to check them."""
+    return kernels_of("cpu").augment(images, crops, size, *options, dtype, True)
+
+
 CLASSES = ("airplane", "automobile", "ship")
 
 
@@ -102,6 +120,30 @@ class TestRun:
         again = train(TINY, data, out=tmp_path / "again").folder
         assert_same(run / "last.ckpt", again / "last.ckpt")
         assert figures(run / "last.ckpt") == figures(again / "last.ckpt")
+
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    def test_steps_replayed_as_a_graph_give_the_same_bits(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+    ) -> None:
+        """The step's operators are recorded and run again, as a GPU does. PyTorch's: this package's read the rate."""
+
+        def recorded(*arguments: Any, **options: Any) -> CapturedStep:
+            return CapturedStep(*arguments, **{**options, "graphs": graphs})
+
+        def set_rate(group: dict[str, Any], rate: float) -> None:
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else torch.tensor(rate)
+
+        graphs = RecordedGraphs()
+        settings = replace(TINY, accumulate=accumulate)
+        monkeypatch.setattr(module, "set_rate", set_rate)
+        with use_backend("native"):
+            monkeypatch.setattr(ops, "augment", augment_without_reading)
+            plain = train(settings, data, out=tmp_path / "plain", graph=False).folder
+            monkeypatch.setattr(module, "CapturedStep", recorded)
+            replayed = train(settings, data, out=tmp_path / "replayed").folder
+        assert graphs.events.count("replay") == 5
+        assert_same(plain / "last.ckpt", replayed / "last.ckpt")
+        assert figures(plain / "last.ckpt") == figures(replayed / "last.ckpt")
 
     def test_another_seed_gives_another_network(self, run: Path, data: Path, tmp_path: Path) -> None:
         other = train(replace(TINY, seed=1), data, out=tmp_path / "other").folder

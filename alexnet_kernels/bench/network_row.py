@@ -12,7 +12,7 @@ import torch
 from alexnet_kernels import backends
 from alexnet_kernels.bench import baselines, roofline
 from alexnet_kernels.bench.network_variant import NetExpectation, NetVariant, Network
-from alexnet_kernels.bench.row import SHORT, WITHOUT_MASTERS, Measurement, RowResult, prefixed
+from alexnet_kernels.bench.row import ONE_GRAPH, SHORT, WITHOUT_MASTERS, Measurement, RowResult, prefixed
 from alexnet_kernels.bench.timing import Call, guarded, measure
 from alexnet_kernels.op_info.sgd_step import NBYTES
 
@@ -49,9 +49,12 @@ class NetRow(Network):
         bf16, cuda = self.dtype == torch.bfloat16, device.type == "cuda"
         found: dict[str, str | None] = {"auto": None}
         if cuda:
+            found[f"auto{ONE_GRAPH}"] = None
             found["triton"] = backends.unavailable("max_pool2d", "triton")
         if bf16:
             found["auto, pure bf16"] = None
+            if cuda:
+                found[f"auto, pure bf16{ONE_GRAPH}"] = None
         found |= dict.fromkeys(("eager", *self.more, *self.compile))
         if bf16:
             found["eager, pure bf16"] = None
@@ -99,7 +102,8 @@ class NetRow(Network):
         if training:
             layers.append((NBYTES * roofline.parameters(self.preset, self.width), 0))
         pause = SPIN if "onnxruntime" in calls else 0
-        times = measure(calls, device, seconds=seconds, rounds=rounds, pause=pause)
+        replayed = [name for name in calls if name.endswith(ONE_GRAPH)]
+        times = measure(calls, device, seconds=seconds, rounds=rounds, pause=pause, replayed=replayed)
         nbytes, operations = (sum(layer[i] for layer in layers) for i in (0, 1))
         result.directions[self.purpose] = Measurement(nbytes, operations, False, times, layers)
         del calls, expected

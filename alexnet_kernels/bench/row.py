@@ -13,7 +13,9 @@ from alexnet_kernels.bench.timing import Failure, Timing
 
 OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 WITHOUT_MASTERS = "auto, pure bf16, no masters"
-OUR_NETS = ("auto", "auto, pure bf16", WITHOUT_MASTERS, "triton")
+ONE_GRAPH = ", one graph"
+"""Ends the names of variants that replay the graph of `alexnet_kernels.capture`."""
+OUR_NETS = ("auto", f"auto{ONE_GRAPH}", "auto, pure bf16", f"auto, pure bf16{ONE_GRAPH}", WITHOUT_MASTERS, "triton")
 DIRECTIONS = ("forward", "backward", "forward and backward", "step", "inference", "training step")
 PURPOSES = DIRECTIONS[-2:]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

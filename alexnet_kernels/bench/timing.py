@@ -10,7 +10,7 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -201,6 +201,7 @@ def measure(
     rounds: int = 15,
     graphs: bool = True,
     pause: float = 0.0,
+    replayed: Collection[str] = (),
 ) -> dict[str, Timing | Failure]:
     """Times variants, each a list of calls, in interleaved rounds after warming up. One with an error gets a Failure.
 
@@ -209,6 +210,7 @@ def measure(
         rounds: the largest number of rounds.
         graphs: whether calls on CUDA are captured.
         pause: seconds to wait before each variant, in which spinning threads of the one before go to sleep.
+        replayed: variants whose calls replay a CUDA graph of their own, which no other graph can hold.
 
     Raises:
         DeviceLost: the device is unusable after an error of a variant.
@@ -218,7 +220,8 @@ def measure(
     pool = torch.cuda.graph_pool_handle() if graphs and device.type == "cuda" else None
     for name, calls in variants.items():
         with guarded(name, device, failures):
-            ready[name] = _Variant(calls, device, pool)
+            ready[name] = _Variant(calls, device, None if name in replayed else pool)
+            ready[name].graph = ready[name].graph or name in replayed
     results: dict[str, Timing | Failure] = {name: Failure(reason) for name, reason in failures.items()}
     samples: dict[str, list[float]] = {name: [] for name in ready}
     start = time.perf_counter()

@@ -76,6 +76,8 @@ def add_parser(commands: Any) -> None:
     add("--save-every", type=positive, default=1000, metavar="N",
         help="steps between checkpoints inside an epoch (default: 1000; one also after each epoch)")  # fmt: skip
     add_device(parser)
+    add("--no-graph", action="store_true",
+        help="do not run the training step on a GPU as one CUDA graph; the results are the same bits")  # fmt: skip
     _add_parallel(parser)
     _add_settings(parser)
     parser.set_defaults(run=run)
@@ -153,6 +155,7 @@ def _spec(options: argparse.Namespace, parallel: ParallelConfig | None) -> RunSp
         "max_seconds": options.max_time,
         "save_every": options.save_every,
         "bad_images": options.bad_images,
+        "graph": not options.no_graph,
         "parallel": parallel,
     }
     if options.resume is None:

@@ -7,16 +7,23 @@
 | `image_set`, `shards`, `datasets` | image sets in a tree or zip, and prepared ones; opening either |
 | `prepare`, `shard_writer` | writing prepared image sets |
 | `augmentation` | the paper's crops, mirroring and colour shifts; statistics of a training set |
-| `loader` | samplers, data loaders, the LightningDataModule |
+| `loader`, `prefetch` | samplers, data loaders, the LightningDataModule; batches copied to a GPU ahead of time |
 | `metrics` | loss, top-1, top-5, confusion |
 | `header`, `checkpoint` | what a checkpoint says about its run; checkpoint files |
 | `module`, `callbacks` | the LightningModule; checkpoints, stopping, CSV, TensorBoard, progress |
 | `distributed` | training in several processes |
 | `spec`, `run`, `run_pictures` | one run: its specification, the run, the pictures it leaves |
-| `devices` | picking a device, autocast |
+| `devices`, `precision` | picking a device, copies, autocast; bfloat16 with float32 masters |
 | `inference` | accuracy, predictions and features of a trained network |
 | `pictures` | drawing of filters, curves, predictions, neighbours, confusion |
-| `throughput` | images/s of the parts of a training step |
+| `throughput` | images/s of the parts of training, and which binds |
+
+`CapturedStep` and `CapturedForward`, of `alexnet_kernels.capture`, run the step and the forward pass of any model as
+one CUDA graph.
 
 Importing the package loads none of its modules: each needs only the optional packages that it uses.
 """
+
+from alexnet_kernels.capture import CapturedForward, CapturedStep
+
+__all__ = ["CapturedForward", "CapturedStep"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import ops, reference
+from alexnet_kernels.training.devices import send
 
 __all__ = ["Crops", "PixelSums", "Statistics", "draws", "stored_size"]
 
@@ -95,8 +96,8 @@ def draws(seed: int, epoch: int, indices: Tensor) -> Tensor:
 class Crops:
     """Converts stored images to a network's input.
 
-    Images are uint8 [N, S, S, 3] on any device. Results are float32 [N, 3, size, size], channels_last, on the images'
-    device: crops, mirrored, with shifted colours, minus the mean, times the scale.
+    Images are uint8 [N, S, S, 3] on any device. Results are [N, 3, size, size], channels_last, on the images' device:
+    crops, mirrored, with shifted colours, minus the mean, times the scale.
 
     Args:
         size: side of the crops, in pixels.
@@ -106,6 +107,7 @@ class Crops:
         scale: float32 [3], or None for 1.
         color_std: standard deviation of the colour components' random multiples; 0 disables the shift.
         seed: seed of `random`.
+        dtype: of the results, float32, bfloat16 or float16.
     """
 
     def __init__(
@@ -116,8 +118,9 @@ class Crops:
         scale: Tensor | None = None,
         color_std: float = COLOR_STD,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.size, self.seed, self.color_std = size, seed, color_std
+        self.size, self.seed, self.color_std, self.dtype = size, seed, color_std, dtype
         self.components = torch.tensor(statistics.components, dtype=torch.float64)
         self._mean = statistics.mean_image if mean == "image" else torch.tensor(statistics.mean)
         self._scale = scale
@@ -127,18 +130,23 @@ class Crops:
 
         indices: int64 [N] on the CPU, the images' indices in the training set.
         """
+        return self.apply(images, *self.draw(images, indices, epoch))
+
+    def draw(self, images: Tensor, indices: Tensor, epoch: int) -> list[Tensor]:
+        """What `random` draws, on the CPU: crops int64 [N, 2], flips bool [N] and, if colours are shifted, shift
+        float32 [N, 3].
+        """
         u = draws(self.seed, epoch, indices)
         room = torch.tensor([images.shape[1] - self.size + 1, images.shape[2] - self.size + 1])
         crops = (u[:, :2] * room).long()
         flips = u[:, 2] < 0.5
-        shift = None
-        if self.color_std:
-            # Box-Muller: four normal deviates of four numbers, of which three are used.
-            radius = (-2 * torch.log1p(-u[:, 4:6])).sqrt()
-            angle = 2 * math.pi * u[:, 6:8]
-            normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :3] * self.color_std
-            shift = (normal @ self.components).float()
-        return self._crop(images, crops, flips, shift)
+        if not self.color_std:
+            return [crops, flips]
+        # Box-Muller: four normal deviates of four numbers, of which three are used.
+        radius = (-2 * torch.log1p(-u[:, 4:6])).sqrt()
+        angle = 2 * math.pi * u[:, 6:8]
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :3] * self.color_std
+        return [crops, flips, (normal @ self.components).float()]
 
     def centre(self, images: Tensor) -> Tensor:
         """The centre crops, used for evaluation."""
@@ -152,18 +160,20 @@ class Crops:
 
     def _crop_at(self, images: Tensor, place: tuple[int, int], flip: bool) -> Tensor:
         count = len(images)
-        return self._crop(images, torch.tensor(place).expand(count, 2), torch.full((count,), flip), None)
+        return self.apply(images, torch.tensor(place).expand(count, 2), torch.full((count,), flip))
 
-    def _crop(self, images: Tensor, crops: Tensor, flips: Tensor, shift: Tensor | None) -> Tensor:
+    def apply(self, images: Tensor, crops: Tensor, flips: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Crops at the places, mirrored and shifted as `draw` says; these tensors are on any device."""
         device = images.device
         self._mean = self._mean.to(device)
         self._scale = None if self._scale is None else self._scale.to(device)
         return ops.augment(
             images,
-            crops.contiguous().to(device),
+            send(crops.contiguous(), device),
             (self.size, self.size),
-            flips.to(device),
-            None if shift is None else shift.to(device),
+            send(flips, device),
+            None if shift is None else send(shift, device),
             self._mean,
             self._scale,
+            dtype=self.dtype,
         )

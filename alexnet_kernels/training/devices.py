@@ -1,12 +1,13 @@
-"""Devices, and the precision to compute in."""
+"""Devices, copies to them, and autocast."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from alexnet_kernels._errors import InputError
 
-__all__ = ["autocast", "pick_device"]
+__all__ = ["autocast", "pick_device", "send"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,7 +28,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A copy from the CPU to a CUDA device goes through pinned memory and is not waited for.
+
+    The pinned memory is torch's, which reuses it after the copy.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast of a run's precision. On the CPU, float16 is replaced by bfloat16."""
+    """The autocast of a run's precision: none for 32 and bf16-pure. On the CPU, float16 is replaced by bfloat16."""
     low = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
     return torch.autocast(device.type, low.get(precision), enabled=precision in low)

@@ -44,8 +44,8 @@ class Header:
         settings = self.settings
         return AlexNet(len(self.classes), settings.network(), settings.dropout, settings.width, device=device)
 
-    def crops(self) -> Crops:
-        """The conversion of stored images to the network's input.
+    def crops(self, dtype: torch.dtype = torch.float32) -> Crops:
+        """The conversion of stored images to the network's input, of `dtype`.
 
         The paper's initial values assume pixels of 0..255, torch's and He's a variance of 1.
         """
@@ -54,7 +54,8 @@ class Header:
         scale = None
         if initialization is None or initialization.weight_std is None:
             scale = 1 / torch.tensor(statistics.std).clamp(min=1.0)
-        return Crops(settings.image_size, statistics, settings.mean, scale, settings.color_shift, settings.seed)
+        mean, shift = settings.mean, settings.color_shift
+        return Crops(settings.image_size, statistics, mean, scale, shift, settings.seed, dtype)
 
 
 @dataclass
@@ -96,8 +97,11 @@ def from_dict(values: dict[str, Any]) -> tuple[Header, History]:
             raise TypeError(f"{name} is of type {type(values[name]).__name__}, not {kind.__name__}")
     if not values["classes"]:
         raise ValueError("it has no classes")
+    settings = Settings.from_dict(values["settings"])
+    if settings.precision == "auto":
+        raise ValueError("its precision is auto, which every run resolves before it starts")
     header = Header(
-        Settings.from_dict(values["settings"]),
+        settings,
         [str(name) for name in values["classes"]],
         _statistics(values["statistics"], values["stored_size"]),
         *(values[name] for name in ("data", "train_images", "fingerprint", "stored_size")),

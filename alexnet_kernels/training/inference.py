@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels._errors import InputError
+from alexnet_kernels.capture import CapturedForward
 from alexnet_kernels.training import datasets, decoding, image_set
 from alexnet_kernels.training.checkpoint import Network
-from alexnet_kernels.training.devices import autocast
+from alexnet_kernels.training.precision import InPrecision
 
 __all__ = [
     "centre",
@@ -26,21 +28,25 @@ __all__ = [
 ]
 
 _BATCH = 100
+_LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def probabilities(network: Network, pixels: Tensor, crops: int = 1) -> Tensor:
+def probabilities(
+    network: Network, pixels: Tensor, crops: int = 1, forward: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Softmax of each image, float32 [N, classes] on the CPU; with crops=10, the mean over the paper's ten crops.
 
-    pixels: uint8 [N, S, S, 3], squares of the network's stored size.
+    pixels: uint8 [N, S, S, 3], squares of the network's stored size. forward: what runs the network in its run's
+    precision, such as a `CapturedForward` of it; None for the network itself.
     """
     device = next(network.model.parameters()).device
+    forward = _in_precision(network) if forward is None else forward
     pixels = pixels.to(device)
     inputs = network.crops.ten(pixels) if crops == 10 else [network.crops.centre(pixels)]
     total = torch.zeros(len(pixels), len(network.header.classes), device=device)
-    with autocast(network.header.settings.precision, device):
-        for x in inputs:
-            total += network.model(x).float().softmax(1)
+    for x in inputs:
+        total += forward(x).float().softmax(1)
     return (total / len(inputs)).cpu()
 
 
@@ -53,15 +59,18 @@ def features(network: Network, pixels: Tensor) -> Tensor:
     """
     device = next(network.model.parameters()).device
     last = [layer for layer in network.model.classifier.children() if isinstance(layer, torch.nn.Linear)][-1]
-    result = [torch.empty(0, last.in_features)]
+    result, forward = [torch.empty(0, last.in_features)], _in_precision(network)
     hook = last.register_forward_pre_hook(lambda layer, inputs: result.append(inputs[0].float().cpu()))
     try:
-        with autocast(network.header.settings.precision, device):
-            for part in pixels.split(_BATCH):
-                network.model(network.crops.centre(part.to(device)))
+        for part in pixels.split(_BATCH):
+            forward(network.crops.centre(part.to(device)))
     finally:
         hook.remove()
     return torch.cat(result)
+
+
+def _in_precision(network: Network) -> InPrecision:
+    return InPrecision(network.model, network.header.settings.precision)
 
 
 def centre(pixels: Tensor, size: int) -> Tensor:
@@ -118,6 +127,7 @@ def evaluate(
         )
     top, top_of_each = accuracies(len(classes)), accuracies(len(classes), "none")
     table = confusion(len(classes))
+    forward = CapturedForward(_in_precision(network), notify=_LOG.info)
     bad, began, count = list(val_set.bad), time.monotonic(), 0
     for start in range(0, len(val_set), batch_size):
         places = list(range(start, min(start + batch_size, len(val_set))))
@@ -126,7 +136,7 @@ def evaluate(
             raise image_set.unreadable(batch["bad"])
         bad += batch["bad"]
         if len(batch["labels"]):
-            result = probabilities(network, batch["images"], crops)
+            result = probabilities(network, batch["images"], crops, forward)
             for metric in (*top, *top_of_each, table):
                 metric.update(result, batch["labels"])
             count += len(batch["labels"])
@@ -176,7 +186,8 @@ def predict(
     A hundred images are held at a time.
     """
     rows: list[list[tuple[str, float]]] = []
+    forward = CapturedForward(_in_precision(network), notify=_LOG.info)
     for start in range(0, len(paths), _BATCH):
         pixels = read(network, paths[start : start + _BATCH])
-        rows += likeliest(network, probabilities(network, pixels, crops), top)
+        rows += likeliest(network, probabilities(network, pixels, crops, forward), top)
     return rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 
 from alexnet_kernels._errors import InputError, RunError
 from alexnet_kernels.training.image_set import Batch, StoredImages
+from alexnet_kernels.training.prefetch import CudaCopies, Prefetcher
 from alexnet_kernels.training.settings import Settings
 
 __all__ = ["ImageDataModule", "ImageLoader", "ShardedBatchSampler", "ShuffledSampler"]
@@ -82,6 +84,8 @@ class ImageLoader(DataLoader):
         workers: processes that read images; none if the set is in memory.
         seed: seed of the order; None for the set's own order. Shuffled, an incomplete last batch is dropped.
         shard, accumulate: as for `ShardedBatchSampler`.
+        device: where images and labels are wanted. To a CUDA device they are copied ahead of time, see `Prefetcher`.
+            None or the CPU leaves them as they are read.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class ImageLoader(DataLoader):
         seed: int | None = None,
         shard: tuple[int, int] = (0, 1),
         accumulate: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         sampler = ShuffledSampler(len(dataset), seed) if seed is not None else SequentialSampler(dataset)
         drop_last = seed is not None and len(dataset) >= batch_size
@@ -101,8 +106,9 @@ class ImageLoader(DataLoader):
             num_workers=0 if dataset.pixels is not None else workers,
             collate_fn=_unchanged,
             worker_init_fn=_ignore_signals,
-            pin_memory=torch.cuda.is_available(),
         )
+        cuda = device is not None and device.type == "cuda"
+        self.prefetcher = Prefetcher(CudaCopies(device)) if cuda else None  # type: ignore[arg-type]
         self.done = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -110,9 +116,11 @@ class ImageLoader(DataLoader):
         self.done = getattr(sampler, "start", 0) // self.batch_sampler.batch_size  # type: ignore[union-attr]
         failure: InputError | RunError | None = None
         try:
-            for batch in super().__iter__():
-                self.done += 1
-                yield batch
+            # Made in this thread: torch draws a seed for the processes from its generator.
+            with closing(self._on_device(super().__iter__())) as batches:
+                for batch in batches:
+                    self.done += 1
+                    yield batch
         except (InputError, RunError) as error:
             # From a process that reads images, the message holds a traceback, whose last line is the error's.
             line = str(error).strip().splitlines()[-1]
@@ -120,6 +128,9 @@ class ImageLoader(DataLoader):
         # Outside of the handler: the error refers to the iterator, whose processes end when it is freed.
         if failure is not None:
             raise failure
+
+    def _on_device(self, batches: Iterator[Batch]) -> Generator[Batch]:
+        yield from batches if self.prefetcher is None else self.prefetcher.iterate(batches)
 
     def without_padding(self, batch: int) -> int:
         """How many images of the process's shard of a batch are not padding. Padding comes last."""
@@ -152,21 +163,29 @@ def _ignore_signals(worker: int) -> None:
 class ImageDataModule(pl.LightningDataModule):
     """The training and validation sets of a run.
 
-    shard: (index, count), this process's shard of each batch.
+    shard: (index, count), this process's shard of each batch. device: as for `ImageLoader`.
     """
 
     def __init__(
-        self, train: StoredImages, val: StoredImages, settings: Settings, workers: int, shard: tuple[int, int] = (0, 1)
+        self,
+        train: StoredImages,
+        val: StoredImages,
+        settings: Settings,
+        workers: int,
+        shard: tuple[int, int] = (0, 1),
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
-        self.settings, self.workers, self.shard = settings, workers, shard
+        self.settings, self.workers, self.shard, self.device = settings, workers, shard, device
 
     def train_dataloader(self) -> ImageLoader:
         settings = self.settings
         return ImageLoader(
-            self.train, settings.batch_size, self.workers, settings.seed, self.shard, settings.accumulate
+            self.train, settings.batch_size, self.workers, settings.seed, self.shard, settings.accumulate, self.device
         )
 
     def val_dataloader(self) -> ImageLoader:
-        return ImageLoader(self.val, max(self.settings.batch_size, 100), self.workers, shard=self.shard)
+        return ImageLoader(
+            self.val, max(self.settings.batch_size, 100), self.workers, shard=self.shard, device=self.device
+        )

@@ -22,7 +22,7 @@ from alexnet_kernels._errors import InputError, RunError, first_line, out_of_mem
 from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels._version import __version__
 from alexnet_kernels.models import AlexNet, count_parameters
-from alexnet_kernels.training import datasets, decoding, image_set
+from alexnet_kernels.training import datasets, decoding, image_set, precision
 from alexnet_kernels.training.augmentation import Statistics, stored_size
 from alexnet_kernels.training.callbacks.checkpoint import AtomicCheckpointIO, CheckpointCallback
 from alexnet_kernels.training.callbacks.csv_files import CSVCallback, write_history
@@ -43,7 +43,7 @@ from alexnet_kernels.training.spec import ResumePoint, RunSpec
 __all__ = ["Result", "train"]
 
 _STATISTICS_IMAGES = 10_000
-_PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+_PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "16": "16-mixed"}  # others are "32-true": nothing is converted
 _TRAFFIC = {None: None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -100,8 +100,10 @@ def train(spec: RunSpec, console: Console | None = None) -> Result:
 
 def _train(spec: RunSpec, console: Console, team: Team, began: float, held: ExitStack) -> Result:
     """`held` keeps the lock of the run's folder."""
-    settings = spec.settings
     device = pick_device(spec.device)
+    settings = precision.resolve(spec.settings, device, team.parallel is not None)
+    auto = spec.settings.precision == "auto"
+    spec = replace(spec, settings=settings)
     if spec.resume is not None:
         _take(spec.resume, team, held)
     _check_settings(spec, device, team)
@@ -114,10 +116,13 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
     model = header.model()
     parameters = count_parameters(model)
     folder = team.folder = _folder(spec, team, held)
-    introduction = _introduction(settings, sets, parameters, device, folder, team)
+    introduction = _introduction(settings, auto, sets, parameters, device, folder, team)
     console.print(introduction, highlight=False, soft_wrap=True, markup=False)
 
-    module = Classifier(model.to(memory_format=torch.channels_last), header, spec.bad_images, team)
+    def notify(message: str) -> None:
+        console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    module = Classifier(model.to(memory_format=torch.channels_last), header, spec.bad_images, team, spec.graph, notify)
     left = None if spec.max_seconds is None else spec.max_seconds - (time.monotonic() - began)
     stop, board = StopRequest(left, team), TensorBoardCallback(folder / "tensorboard")
     callbacks = [
@@ -127,7 +132,7 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
     with _lightning_notices_off():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            precision=_PRECISIONS[settings.precision],
+            precision=_PRECISIONS.get(settings.precision, "32-true"),
             max_epochs=settings.epochs,
             callbacks=callbacks,
             default_root_dir=folder,
@@ -137,7 +142,7 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        data = ImageDataModule(sets[0], sets[1], settings, spec.workers, team.batch_shard)
+        data = ImageDataModule(sets[0], sets[1], settings, spec.workers, team.batch_shard, device)
         try:
             with stop.signals(), _machine_errors(folder, team), _restore_errors(spec.resume, module):
                 trainer.fit(module, data, ckpt_path=None if spec.resume is None else spec.resume.path)
@@ -165,8 +170,6 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
 def _check_settings(spec: RunSpec, device: torch.device, team: Team) -> None:
     """Raise InputError for settings that the device, the network or the processes can't run, or an existing folder."""
     settings = spec.settings
-    if settings.precision == "16" and device.type != "cuda":
-        raise InputError("--precision 16 needs a CUDA device; --precision bf16 and 32 run everywhere")
     model = AlexNet(2, settings.network(), width=settings.width, device="meta")
     smallest = max(model.min_size)
     if settings.image_size < smallest:
@@ -299,7 +302,7 @@ def _machine_errors(folder: Path, team: Team) -> Iterator[None]:
         if isinstance(error, RunError):
             reason = str(error)
         elif out_of_memory(error):
-            reason = "out of memory: try --accumulate 2 or more, which processes a batch in parts"
+            reason = "out of memory: try --accumulate 2 or more, which processes a batch in parts, or --no-graph"
         elif isinstance(error, OSError) and not isinstance(error, ConnectionError):
             reason = f"{error.filename or folder}: {error.strerror or error}"
         elif "DataLoader worker" in str(error):
@@ -363,6 +366,7 @@ def _check_resumed_images(resume: ResumePoint, train_set: image_set.StoredImages
 
 def _introduction(
     settings: Settings,
+    auto: bool,
     sets: Sequence[image_set.StoredImages],
     parameters: int,
     device: torch.device,
@@ -374,8 +378,8 @@ def _introduction(
     if team.parallel is not None:
         where = f"{team.parallel.plan} of {team.size} processes on {device.type}"
     return (
-        f"AlexNet, preset {settings.preset}, {parameters:,} parameters, {where} in {settings.precision}"
-        f"{' bit' if settings.precision.isdigit() else ''}\n"
+        f"AlexNet, preset {settings.preset}, {parameters:,} parameters, {where} in "
+        f"{precision.words(settings.precision, auto)}\n"
         f"{len(train_set):,} training and {len(val_set):,} validation images of "
         f"{len(train_set.classes)} classes, "
         f"{settings.image_size} x {settings.image_size}; {settings.epochs} epochs of batches of "

@@ -8,14 +8,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alexnet_kernels._errors import InputError, shortened
 from alexnet_kernels._files import write_atomically
 from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
 
 __all__ = [
     "PRECISIONS",
+    "PURE",
     "RECIPES",
     "SCHEDULES",
     "Settings",
@@ -26,7 +25,8 @@ __all__ = [
     "settings_of",
 ]
 
-PRECISIONS = ("32", "bf16", "16")
+PURE = "bf16-pure"
+PRECISIONS = ("auto", "32", "bf16", "16", PURE)
 SCHEDULES = ("plateau", "step", "dexp", "linear", "cosine", "constant")
 RECIPES = Path(__file__).parent.parent / "recipes"
 """The folder of the recipes that come with the package."""
@@ -78,7 +78,12 @@ class Settings:
     weight_decay: float = _setting("weight decay of SGD", default=5e-4)
     bias_lr: float = _setting("factor on the biases' learning rate", default=1.0)
     bias_decay: float = _setting("factor on the biases' weight decay", default=1.0)
-    precision: str = _setting("precision of the activations; weights are always float32", PRECISIONS)
+    precision: str = _setting(
+        "32; bf16 or 16: activations of 16 bits, weights of float32; bf16-pure: both bfloat16, with float32 masters in "
+        "the optimizer; auto (the default): bf16-pure on GPUs that have bfloat16, bf16 on CPUs that do, else 32",
+        PRECISIONS,
+        default="auto",
+    )
     seed: int = _setting("seed of initial weights, order, crops and dropout", default=0)
 
     def __post_init__(self) -> None:
@@ -190,13 +195,6 @@ def stalls(errors: Sequence[float], patience: int) -> int:
     return count
 
 
-def _fast_precision() -> str:
-    """bf16 on CUDA and on CPUs with bf16 instructions; on other CPUs it is slower than 32 bits."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bf16" if native or torch.cuda.is_available() else "32"
-
-
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -243,7 +241,6 @@ def settings_of(recipe: str, **values: Any) -> Settings:
     if not isinstance(merged["preset"], str) or merged["preset"] not in PRESETS:
         raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {shortened(merged['preset'])}")
     merged.setdefault("image_size", PRESETS[merged["preset"]].input_size)
-    merged.setdefault("precision", _fast_precision())
     missing = [s.name for s in fields(Settings) if s.default is MISSING and s.name not in merged]
     if missing:
         raise InputError(f"--recipe {recipe} must set {', '.join(missing)}")

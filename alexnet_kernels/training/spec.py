@@ -48,6 +48,8 @@ class RunSpec:
     """Steps between checkpoints inside an epoch. A checkpoint is also written after every epoch."""
     bad_images: str = "refuse"
     """"refuse" unreadable images with an error, or "skip" them."""
+    graph: bool = True
+    """Whether one GPU runs the training step as one CUDA graph. The weights are bitwise the same."""
     in_memory: int = datasets.IN_MEMORY
     """Bytes up to which images are held in memory, by all processes of a machine together."""
     parallel: ParallelConfig | None = None
@@ -106,6 +108,8 @@ def resumed_run(
     resume = ResumePoint(path, saved.header, saved.history)
     given, own = dict(settings or {}), resume.header.settings
     for name, value in given.items():
+        if (name, value) == ("precision", "auto"):
+            continue  # what it stood for when the run was begun
         if value != getattr(own, name) and name != "accumulate":
             option = "--" + name.replace("_", "-")
             raise InputError(

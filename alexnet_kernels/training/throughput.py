@@ -1,27 +1,32 @@
-"""Throughput, in images/s, of each part of a training step by itself."""
+"""Throughput, in images/s, of each part of training by itself and of all together, and which part binds."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from alexnet_kernels._errors import InputError
 from alexnet_kernels._runtime import keep_freed_memory
 from alexnet_kernels.models import count_parameters
 from alexnet_kernels.optim import SGD
-from alexnet_kernels.training import datasets, image_set
+from alexnet_kernels.training import datasets, image_set, precision
 from alexnet_kernels.training.augmentation import Statistics, stored_size
 from alexnet_kernels.training.devices import autocast
 from alexnet_kernels.training.header import Header
 from alexnet_kernels.training.loader import ImageLoader
-from alexnet_kernels.training.settings import Settings
+from alexnet_kernels.training.prefetch import CudaCopies, Prefetcher
+from alexnet_kernels.training.settings import PURE, Settings
+from alexnet_kernels.training.shards import ShardSet
 
-__all__ = ["throughput"]
+__all__ = ["binding", "throughput"]
 
 
 def throughput(
@@ -34,7 +39,7 @@ def throughput(
     bad_images: str = "refuse",
     in_memory: int = datasets.IN_MEMORY,
 ) -> dict[str, Any]:
-    """Measure reading, augmentation, both in sequence, and the network's training step.
+    """Measure the parts of training, each by itself, and all together as in `train`.
 
     Args:
         settings, data, workers, bad_images, in_memory: as for `RunSpec`.
@@ -42,14 +47,16 @@ def throughput(
         seconds: duration of each measurement.
 
     Returns:
-        read, augment, input, step: images per second. "input" is reading followed by augmentation; in training, reading
-        in other processes overlaps the step. data, images, workers, device, batch_size, image_size, parameters: what
-        was measured.
+        read, copy, augment, step: images per second of reading, copying to the device (None on the CPU), augmentation
+        and the network's training step. input: of reading followed by augmentation. together: of all, with reading and
+        copying ahead as in training. binds, limit: see `binding`. data, images, prepared (whether by `prepare`),
+        in_memory, workers, device, precision, batch_size, image_size, parameters: what was measured.
 
     Raises:
         InputError: images that can't be used.
     """
     keep_freed_memory()
+    settings = precision.resolve(settings, device)
     path = data or datasets.SHIPPED
     (train_set,) = datasets.open_data(
         path, stored_size(settings.image_size), ("train",), bad_images=bad_images, in_memory=in_memory
@@ -57,28 +64,33 @@ def throughput(
     image_set.check_stored_size(train_set, settings.image_size, path)
     statistics = train_set.statistics or Statistics.of(train_set.sample(1000))
     header = Header(settings, train_set.classes, statistics, str(path), len(train_set), "", train_set.size)
-    crops = header.crops()
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    crops = header.crops(precision.input_dtype(settings.precision))
+    cuda = device.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
 
-    def read() -> Iterator[image_set.Batch]:
+    def read(target: torch.device | None = None) -> Generator[image_set.Batch]:
         epoch = 0
-        loader = ImageLoader(train_set, min(settings.batch_size, len(train_set)), workers, settings.seed)
+        batch_size = min(settings.batch_size, len(train_set))
+        loader = ImageLoader(train_set, batch_size, workers, settings.seed, device=target)
         while True:
             loader.batch_sampler.sampler.set_epoch(epoch)  # type: ignore[union-attr]
             yield from loader
             epoch += 1
 
-    def augment(batch: image_set.Batch) -> torch.Tensor:
+    def augment(batch: image_set.Batch) -> Tensor:
         return crops.random(batch["images"].to(device, non_blocking=True), batch["indices"], 0)
 
     batch = next(read())
     if not len(batch["labels"]):
         raise InputError(f"--data {path}: none of the images of the first batch can be read")
     model = header.model(device).to(memory_format=torch.channels_last)
+    if settings.precision == PURE:
+        precision.round_weights(model)
     optimizer = SGD(model.parameters(), settings.lr * 1e-3)
-    x, labels = augment(batch), batch["labels"].to(device)
+    on_device: image_set.Batch = {**batch, "images": batch["images"].to(device)}
+    x, labels = augment(on_device), batch["labels"].to(device)
 
-    def step() -> int:
+    def step(x: Tensor, labels: Tensor) -> int:
         optimizer.zero_grad()
         with autocast(settings.precision, device):
             logits = model(x)
@@ -86,24 +98,53 @@ def throughput(
         optimizer.step()
         return len(labels)
 
-    reader, feeder = read(), read()
+    def train(batches: Iterator[image_set.Batch]) -> int:
+        batch = next(batches)
+        return step(augment(batch), batch["labels"].to(device)) if len(batch["labels"]) else 0
 
-    def feed() -> int:
-        return len(augment(next(feeder)))
-
+    with closing(read()) as batches:
+        rates: dict[str, float | None] = {"read": _rate(lambda: len(next(batches)["labels"]), seconds, sync)}
+    rates["copy"] = None
+    if cuda:
+        with closing(Prefetcher(CudaCopies(device)).iterate(itertools.repeat(batch))) as batches:
+            rates["copy"] = _rate(lambda: len(next(batches)["labels"]), seconds, sync)
+    rates["augment"] = _rate(lambda: len(augment(on_device)), seconds, sync)
+    with closing(read()) as batches:
+        rates["input"] = _rate(lambda: len(augment(next(batches))), seconds, sync)
+    rates["step"] = _rate(lambda: step(x, labels), seconds, sync)
+    with closing(read(device)) as batches:
+        rates["together"] = _rate(lambda: train(batches), seconds, sync)
+    binds, limit = binding(rates)
     return {
-        "read": _rate(lambda: len(next(reader)["labels"]), seconds, sync),
-        "augment": _rate(lambda: len(augment(batch)), seconds, sync),
-        "input": _rate(feed, seconds, sync),
-        "step": _rate(step, seconds, sync),
+        **rates,
+        "binds": binds,
+        "limit": limit,
         "data": str(path),
         "images": len(train_set),
+        "prepared": isinstance(train_set, ShardSet),
+        "in_memory": train_set.pixels is not None,
         "workers": 0 if train_set.pixels is not None else workers,
         "device": str(device),
+        "precision": settings.precision,
         "batch_size": settings.batch_size,
         "image_size": settings.image_size,
         "parameters": count_parameters(model),
     }
+
+
+def binding(rates: Mapping[str, Any]) -> tuple[str, float]:
+    """What limits training to how many images per second, by the rates of its parts.
+
+    On a GPU reading, copying and computing overlap, and "read", "copy" or "step" is the slowest; a step includes its
+    augmentation, which the GPU computes as well. On a CPU (copy is None) all share the cores, and their times add up:
+    "sum".
+    """
+    stepping = 1 / (1 / rates["augment"] + 1 / rates["step"])
+    if rates["copy"] is None:
+        return "sum", 1 / (1 / rates["read"] + 1 / stepping)
+    stages = {"read": rates["read"], "copy": rates["copy"], "step": stepping}
+    binds = min(stages, key=lambda name: stages[name])
+    return binds, stages[binds]
 
 
 def _rate(work: Callable[[], int], seconds: float, sync: Callable[[], None]) -> float:

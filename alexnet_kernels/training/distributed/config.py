@@ -9,7 +9,7 @@ from alexnet_kernels._errors import InputError
 from alexnet_kernels.models import AlexNet
 from alexnet_kernels.parallel.plan import PLANS, batch_shard, split_problem
 from alexnet_kernels.training.distributed.environment import is_launched
-from alexnet_kernels.training.settings import Settings
+from alexnet_kernels.training.settings import PURE, Settings
 
 __all__ = ["TIMEOUT", "ParallelConfig"]
 
@@ -56,6 +56,11 @@ class ParallelConfig:
             raise InputError(f"--parallel {self.plan}: {reason}")
         if settings.precision == "16":
             raise InputError("--precision 16 can't be used with --parallel; bf16, which needs no loss scaling, can")
+        if settings.precision == PURE:
+            raise InputError(
+                f"--precision {PURE} can't be used with --parallel, which would add up the processes' gradients in "
+                "bfloat16; bf16 and 32 can"
+            )
         shards = batch_shard(self.plan, 0, processes, self.towers)[1]
         if settings.batch_size % (shards * settings.accumulate):
             accumulated = f" x --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
