@@ -85,12 +85,13 @@ def _history(
 ) -> list[dict[str, float]]:
     folder = options.runs / f"{variation.name.replace(' ', '_')}-lr{rate:g}-{epochs}-{seed}"
     changes = {"lr": rate, "epochs": epochs, "width": options.width, "seed": seed}
-    history = _run(settings_of("cifar", **changes, **variation.settings), options.data, folder)
+    history = history_of(settings_of("cifar", precision="32", **changes, **variation.settings), options.data, folder)
     print(f"{folder.name}: validation error {1 - history[-1]['val_top1']:.2%}", flush=True)
     return history
 
 
-def _run(settings: Settings, data: str, folder: Path) -> list[dict[str, float]]:
+def history_of(settings: Settings, data: str | None, folder: Path) -> list[dict[str, float]]:
+    """The figures of the run in `folder`, which is begun or resumed unless it is finished."""
     last = folder / "last.ckpt"
     if last.exists():
         saved = checkpoint.load(last, mmap=True)
@@ -150,11 +151,11 @@ def _write(
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        difference = "" if row["variation"] == WHOLE else _spread(row["difference"], "+.1f")
+        difference = "" if row["variation"] == WHOLE else spread(row["difference"], "+.1f")
         epochs = ", ".join("never" if epoch is None else str(epoch) for epoch in row["epochs_to_half"])
         lines.append(
-            f"| {row['variation']} | {row['lr']:g} | {_spread(row['val_error'], '.1f')} | {difference} "
-            f"| {_spread(row['train_error'], '.1f')} | {epochs} | {row['claim']} |"
+            f"| {row['variation']} | {row['lr']:g} | {spread(row['val_error'], '.1f')} | {difference} "
+            f"| {spread(row['train_error'], '.1f')} | {epochs} | {row['claim']} |"
         )
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -164,7 +165,7 @@ def _reached(history: list[dict[str, float]], error: float) -> int | None:
     return next((int(row["epoch"]) for row in history if 1 - row["val_top1"] < error), None)
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 

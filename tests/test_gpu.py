@@ -6,6 +6,7 @@ import fcntl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from helpers import assert_same
 from torch import Tensor
 
 from alexnet_kernels import AlexNet, backends, ops, optim, use_backend
+from alexnet_kernels._dispatch import choices, tuned
+from alexnet_kernels.bench import tuning
+from alexnet_kernels.capture import CapturedForward, CapturedStep
 from alexnet_kernels.op_info import OP_INFOS, OpInfo
 from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, WGMMA, conv2d_relu_by
 
@@ -317,6 +321,99 @@ def test_a_training_step_in_a_graph(chosen: str) -> None:
         torch.backends.cudnn.deterministic = deterministic
 
 
+STEPS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "accumulated": {"dtype": torch.bfloat16, "accumulate": 3},
+    "clipped": {"max_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_the_captured_step_equals_the_plain_loop(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    need("max_pool2d", "cuda")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def augmented(stored: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
+        return ops.augment(stored, crops, 96, flips, scale=1 / 255)
+
+    def trained(capture: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = AlexNet(10, "batchnorm", width=0.25).to(DEVICE, memory_format=torch.channels_last)
+        optimizer = optim.SGD(model.parameters(), lr=torch.tensor(0.05, device=DEVICE))
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        step = CapturedStep(model, optimizer, augment=augmented, capture=capture, **options)
+        results: list[Tensor] = []
+        for i in range(10):
+            count = 5 if i == 7 else 8
+            stored = torch.randint(256, (count, 110, 110, 3), dtype=torch.uint8).to(DEVICE)
+            drawn = torch.randint(15, (count, 2)), torch.rand(count) < 0.5
+            torch.manual_seed(i)
+            results += step(stored, torch.arange(count), *drawn)
+            results += [param.grad.clone() for param in model.parameters()]
+            schedule.step()
+        assert step.captured == capture
+        return [
+            *results,
+            *model.state_dict().values(),
+            *(optimizer.state[p]["momentum_buffer"] for p in model.parameters()),
+        ]
+
+    torch.use_deterministic_algorithms(True)
+    expected = trained(False)
+    assert all(value.isfinite().all() for value in expected)
+    assert_same(trained(True), expected)
+
+
+class Waiting(torch.nn.Module):
+    def __init__(self, wait: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.wait = wait
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wait(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("wait", "said"),
+    [
+        (lambda x: x.sum().item(), "it waits for the device, at .*test_gpu"),
+        (lambda x: torch.cuda.synchronize(), "Error"),
+    ],
+    ids=["found before the capture", "fails in the capture"],
+)
+def test_a_step_that_can_not_be_captured_stays_a_plain_loop(wait: Callable[[Tensor], object], said: str) -> None:
+    def trained(capture: bool | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32), Waiting(wait), torch.nn.Dropout(), torch.nn.Linear(32, 5))
+        optimizer = optim.SGD(model.to(DEVICE).parameters(), lr=torch.tensor(0.1, device=DEVICE))
+        step = CapturedStep(model, optimizer, capture=capture)
+        losses = [step(torch.ones(4, 64), torch.arange(4))[0] for _ in range(6)]
+        assert step.captured == 0
+        return [*losses, *model.parameters()]
+
+    expected = trained(False)
+    with pytest.warns(RuntimeWarning, match=said):
+        assert_same(trained(None), expected)
+
+
+def test_the_captured_forward_pass_follows_the_weights() -> None:
+    need("max_pool2d", "cuda")
+    model = AlexNet(10, "paper", width=0.25).to(DEVICE, memory_format=torch.channels_last).eval()
+    forward = CapturedForward(model, capture=True, dtype=torch.bfloat16)
+    kept = []
+    for _ in range(5):
+        x = images(3, 3, 96, 96, dtype=torch.float32)
+        with torch.no_grad():
+            model.classifier[-1].bias.add_(1)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                kept.append((model(x), forward(x)))
+    assert forward.captured == 1
+    for expected, actual in kept:
+        assert_same(actual, expected)
+
+
 @every_backend
 @pytest.mark.parametrize("rule", ["paper", "torch"])
 def test_a_captured_step_follows_its_schedule(rule: str, chosen: str) -> None:
@@ -451,6 +548,91 @@ def test_convolutions_by_every_algorithm(layer: tuple[int, ...], algorithm: int,
     error = (out.cpu().double() - exact.relu()).abs()
     allowed = torch.finfo(dtype).eps / 2 * roundings * (exact.abs() + (algorithm == LIBRARY) * bias.abs().max().item())
     assert (error <= allowed + (2**-10 if dtype == torch.float32 and algorithm == MMA else 1e-5) * terms).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_auto_takes_the_tables_choice(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """conv2 by Triton forward, as the package's table has it on an H100, and cuDNN's gradients."""
+    need("conv2d_relu", "cuda")
+    need("conv2d_relu", "triton")
+    monkeypatch.setattr(choices, "device_name", lambda device: "9.0")
+    choices.forget()
+    x = images(32, 96, 27, 27, dtype=dtype)
+    weight, bias = (torch.randn(256, 48, 5, 5) / 1200**0.5).to(DEVICE, dtype), torch.randn(256).to(DEVICE, dtype)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    out = ops.conv2d_relu(*leaves, 1, 2, 2)
+    assert torch.equal(out, ops.conv2d_relu(*leaves, 1, 2, 2, backend="triton"))
+    grad = torch.randn_like(out)
+    expected = torch.ops.aten.convolution_backward(
+        grad * (out > 0), x, weight, [256], [1, 1], [2, 2], [1, 1], False, [0, 0], 2, [True] * 3
+    )
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, grad), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
+    choices.forget()
+
+
+def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate of conv4 is right, and the user's table is written and read."""
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path))
+    conv4 = {"conv4": tuning.convolutions("paper")["conv4"]}
+    monkeypatch.setattr(tuning, "convolutions", lambda preset: conv4)
+    device = torch.device(DEVICE, 0)
+    outcomes = [tuning.tune(task, device, 0.01) for task in tuning.tasks(device, ["conv2d_relu"], [8])]
+    assert {outcome.label: outcome.wrong for outcome in outcomes if outcome.wrong} == {}
+    tuning.write(device, outcomes)
+    assert {row.kind for row in tuned.rows_of(device)} == {outcome.kind for outcome in outcomes}
+    assert len(outcomes) == 4
+    choices.forget()
+
+
+def test_batches_copied_ahead_arrive_whole() -> None:
+    """While the computing stream is behind, and the memory of batches that were dropped is used again."""
+    pytest.importorskip("PIL")
+    from alexnet_kernels.training.prefetch import CudaCopies, Prefetcher
+
+    def batches() -> Iterator[dict[str, object]]:
+        for i in range(40):
+            count = 64 - i % 3
+            pixels = torch.full((count, 256, 256, 3), i, dtype=torch.uint8)
+            labels = torch.full((count,), i)
+            yield {"images": pixels, "labels": labels, "indices": torch.arange(count), "bad": []}
+
+    largest = []
+    for batch in Prefetcher(CudaCopies(torch.device(DEVICE, 0))).iterate(batches()):
+        torch.cuda._sleep(10**7)
+        largest.append(torch.stack([x.long() for x in (*batch["images"].aminmax(), *batch["labels"].aminmax())]))
+        assert batch["indices"].device.type == "cpu"
+    assert torch.stack(largest).tolist() == [[i] * 4 for i in range(40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("algorithm", [MMA, WGMMA], ids=["mma.sync", "wgmma"])
+@pytest.mark.parametrize("layer", [(64, 48, 5, 2, 2, 27), (384, 256, 3, 1, 1, 13), (20, 7, 3, 0, 1, 9)], ids=str)
+def test_gradients_of_convolutions_by_every_algorithm(
+    layer: tuple[int, ...], algorithm: int, dtype: torch.dtype
+) -> None:
+    need("conv2d_relu", "cuda")
+    filters, channels, kernel, padding, groups, size = layer
+    if algorithm == WGMMA and (dtype == torch.float32 or channels % 8 or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("wgmma takes no such convolution here")
+    x = images(3, channels * groups, size, size, dtype=dtype).relu()
+    weight = (torch.randn(filters, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(DEVICE, dtype)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, torch.randn(filters).to(DEVICE, dtype))]
+    options = {"padding": padding, "groups": groups}
+    out = conv2d_relu_by(algorithm, *leaves, **options, backend="cuda", masked_grad=True, mask_input=True)
+    grad = (torch.randn_like(out) * (out > 0)).to(dtype)
+    found = torch.autograd.grad(out, leaves, grad)
+    operands = [t.detach().cpu().double() for t in (grad, x, weight)]
+
+    def exact(change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        rest = ([filters], [1, 1], [padding] * 2, [1, 1], False, [0, 0], groups, [True] * 3)
+        dx, *others = torch.ops.aten.convolution_backward(*map(change, operands), *rest)
+        return dx * (operands[1] > 0), *others
+
+    tf32 = 2**-10 if dtype == torch.float32 else 1e-5
+    for actual, right, terms in zip(found, exact(lambda t: t), exact(torch.abs), strict=True):
+        allowed = torch.finfo(dtype).eps / 2 * 1.01 * right.abs() + tf32 * terms
+        assert ((actual.cpu().double() - right).abs() <= allowed).all()
 
 
 def test_auto_takes_float64_elsewhere() -> None:
