@@ -224,7 +224,7 @@ COMMANDS = [
         "bench --compare x.json x.json",
     )
 ]
-NO_PATHS = {"device", "only", "what", "splits"}
+NO_PATHS = {"device", "only", "op", "what", "splits"}
 """Texts that name no file."""
 WRITTEN = {"bench --out"}
 """Files that are written and never read."""
