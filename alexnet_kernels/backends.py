@@ -311,7 +311,7 @@ def select(op: str, tensor: Tensor, backend: str | None) -> str:
 
 def _by_shape(op: str, tensor: Tensor) -> str:
     """What "auto" runs where "cuda" has a kernel and a table has rows of the op."""
-    found = choices.choose(op, choices.BOTH, tensor, tensor.dtype)
+    found = choices.choose(op, tensor, tensor.dtype)
     return found if found == "cuda" or serves(found, op, tensor) else "cuda"
 
 

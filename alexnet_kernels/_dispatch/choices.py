@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,19 +124,11 @@ def user_rows(device: torch.device) -> Sequence[Row]:
     return tuned.rows_of(device) if _tuned else ()
 
 
-def choose(op: str, direction: str, input: Tensor, dtype: torch.dtype, **geometry: Any) -> str:
-    """The implementation for a call on `input` that computes in `dtype`.
-
-    geometry: of a convolution, weight, stride, padding, groups and, of the forward pass, epilogue.
-    """
-    if op == CONVOLUTION:
-        found = choose_directions(input.device.type != "cpu", input, dtype, **geometry)
-        return found[(FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT).index(direction)]
+def choose(op: str, input: Tensor, dtype: torch.dtype) -> str:
+    """The implementation, forward and backward, for a call on `input` that computes in `dtype`; of no convolution."""
     if torch.compiler.is_compiling():
         elements, static = input.numel(), is_static(input.numel())
-        return (
-            _find(op, direction, True, input.device, dtype, _is_channels_last(input), (elements,)) if static else "cuda"
-        )
+        return _find(op, BOTH, True, input.device, dtype, _is_channels_last(input), (elements,)) if static else "cuda"
     key = (op, input.device, dtype, input.shape, _is_channels_last(input))
     try:
         return _chosen[key]
@@ -145,7 +136,7 @@ def choose(op: str, direction: str, input: Tensor, dtype: torch.dtype, **geometr
         pass
     if not is_static(input.numel()):
         return "cuda"
-    return _remember(key, _find(op, direction, True, input.device, dtype, key[-1], (input.numel(),)))
+    return _remember(key, _find(op, BOTH, True, input.device, dtype, key[-1], (input.numel(),)))
 
 
 def choose_directions(
@@ -158,7 +149,7 @@ def choose_directions(
     groups: int,
     epilogue: bool = True,
 ) -> tuple[str, str, str]:
-    """`choose` for a convolution: forward, the input's gradient, the weight's.
+    """The implementations for a convolution: forward, the input's gradient, the weight's.
 
     on_gpu: whether kernels for GPUs run, as the emulation of CUDA does on a CPU.
     """

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 CONVOLUTION = "conv2d_relu"
 FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BOTH = "forward", "backward_input", "backward_weight", "both"
-_GRADIENTS = ("library", "split", "own", "mma", "wgmma", "triton")
-_CONVOLUTIONS = {
-    FORWARD: ("library", "split", "space_to_depth", "own", "mma", "wgmma", "triton"),
-    BACKWARD_INPUT: _GRADIENTS,
-    BACKWARD_WEIGHT: _GRADIENTS,
-}
+GRADIENTS = ("library", "own", "mma", "wgmma", "split", "triton")
+"""What computes a gradient of a convolution. The first four have the numbers of the operators' algorithms."""
+_CONVOLUTIONS = ("library", "split", "space_to_depth", "own", "mma", "wgmma", "triton")
+"""What computes a convolution, in the order in which candidates are measured."""
+_OF_GRADIENTS = tuple(name for name in _CONVOLUTIONS if name in GRADIENTS)
+_OF_DIRECTIONS = {FORWARD: _CONVOLUTIONS, BACKWARD_INPUT: _OF_GRADIENTS, BACKWARD_WEIGHT: _OF_GRADIENTS}
 _ON_CPU = ("library", "space_to_depth")
 _OTHERS = {BOTH: ("cuda", "triton")}
 
@@ -74,7 +74,7 @@ def names_of(op: str, direction: str, device: str) -> tuple[str, ...]:
         return () if device == "cpu" else _OTHERS.get(direction, ())
     if device == "cpu":
         return _ON_CPU if direction == FORWARD else ()
-    return _CONVOLUTIONS.get(direction, ())
+    return _OF_DIRECTIONS.get(direction, ())
 
 
 def power_of_two(number: int) -> int:

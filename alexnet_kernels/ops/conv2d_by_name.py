@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_kernels._dispatch.kinds import GRADIENTS
 from alexnet_kernels._dispatch.layout import memory_format_of
 from alexnet_kernels.backends import kernels_of
-
-GRADIENTS = ("library", "own", "mma", "wgmma", "split", "triton")
-"""What computes a gradient. The first four have the numbers of the operators' algorithms."""
 
 
 def split_forward(

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from alexnet_kernels import _library
 from alexnet_kernels._dispatch import checks, choices
+from alexnet_kernels._dispatch.kinds import GRADIENTS
 from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
 from alexnet_kernels._dispatch.registration import register_op, register_operator
 from alexnet_kernels._torch_private import constant_when_compiled
 from alexnet_kernels.backends import kernels_of, requested, select, serves
-from alexnet_kernels.ops.conv2d_by_name import GRADIENTS, gradient_of_input, gradient_of_weight, split_forward
+from alexnet_kernels.ops.conv2d_by_name import gradient_of_input, gradient_of_weight, split_forward
 from alexnet_kernels.ops.space_to_depth import space_to_depth
 
 OP = "conv2d_relu"
@@ -170,7 +171,6 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-_NUMBERS = {name: number for number, name in enumerate(GRADIENTS)}
 _LIBRARIES = ("library", "library", "library")
 _CHOSEN: dict[tuple, tuple[str, str, str]] = {}
 """What "auto" runs, by all that it depends on."""
@@ -253,7 +253,7 @@ def _by_table(
 def _gradients(chosen: int | str | tuple[str, str], dtype: torch.dtype) -> tuple[int, int]:
     """The numbers, in GRADIENTS, of what computes the gradients of input and weight, by both their names or by one."""
     if isinstance(chosen, tuple):
-        return _NUMBERS[chosen[0]], _NUMBERS[chosen[1]]
+        return GRADIENTS.index(chosen[0]), GRADIENTS.index(chosen[1])
     number = ALGORITHMS.get(chosen, LIBRARY) if isinstance(chosen, str) else chosen
     # The weight's gradient has no kernel for float32.
     return number, number if dtype in checks.LOW_PRECISION else LIBRARY

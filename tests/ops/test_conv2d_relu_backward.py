@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import Convolution
 from platforms import BACKENDS, emulation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,28 +38,10 @@ every_kernel = pytest.mark.parametrize("kernel", [MMA, WGMMA], ids=NAMES.get)
 
 
 @dataclass(frozen=True)
-class Case:
-    """x [batch, groups C, H, W] and groups K filters [C, R, S]."""
-
-    batch: int
-    C: int
-    size: tuple[int, int]
-    K: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    groups: int = 1
-    skipped: int = 0  # elements by which tensors are off their alignment
-
-    def tensor(self, *size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        memory = torch.randn(self.skipped + torch.Size(size).numel()).mul_(scale).to(dtype)[self.skipped :]
-        return memory.view(size[0], *size[2:], size[1]).permute(0, 3, 1, 2)
-
+class Case(Convolution):
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The output's gradient, the input and the weight."""
-        x = self.tensor(self.batch, self.groups * self.C, *self.size, dtype=dtype)
-        fan_in = self.C * self.kernel[0] * self.kernel[1]
-        w = self.tensor(self.groups * self.K, self.C, *self.kernel, dtype=dtype, scale=fan_in**-0.5)
+        x, w = self.input_and_weight(dtype)
         return self.tensor(*self.output_size, dtype=dtype), x, w
 
     @property

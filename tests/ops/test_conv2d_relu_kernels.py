@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import Convolution
 from platforms import emulation
 from torch import Tensor
 
@@ -50,31 +51,12 @@ def convolve(
 
 
 @dataclass(frozen=True)
-class Case:
-    """x [batch, groups C, H, W] and groups K filters [C, R, S]."""
-
-    batch: int
-    C: int
-    size: tuple[int, int]
-    K: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    groups: int = 1
+class Case(Convolution):
     bias: bool = True
     relu: bool = True
-    skipped: int = 0  # elements by which x, w and bias are off their alignment
-
-    def tensor(self, *size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        memory = torch.randn(self.skipped + torch.Size(size).numel()).mul_(scale).to(dtype)[self.skipped :]
-        if len(size) == 1:
-            return memory
-        return memory.view(size[0], *size[2:], size[1]).permute(0, 3, 1, 2)
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        fan_in = self.C * self.kernel[0] * self.kernel[1]
-        x = self.tensor(self.batch, self.groups * self.C, *self.size, dtype=dtype)
-        w = self.tensor(self.groups * self.K, self.C, *self.kernel, dtype=dtype, scale=fan_in**-0.5)
+        x, w = self.input_and_weight(dtype)
         return x, w, self.tensor(self.groups * self.K, dtype=dtype) if self.bias else None
 
 
