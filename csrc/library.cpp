@@ -84,8 +84,8 @@ ALEXNET_LIBRARY(ALEXNET_NAMESPACE, m) {
       "max_pool2d(Tensor input, Tensor? bias, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
       "bool relu) -> (Tensor output, Tensor argmax)");
   m.def(
-      "max_pool2d_backward(Tensor grad, Tensor? output, Tensor argmax, Tensor? bias, int[] input_size, "
-      "int[2] kernel_size, int[2] stride, int[2] padding, bool relu) -> (Tensor grad_input, Tensor grad_bias)");
+      "max_pool2d_backward(Tensor grad, Tensor argmax, Tensor? bias, int[] input_size, int[2] kernel_size, "
+      "int[2] stride, int[2] padding) -> (Tensor grad_input, Tensor grad_bias)");
 
   m.def("local_response_norm(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor");
   m.def(

@@ -15,6 +15,7 @@ from torch import Tensor
 from alexnet_kernels._dispatch import checks
 from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels._errors import TensorValueError
 from alexnet_kernels.backends import kernels_of, select
 from alexnet_kernels.ops.dropout import Shard, dropout, factor_of, layout_of, seed_tensor, shards_of
 
@@ -37,7 +38,8 @@ def linear_relu_dropout(
 ) -> Tensor:
     """`dropout(max(0, input @ weight.T + bias))`.
 
-    Neither mask is stored: the gradient passes where the output is positive.
+    No mask is stored: the gradient passes where the output is positive. With dropout, a copy of the output is kept for
+    that, so that the caller may write into the output, as after torch.nn.Dropout.
 
     Args:
         input: [*, I]; float32, float64, bfloat16 or float16.
@@ -84,16 +86,16 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
     checks.check_device(OP, "weight", weight, input)
     checks.check_floating(OP, "weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"{OP}: weight must be [O, I], not of shape {list(weight.shape)}")
+        raise TensorValueError(f"{OP}: weight must be [O, I], not of shape {list(weight.shape)}")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(
+        raise TensorValueError(
             f"{OP}: input must be [*, {weight.shape[1]}] for weight {list(weight.shape)}, not {list(input.shape)}"
         )
     checks.check_same_dtype(OP, "weight", weight, input)
     if bias is not None:
         checks.check_device(OP, "bias", bias, input)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{OP}: bias must be [{weight.shape[0]}], not of shape {list(bias.shape)}")
+            raise TensorValueError(f"{OP}: bias must be [{weight.shape[0]}], not of shape {list(bias.shape)}")
         checks.check_same_dtype(OP, "bias", bias, input)
     return torch.Size([*input.shape[:-1], weight.shape[0]])
 
@@ -105,7 +107,9 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *args) -> Tensor:
 def _setup_context(ctx, inputs, output) -> None:
     input, weight, bias, ctx.relu, ctx.p, ctx.scale, seed, *ctx.layout = inputs
     ctx.bias = bias is not None
-    ctx.save_for_backward(input, weight, output if ctx.relu else None, seed)
+    # As after torch's modules, the caller may write into the result of dropout, but not into that of ReLU.
+    saved = output.clone() if ctx.relu and (ctx.p > 0 or ctx.scale != 1) else output
+    ctx.save_for_backward(input, weight, saved if ctx.relu else None, seed)
 
 
 def _backward(kernels, ctx, grad: Tensor):

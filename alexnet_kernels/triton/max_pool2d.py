@@ -16,7 +16,7 @@ from alexnet_kernels.triton import _config
 from alexnet_kernels.triton._channels import is_channels_last, launch_of, locate, offset_of, to_float32, vector_of
 from alexnet_kernels.triton._common import contiguous_as, in_own_format, triton_op, wrap_triton
 
-NOWHERE = tl.constexpr(255)  # an argmax that is no position of the windows of unrolled kernels
+NOWHERE = tl.constexpr(255)  # an argmax that is no position of windows of fewer than 256 pixels
 
 
 @triton.jit
@@ -99,6 +99,7 @@ def max_pool2d_forward_kernel(
     if bias_ptr is not None:
         best += tl.load(bias_ptr + c[:, None] + lane[None, :]).to(tl.float32)
     if RELU:
+        arg = tl.where(best <= 0, NOWHERE, arg)
         best = tl.where(best < 0, 0.0, best)
     at = (first + tl.arange(0, BLOCK) * VEC)[:, None] + lane[None, :]
     tl.store(out_ptr + at, best.to(out_ptr.dtype.element_ty), mask=mask[:, None])
@@ -107,9 +108,9 @@ def max_pool2d_forward_kernel(
 
 @triton.jit
 def pool_backward_tap(
-    g_ptr, out_ptr, arg_ptr, base, y, x, i, j, total, lane, mask, OH, OW,
+    g_ptr, arg_ptr, base, y, x, i, j, total, lane, mask, OH, OW,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     p, r, has_row = window_over(y, i, R, STRIDE_H, PAD_H, OH)
     q, s, has_column = window_over(x, j, S, STRIDE_W, PAD_W, OW)
@@ -117,16 +118,14 @@ def pool_backward_tap(
     step = C if CHANNELS_LAST else 1
     at = (base + (p * OW + q) * step)[:, None] + lane[None, :]
     won = tl.load(arg_ptr + at, mask=inside, other=0).to(tl.int32) == (r * S + s)[:, None]
-    if RELU:
-        won = won & ~(tl.load(out_ptr + at, mask=inside, other=0).to(tl.float32) <= 0)
     return total + tl.where(inside & won, tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32), 0.0)
 
 
 @triton.jit
 def pool_backward_pixels(
-    g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
+    g_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pixel a vector: its windows are found by division, in a loop."""
@@ -137,8 +136,8 @@ def pool_backward_pixels(
     total = tl.zeros([BLOCK, VEC], tl.float32)
     for i in range((R + STRIDE_H - 1) // STRIDE_H * COLUMNS):
         total = pool_backward_tap(
-            g_ptr, out_ptr, arg_ptr, base, y, x, i // COLUMNS, i % COLUMNS, total, lane, mask, OH, OW,
-            C, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, RELU, CHANNELS_LAST,
+            g_ptr, arg_ptr, base, y, x, i // COLUMNS, i % COLUMNS, total, lane, mask, OH, OW,
+            C, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, CHANNELS_LAST,
         )  # fmt: skip
     at = (first + tl.arange(0, BLOCK) * VEC)[:, None] + lane[None, :]
     tl.store(dx_ptr + at, total.to(dx_ptr.dtype.element_ty), mask=mask[:, None])
@@ -162,9 +161,9 @@ def add_to_pixels(
 
 @triton.jit
 def pool_backward_blocks(
-    g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
+    g_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of pixels a vector. Each window over it is loaded once, and its positions in the block are constants."""
@@ -183,8 +182,6 @@ def pool_backward_blocks(
             back = (i * OW + j) * step
             arg = tl.load(arg_ptr + at - back, mask=inside, other=NOWHERE)
             g = tl.load(g_ptr + at - back, mask=inside, other=0).to(tl.float32)
-            if RELU:
-                g = tl.where(tl.load(out_ptr + at - back, mask=inside, other=0).to(tl.float32) <= 0, 0.0, g)
             totals = add_to_pixels(totals, g, arg, i * STRIDE_H, j * STRIDE_W, R, S, STRIDE_H, STRIDE_W)
     y = u * STRIDE_H - PAD_H
     x = v * STRIDE_W - PAD_W
@@ -196,23 +193,23 @@ def pool_backward_blocks(
 
 
 # A program computes the input's gradient of BLOCK vectors of one pixel or, if BLOCKED, of STRIDE_H x STRIDE_W pixels,
-# gathered from the windows that contain them. dx [N, C, H, W], g, out and arg [N, C, OH, OW].
+# gathered from the windows that contain them. dx [N, C, H, W], g and arg [N, C, OH, OW].
 @triton.jit
 def max_pool2d_backward_kernel(
-    g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
+    g_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCKED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if BLOCKED:
         pool_backward_blocks(
-            g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
-            C, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, RELU, CHANNELS_LAST, VEC, BLOCK,
+            g_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
+            C, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, CHANNELS_LAST, VEC, BLOCK,
         )  # fmt: skip
     else:
         pool_backward_pixels(
-            g_ptr, out_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
-            C, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, RELU, CHANNELS_LAST, VEC, BLOCK,
+            g_ptr, arg_ptr, dx_ptr, count, H, W, OH, OW,
+            C, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, CHANNELS_LAST, VEC, BLOCK,
         )  # fmt: skip
 
 
@@ -293,18 +290,15 @@ def max_pool2d(
 @triton_op
 def max_pool2d_backward(
     grad: Tensor,
-    output: Tensor | None,
     argmax: Tensor,
     bias: Tensor | None,
     input_size: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     arg, memory_format = in_own_format(argmax)
     g = contiguous_as(grad, memory_format)
-    out = g if output is None else contiguous_as(output, memory_format)
     dx = empty_like(arg, input_size, g.dtype)
     if dx.numel() == 0:
         return dx, bias_gradient(g, bias)
@@ -313,10 +307,10 @@ def max_pool2d_backward(
     blocked = in_blocks(kernel_size, stride, _config.POOL_BLOCK_PIXELS)
     launch, count = launch_of(vector), vectors_of(dx, vector, stride, padding, blocked)
     wrap_triton(max_pool2d_backward_kernel)[(triton.cdiv(count, launch.block),)](
-        g, out, arg, dx, count, *dx.shape[2:], *g.shape[2:],
-        C=g.shape[1], **pool_constants(kernel_size, stride, padding), RELU=relu, CHANNELS_LAST=channels_last,
+        g, arg, dx, count, *dx.shape[2:], *g.shape[2:],
+        C=g.shape[1], **pool_constants(kernel_size, stride, padding), CHANNELS_LAST=channels_last,
         BLOCKED=blocked, VEC=vector, BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
-    if bias is not None and relu:
-        g = g.masked_fill(out <= 0, 0)
+    if bias is not None:
+        g = g.masked_fill(arg > kernel_size[0] * kernel_size[1] - 1, 0)  # 256 is no byte
     return dx, bias_gradient(g, bias)

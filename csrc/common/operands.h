@@ -109,6 +109,11 @@ class Operands {
     STD_TORCH_CHECK(kernel[0] * kernel[1] <= 256, op_, ": a window has ", kernel[0] * kernel[1],
                     " pixels, more than 256");
   }
+  // With ReLU, one byte is no position.
+  void room_for_nowhere(const IntList& kernel) const {
+    STD_TORCH_CHECK(kernel[0] * kernel[1] <= 255, op_, ": a window has ", kernel[0] * kernel[1],
+                    " pixels, more than 255, with relu");
+  }
   // The sizes of the pool of images of these sizes.
   IntList pooled(const IntList& size, const IntList& kernel, const IntList& stride, const IntList& padding,
                  bool ceil_mode) const {

@@ -8,7 +8,12 @@ namespace alexnet_kernels {
 
 struct Pool {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+
+  int64_t area() const { return kernel_h * kernel_w; }
 };
+
+// The argmax of a window whose maximum ReLU sets to zero: no position of windows of fewer than 256 pixels.
+constexpr uint8_t kNowhere = 255;
 
 // The number of windows along one axis. With ceil_mode the last window may reach past the end, but it starts inside the
 // input or its leading padding.

@@ -67,8 +67,7 @@ void backward_channels_last(const LrnMaxPoolArgs& a, int64_t begin, int64_t end)
   std::vector<A> sum(row_size);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t at = task / a.H * a.OH * a.OW * a.C;
-    pool_row_backward_channels_last<false, T>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, nullptr,
-                                              a.argmax + at, sum.data());
+    pool_row_backward_channels_last<T>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, a.argmax + at, sum.data());
     const int64_t i = task * row_size;
     A* partial = kBias ? static_cast<A*>(a.partial_bias) + task * a.C : nullptr;
     if (kBias) std::fill(partial, partial + a.C, A(0));
@@ -169,7 +168,7 @@ void backward_planes(const LrnMaxPoolArgs& a, int64_t begin, int64_t end) {
       A* r = &ratio[(c - low) * pixels];
       std::fill(d, d + pixels, A(0));
       const int64_t at = (first_plane + c) * pooled;
-      pool_plane_backward<false, T>(a.pool, a.H, a.W, a.OH, a.OW, grad + at, grad + at, a.argmax + at, d);
+      pool_plane_backward<T>(a.pool, a.H, a.W, a.OH, a.OW, grad + at, a.argmax + at, d);
       for_lanes<A>(pixels, [&](int64_t p, auto count) {
         const Vec<A> s = planes.scale(c, p, count);
         const Vec<A> v = load_n(d + p, count) * pow_minus_beta(s, a.lrn.beta);

@@ -1,7 +1,7 @@
 // Overlapping max-pooling with a one-byte argmax, optionally of relu(input + bias). Backward gathers in channels_last.
 //   input [N, C, H, W], output, argmax [N, C, OH, OW], all in the input's memory format
 //   bias [C]: max(x + b) = max(x) + b, one addition an output; its gradient is the sum of the output's
-//   relu: max(relu(x)) = relu(max(x)), one ReLU an output; the mask of its gradient is output > 0
+//   relu: max(relu(x)) = relu(max(x)), one ReLU an output; argmax, kNowhere where its gradient is zero, is its mask
 // A task is one output row (backward: one input row) of one image (channels_last), or one plane (NCHW).
 #include <vector>
 
@@ -15,7 +15,7 @@ struct MaxPoolArgs {
   Pool pool;
   int64_t C, H, W, OH, OW;
   const void *input, *grad;  // input: forward only; grad: backward only
-  void* output;              // written by forward, read by backward
+  void* output;              // forward only
   uint8_t* argmax;
   void* grad_input;
   const void* bias;    // in the computing type; null without a bias
@@ -39,7 +39,8 @@ void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
           a.pool, a.H, a.W, a.C, task % a.OH, a.OW, [&](int64_t y) { return image + y * a.W * a.C; }, output + at,
           a.argmax + at);
       if (bias != nullptr) {
-        (a.relu ? add_bias_to_pixels<true, T> : add_bias_to_pixels<false, T>)(bias, a.OW, a.C, output + at);
+        (a.relu ? add_bias_to_pixels<true, T> : add_bias_to_pixels<false, T>)(bias, a.OW, a.C, output + at,
+                                                                              a.argmax + at);
       }
     }
     return;
@@ -57,28 +58,29 @@ void forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
     }
     if (bias != nullptr) {
       (a.relu ? add_bias_to_plane<true, T> : add_bias_to_plane<false, T>)(bias[plane % a.C], a.OH * a.OW,
-                                                                          output + plane * a.OH * a.OW);
+                                                                          output + plane * a.OH * a.OW,
+                                                                          a.argmax + plane * a.OH * a.OW);
     }
   }
 }
 
-template <class T, bool kRelu>
+template <class T>
 void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* grad = static_cast<const T*>(a.grad);
-  const T* output = static_cast<const T*>(a.output);
   T* grad_input = static_cast<T*>(a.grad_input);
   A* partial = static_cast<A*>(a.partial_bias);
   if (a.channels_last) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t at = task / a.H * a.OH * a.OW * a.C;
-      pool_row_backward_channels_last<kRelu>(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, output + at,
-                                             a.argmax + at, grad_input + task * a.W * a.C);
+      pool_row_backward_channels_last(a.pool, task % a.H, a.W, a.C, a.OH, a.OW, grad + at, a.argmax + at,
+                                      grad_input + task * a.W * a.C);
       if (partial == nullptr) continue;
       // The share of the output's rows that falls to this row.
       const int64_t first = task * a.OH / a.H, last = (task + 1) * a.OH / a.H;
       for (int64_t row = first; row < last; ++row) {
-        sum_pixels<kRelu>(grad + row * a.OW * a.C, output + row * a.OW * a.C, a.OW, a.C, partial + row * a.C);
+        const int64_t from = row * a.OW * a.C;
+        sum_pixels(grad + from, a.argmax + from, a.pool.area(), a.OW, a.C, partial + row * a.C);
       }
     }
     return;
@@ -90,8 +92,8 @@ void backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
     A* into = std::is_same_v<A, T> ? reinterpret_cast<A*>(to) : sum.data();
     std::fill(into, into + pixels, A(0));
     const int64_t at = plane * a.OH * a.OW;
-    pool_plane_backward<kRelu>(a.pool, a.H, a.W, a.OH, a.OW, grad + at, output + at, a.argmax + at, into);
-    if (partial != nullptr) partial[plane] = sum_plane<kRelu>(grad + at, output + at, a.OH * a.OW);
+    pool_plane_backward(a.pool, a.H, a.W, a.OH, a.OW, grad + at, a.argmax + at, into);
+    if (partial != nullptr) partial[plane] = sum_plane(grad + at, a.argmax + at, a.pool.area(), a.OH * a.OW);
     if constexpr (!std::is_same_v<A, T>) {
       for_lanes<A>(pixels, [&](int64_t i, auto lanes) { store_n(to + i, load_n(into + i, lanes), lanes); });
     }
@@ -106,9 +108,7 @@ void max_pool_forward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   });
 }
 void max_pool_backward(const MaxPoolArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto t) {
-    a.relu ? backward<decltype(t), true>(a, begin, end) : backward<decltype(t), false>(a, begin, end);
-  });
+  for_dtype(a.dtype, [&](auto t) { backward<decltype(t)>(a, begin, end); });
 }
 
 }  // namespace ALEXNET_ISA
@@ -129,6 +129,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
   given.images("input", input);
   given.map_bias(bias, input.scalar_type(), input.size(1));
   const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
+  if (relu) given.room_for_nowhere(kernel);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const int64_t N = size[0], C = size[1], H = x.size(2), W = x.size(3), OH = size[2], OW = size[3];
@@ -149,27 +150,23 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
   return {output, argmax};
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax,
-                                               std::optional<Tensor> bias, IntList input_size, IntList kernel,
-                                               IntList stride, IntList padding, bool relu) {
+std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, const Tensor& argmax, std::optional<Tensor> bias,
+                                               IntList input_size, IntList kernel, IntList stride, IntList padding) {
   const Operands given = operands("max_pool2d_backward", "grad", grad);
   given.pool_gradient(grad, argmax, input_size, kernel, stride, padding);
-  if (relu) given.alike("output", given.required("output", output), grad);
   given.map_bias(bias, grad.scalar_type(), grad.size(1));
   const MemoryFormat format = memory_format_of(argmax);
-  const Tensor g = in_format(grad, format), y = relu ? in_format(*output, format) : grad, k = in_format(argmax, format);
+  const Tensor g = in_format(grad, format), k = in_format(argmax, format);
   const bool pixels = input_size[2] > 0 && input_size[3] > 0;
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   MapBiasGradient grad_bias(bias, grad, pixels ? input_size[0] * (channels_last ? g.size(2) : 1) : 0);
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
   MaxPoolArgs args{};
   args.dtype = dtype_of(grad);
-  args.channels_last = format == MemoryFormat::ChannelsLast;
-  args.relu = relu;
+  args.channels_last = channels_last;
   args.pool = {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
   args.C = input_size[1], args.H = input_size[2], args.W = input_size[3], args.OH = g.size(2), args.OW = g.size(3);
   args.grad = g.const_data_ptr();
-  args.output = const_cast<void*>(y.const_data_ptr());
   args.argmax = static_cast<uint8_t*>(const_cast<void*>(k.const_data_ptr()));
   args.grad_input = grad_input.mutable_data_ptr();
   const int64_t tasks = input_size[0] * (args.channels_last ? args.H : args.C);

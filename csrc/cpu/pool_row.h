@@ -1,6 +1,6 @@
 // Max-pooling of rows, shared by max_pool2d.cpp and lrn_max_pool2d.cpp. argmax is the byte i * kernel_w + j, the
-// position of the maximum in its window. The first of equal values wins; NaN wins over numbers, the last NaN over the
-// others.
+// position of the maximum in its window, or with kRelu kNowhere where the maximum is not positive. A NaN is. The first
+// of equal values wins; NaN wins over numbers, the last NaN over the others.
 #pragma once
 
 #include <limits>
@@ -76,6 +76,12 @@ struct Keys {
 template <class S, class T>
 using Comparison = std::conditional_t<std::is_same_v<S, T> && sizeof(S) == 2, Keys<S>, Values<S>>;
 
+// The positions of maxima, kNowhere where those are not positive. All bits of that byte are set.
+template <class V, class Positions>
+inline Positions unless_positive(V maximum, Positions position) {
+  return position | ((maximum <= V{}) & kNowhere);
+}
+
 // The maximum of a window's pixels (i, j), i0 <= i < i1 and j0 <= j < j1, channel by channel. A second pass handles
 // NaN.
 template <bool kRelu, class S, class T, class Row, class I0, class I1, class J0, class J1>
@@ -113,6 +119,7 @@ inline void pool_window(const Pool& pool, int64_t top, int64_t left, int64_t cha
     pool_pixels(std::false_type{}, notes);
     if (__builtin_expect(notes.noted_nan(best), 0)) pool_pixels(std::true_type{}, notes);
     C::template store<kRelu>(out + c, best, count);
+    if constexpr (kRelu) position = unless_positive(best, position);
     store_bytes_n<Lane>(argmax + c, position, count);
   });
 }
@@ -193,6 +200,7 @@ class PlaneRows {
         }
       }
       store_n(out + ow, kRelu ? vrelu(best) : best, count);
+      if constexpr (kRelu) position = unless_positive(best, position);
       store_bytes_n<A>(argmax + ow, position, count);
     });
   }
@@ -212,45 +220,54 @@ class PlaneRows {
   std::vector<lane_int_t<A>> first_;
 };
 
+// Stores max(0, v), and kNowhere as the argmax where v is not positive.
+template <class T, class Count>
+inline void store_relu(Vec<acc_t<T>> v, T* y, uint8_t* argmax, Count count) {
+  using A = acc_t<T>;
+  store_n(y, vrelu(v), count);
+  const IntVec<A> position = load_bytes_n<A>(argmax, count);
+  store_bytes_n<A>(argmax, unless_positive(v, position), count);
+}
+
 // Adds the bias of their channels to `pixels` pixels in channels_last, then applies ReLU with kRelu.
 template <bool kRelu, class T>
-inline void add_bias_to_pixels(const acc_t<T>* bias, int64_t pixels, int64_t channels, T* y) {
+inline void add_bias_to_pixels(const acc_t<T>* bias, int64_t pixels, int64_t channels, T* y, uint8_t* argmax) {
   using A = acc_t<T>;
-  for (int64_t p = 0; p < pixels; ++p, y += channels) {
+  for (int64_t p = 0; p < pixels; ++p, y += channels, argmax += channels) {
     for_lanes<A>(channels, [&](int64_t c, auto count) {
       const Vec<A> v = load_n(y + c, count) + load_n(bias + c, count);
-      store_n(y + c, kRelu ? vrelu(v) : v, count);
+      kRelu ? store_relu(v, y + c, argmax + c, count) : store_n(y + c, v, count);
     });
   }
 }
 
 // The same for pixels of one channel.
 template <bool kRelu, class T>
-inline void add_bias_to_plane(acc_t<T> bias, int64_t pixels, T* y) {
+inline void add_bias_to_plane(acc_t<T> bias, int64_t pixels, T* y, uint8_t* argmax) {
   using A = acc_t<T>;
   for_lanes<A>(pixels, [&](int64_t p, auto count) {
     const Vec<A> v = load_n(y + p, count) + bias;
-    store_n(y + p, kRelu ? vrelu(v) : v, count);
+    kRelu ? store_relu(v, y + p, argmax + p, count) : store_n(y + p, v, count);
   });
 }
 
-// The gradient g of ReLU's output, with kRelu zero where that is not positive. A NaN is.
-template <bool kRelu, class T, class Count>
-inline Vec<acc_t<T>> masked(Vec<acc_t<T>> g, const T* output, Count count) {
-  using V = Vec<acc_t<T>>;
-  if constexpr (kRelu) return load_n(output, count) <= V{} ? V{} : g;
-  return g;
+// The gradients that reach a window of `area` pixels: zero where its argmax is none of them.
+template <class T, class Count>
+inline Vec<acc_t<T>> load_selected(const T* grad, const uint8_t* argmax, int64_t area, Count count) {
+  using A = acc_t<T>;
+  const auto selected = load_bytes_n<A>(argmax, count) < lane_int_t<A>(area);
+  return selected ? load_n(grad, count) : Vec<A>{};
 }
 
 // The gradient of the bias from `pixels` pixels in channels_last.
-template <bool kRelu, class T>
-inline void sum_pixels(const T* grad, const T* output, int64_t pixels, int64_t channels, acc_t<T>* to) {
+template <class T>
+inline void sum_pixels(const T* grad, const uint8_t* argmax, int64_t area, int64_t pixels, int64_t channels,
+                       acc_t<T>* to) {
   using A = acc_t<T>;
   for_lanes<A>(channels, [&](int64_t c, auto count) {
     Vec<A> sum{};
     for (int64_t p = 0; p < pixels; ++p) {
-      const Vec<A> g = load_n(grad + p * channels + c, count);
-      sum += masked<kRelu>(g, output + p * channels + c, count);
+      sum += load_selected(grad + p * channels + c, argmax + p * channels + c, area, count);
     }
     store_n(to + c, sum, count);
   });
@@ -288,21 +305,20 @@ class PlaneSum {
 };
 
 // The same from pixels of one channel. Inlined, it slows the scatter of the gradients beside it by 5%.
-template <bool kRelu, class T>
-__attribute__((noinline)) acc_t<T> sum_plane(const T* grad, const T* output, int64_t pixels) {
+template <class T>
+__attribute__((noinline)) acc_t<T> sum_plane(const T* grad, const uint8_t* argmax, int64_t area, int64_t pixels) {
   using A = acc_t<T>;
   PlaneSum<A> sum;
-  for_lanes<A>(pixels, [&](int64_t p, auto count) {
-    sum.add(masked<kRelu>(load_n(grad + p, count), output + p, count), count);
-  });
+  for_lanes<A>(pixels,
+               [&](int64_t p, auto count) { sum.add(load_selected(grad + p, argmax + p, area, count), count); });
   return sum.total();
 }
 
-// The gradient of one pixel, gathered from the `rows` x `columns` windows that contain it. grad, output and argmax
+// The gradient of one pixel, gathered from the `rows` x `columns` windows that contain it. grad and argmax
 // point to the first window, in which the pixel has position (i, j); rows of windows are `below` elements apart.
-template <bool kRelu, class T, class U, class Rows, class Columns>
+template <class T, class U, class Rows, class Columns>
 inline void pool_pixel_backward(const Pool& pool, int64_t i, int64_t j, int64_t channels, int64_t below, Rows rows,
-                                Columns columns, const T* grad, const T* output, const uint8_t* argmax, U* to) {
+                                Columns columns, const T* grad, const uint8_t* argmax, U* to) {
   using A = acc_t<T>;
   for_lanes<A>(channels, [&](int64_t c, auto count) {
     Vec<A> sum{};
@@ -311,19 +327,17 @@ inline void pool_pixel_backward(const Pool& pool, int64_t i, int64_t j, int64_t 
         const int64_t at = r * below + q * channels + c;
         const lane_int_t<A> position((i - r * pool.stride_h) * pool.kernel_w + j - q * pool.stride_w);
         const auto selected = load_bytes_n<A>(argmax + at, count) == position;
-        const Vec<A> g = masked<kRelu>(load_n(grad + at, count), output + at, count);
-        sum += selected ? g : Vec<A>{};
+        sum += selected ? load_n(grad + at, count) : Vec<A>{};
       }
     }
     store_n(to + c, sum, count);
   });
 }
 
-// The gradient of input row y of one image in channels_last, written to the W pixels at `to`. output is read with kRelu
-// only, for the mask of ReLU.
-template <bool kRelu, class T, class U>
+// The gradient of input row y of one image in channels_last, written to the W pixels at `to`.
+template <class T, class U>
 inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t W, int64_t channels, int64_t OH,
-                                            int64_t OW, const T* grad, const T* output, const uint8_t* argmax, U* to) {
+                                            int64_t OW, const T* grad, const uint8_t* argmax, U* to) {
   const std::integral_constant<int64_t, 1> one;
   const std::integral_constant<int64_t, 2> two;
   const Windows over = windows_over(y, pool.kernel_h, pool.stride_h, pool.pad_h, OH);
@@ -335,7 +349,7 @@ inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t
     const int64_t j = x + pool.pad_w - across.first * pool.stride_w;
     const int64_t at = (over.first * OW + across.first) * channels;
     const auto gather = [&](auto r, auto q) {
-      pool_pixel_backward<kRelu>(pool, i, j, channels, OW * channels, r, q, grad + at, output + at, argmax + at, to);
+      pool_pixel_backward(pool, i, j, channels, OW * channels, r, q, grad + at, argmax + at, to);
     };
     if (rows == 1 && columns == 1)
       gather(one, one);
@@ -350,18 +364,19 @@ inline void pool_row_backward_channels_last(const Pool& pool, int64_t y, int64_t
   }
 }
 
-// Scatters the gradients of one plane into `sum`, H * W zeros at first. A position outside the plane, which no forward
-// call gives, has no effect.
-template <bool kRelu, class T>
+// Scatters the gradients of one plane into `sum`, H * W zeros at first. A position outside the window or the plane has
+// no effect.
+template <class T>
 inline void pool_plane_backward(const Pool& pool, int64_t H, int64_t W, int64_t OH, int64_t OW, const T* grad,
-                                const T* output, const uint8_t* argmax, acc_t<T>* sum) {
+                                const uint8_t* argmax, acc_t<T>* sum) {
   using A = acc_t<T>;
   for (int64_t oh = 0; oh < OH; ++oh) {
-    for (int64_t ow = 0; ow < OW; ++ow, ++grad, ++output, ++argmax) {
+    for (int64_t ow = 0; ow < OW; ++ow, ++grad, ++argmax) {
+      if (*argmax >= pool.area()) continue;
       const int64_t y = oh * pool.stride_h - pool.pad_h + *argmax / pool.kernel_w;
       const int64_t x = ow * pool.stride_w - pool.pad_w + *argmax % pool.kernel_w;
       const bool inside = uint64_t(y) < uint64_t(H) && uint64_t(x) < uint64_t(W);
-      if (!inside || (kRelu && A(*output) <= 0)) continue;
+      if (!inside) continue;
       sum[y * W + x] += A(*grad);
     }
   }

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
       if (inside[r][s]) raw[r][s].load(from + (r * in.row_stride + s * in.column_stride));
     });
     float g[2][2][kVec];
-    gather_block<kVec>(at, exists, out, grad, static_cast<const T*>(nullptr), argmax, g);
+    gather_block<kVec>(at, exists, out, grad, argmax, g);
     for_pixels([&](auto r, auto s) {
       float a[kVec], d[kVec];
 #pragma unroll
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = int64_t(blockIdx.x) * kThreads, i = first + threadIdx.x;
   if (i >= in.vectors()) return;
   float sum[1];
-  gather<1>(in.locate(first, threadIdx.x), out, pool, grad, static_cast<const T*>(nullptr), argmax, sum);
+  gather<1>(in.locate(first, threadIdx.x), out, pool, grad, argmax, sum);
   g[i] = sum[0];
 }
 

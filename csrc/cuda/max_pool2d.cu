@@ -1,6 +1,7 @@
 // Max-pooling, forward and backward, optionally with the ReLU before it.
 //   input, grad_input [N, C, H, W]; output, grad [N, C, OH, OW]; argmax uint8 [N, C, OH, OW], the position
-//   i * kernel_w + j of the maximum in its window; all in one memory format; float, bfloat16 or float16
+//   i * kernel_w + j of the maximum in its window, with ReLU kNowhere where that is not positive; all in one memory
+//   format; float, bfloat16 or float16
 // Forward, a thread holds a vector of channels of one pixel of the output. Backward gathers: of 3 x 3 windows two
 // apart, a thread holds a vector of 2 x 2 pixels of the input (pool.cuh), which four windows serve; of other windows a
 // vector of one pixel. Positions are those of pool.cuh's Maximum. The bias is added to the maximum, before ReLU.
@@ -55,12 +56,12 @@ __global__ void __launch_bounds__(kThreads) pool_forward(ImageLayout in, ImageLa
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) pool_backward(ImageLayout in, ImageLayout out, PoolShape pool,
-                                                          const T* grad, const T* y, const uint8_t* argmax, T* dx) {
+__global__ void __launch_bounds__(kThreads)
+    pool_backward(ImageLayout in, ImageLayout out, PoolShape pool, const T* grad, const uint8_t* argmax, T* dx) {
   const int64_t first = int64_t(blockIdx.x) * kThreads, vector = first + threadIdx.x;
   if (vector >= in.vectors()) return;
   float sum[kVec];
-  gather<kVec>(in.locate(first, threadIdx.x), out, pool, grad, y, argmax, sum);
+  gather<kVec>(in.locate(first, threadIdx.x), out, pool, grad, argmax, sum);
   store<kVec>(dx + vector * kVec, sum);
 }
 
@@ -68,14 +69,14 @@ __global__ void __launch_bounds__(kThreads) pool_backward(ImageLayout in, ImageL
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     pool_backward_blocks(ImageLayout in, ImageLayout out, ImageLayout blocks, PoolShape pool, int vectors_per_pixel,
-                         int64_t steps, const T* grad, const T* y, const uint8_t* argmax, T* dx, float* partial) {
+                         int64_t steps, const T* grad, const uint8_t* argmax, T* dx, float* partial) {
   float bias_grad[kVec] = {};
   for (int64_t step = blockIdx.x; step < steps; step += gridDim.x) {
     const int64_t vector = step * kThreads + threadIdx.x;
     if (vector >= blocks.vectors()) break;
     const Coordinates at = blocks.locate(vector, 0);
     float g[2][2][kVec];
-    gather_block<kVec>(at, true, out, grad, y, argmax, g);
+    gather_block<kVec>(at, true, out, grad, argmax, g);
     const int top = 2 * at.y - pool.pad_h, left = 2 * at.x - pool.pad_w;
     T* const to = dx + in.offset(at.n, at.c, top, left);
     for_pixels([&](auto r, auto s) {
@@ -96,6 +97,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
   given.images("input", input);
   given.map_bias(bias, input.scalar_type(), input.size(1));
   const IntList size = given.pooled(sizes_of(input), kernel, stride, padding, ceil_mode);
+  if (relu) given.room_for_nowhere(kernel);
   const MemoryFormat format = memory_format_of(input);
   const Tensor x = in_format(input, format);
   const std::optional<Tensor> b = contiguous(bias);
@@ -116,16 +118,13 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, std::optional<Tensor>
   return {output, argmax};
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional<Tensor> output, const Tensor& argmax,
-                                               std::optional<Tensor> bias, IntList input_size, IntList kernel,
-                                               IntList stride, IntList padding, bool relu) {
+std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, const Tensor& argmax, std::optional<Tensor> bias,
+                                               IntList input_size, IntList kernel, IntList stride, IntList padding) {
   const Operands given = operands("max_pool2d_backward", "grad", grad);
   given.pool_gradient(grad, argmax, input_size, kernel, stride, padding);
-  if (relu) given.alike("output", given.required("output", output), grad);
   given.map_bias(bias, grad.scalar_type(), grad.size(1));
   const MemoryFormat format = memory_format_of(argmax);
   const Tensor g = in_format(grad, format), argmaxes = in_format(argmax, format);
-  const std::optional<Tensor> y = relu ? std::optional<Tensor>(in_format(*output, format)) : std::nullopt;
   Tensor grad_input = empty(input_size, grad.scalar_type(), grad, format);
   if (grad_input.numel() == 0) return {grad_input, bias_gradient(grad_input, bias)};
   const OnDevice device(g);
@@ -133,13 +132,12 @@ std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional
   std::optional<Tensor> grad_bias;
   for_dtype(g, [&](auto t) {
     using T = decltype(t);
-    const T* values = y ? data<T>(*y) : nullptr;
-    const int most = vector_of<T>(format, input_size[1], data<T>(g), values, data<uint8_t>(argmaxes));
+    const int most = vector_of<T>(format, input_size[1], data<T>(g), data<uint8_t>(argmaxes));
     for_vector<T>(most, [&](auto vector) {
       const ImageLayout in(input_size, format, vector), out(sizes_of(g), format, vector);
       if (!pool.three_by_two()) {
         device.launch(pool_backward<T, vector>, divide_up(in.vectors(), kThreads), kThreads, in, out, pool, data<T>(g),
-                      values, data<uint8_t>(argmaxes), mutable_data<T>(grad_input));
+                      data<uint8_t>(argmaxes), mutable_data<T>(grad_input));
         return;
       }
       const ImageLayout blocks(blocks_of_pixels(input_size, padding), format, vector);
@@ -147,7 +145,7 @@ std::tuple<Tensor, Tensor> max_pool2d_backward(const Tensor& grad, std::optional
       const BiasSums sums(vector > 1 ? bias : std::nullopt, blocks_of_steps(steps, kThreads, per_pixel), kThreads,
                           per_pixel, vector);
       device.launch(pool_backward_blocks<T, vector>, sums.blocks(), kThreads, in, out, blocks, pool, int(per_pixel),
-                    steps, data<T>(g), values, data<uint8_t>(argmaxes), mutable_data<T>(grad_input), sums.partial());
+                    steps, data<T>(g), data<uint8_t>(argmaxes), mutable_data<T>(grad_input), sums.partial());
       grad_bias = sums.template combine<T>(device);
     });
   });

@@ -41,9 +41,13 @@ struct Maximum {
     }
     empty = false;
   }
+  // max(0, value); where that is zero, the position is kNowhere.
   __device__ __forceinline__ void relu() {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) value[i] = cuda::relu(value[i]);
+    for (int i = 0; i < kVec; ++i) {
+      position[i] = value[i] <= 0.f ? kNowhere : position[i];
+      value[i] = cuda::relu(value[i]);
+    }
   }
 };
 
@@ -115,11 +119,10 @@ __device__ __forceinline__ WindowRange windows_over(int at, int kernel, const Di
 }
 
 // The gradient of the input's vector at `at`, gathered from the windows that contain it by their argmax. A 3 x 3 window
-// with stride 2 reads up to four windows: per vector, 16 bytes of grad and kVec bytes of argmax each. y: the pooled
-// output, for the mask of ReLU, or null.
+// with stride 2 reads up to four windows: per vector, 16 bytes of grad and kVec bytes of argmax each.
 template <int kVec, class T>
 __device__ __forceinline__ void gather(const Coordinates& at, const ImageLayout& out, const PoolShape& pool,
-                                       const T* grad, const T* y, const uint8_t* argmax, float (&sum)[kVec]) {
+                                       const T* grad, const uint8_t* argmax, float (&sum)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) sum[i] = 0.f;
   const WindowRange rows = windows_over(at.y, pool.kernel_h, pool.by_stride_h, pool.pad_h, out.H);
@@ -133,12 +136,6 @@ __device__ __forceinline__ void gather(const Coordinates& at, const ImageLayout&
       int argmax_of_window[kVec];
       load<kVec>(grad + from, g);
       load_bytes<kVec>(argmax + from, argmax_of_window);
-      if (y != nullptr) {
-        float value[kVec];
-        load<kVec>(y + from, value);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) g[i] = value[i] <= 0.f ? 0.f : g[i];
-      }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[i] += argmax_of_window[i] == position ? g[i] : 0.f;
     }
@@ -154,14 +151,14 @@ inline IntList blocks_of_pixels(const IntList& size, const IntList& padding) {
 }
 
 // A vector of the gradient of a block's pixels, [2][2], gathered from its windows. at: the coordinates of the block.
-// y: the pooled output, for the mask of ReLU, or null. exists: whether the block does.
+// exists: whether the block does.
 template <int kVec, class T>
 __device__ __forceinline__ void gather_block(const Coordinates& at, bool exists, const ImageLayout& out, const T* grad,
-                                             const T* y, const uint8_t* argmax, float (&g)[2][2][kVec]) {
+                                             const uint8_t* argmax, float (&g)[2][2][kVec]) {
   Packed<T, kVec> grads[2][2] = {};
   Packed<uint8_t, kVec> places[2][2] = {};
   const int64_t first = out.offset(at.n, at.c, at.y - 1, at.x - 1);
-  grad += first, y += y == nullptr ? 0 : first, argmax += first;
+  grad += first, argmax += first;
 #pragma unroll
   for (int p = 0; p < 2; ++p) {
 #pragma unroll
@@ -171,11 +168,6 @@ __device__ __forceinline__ void gather_block(const Coordinates& at, bool exists,
       const int from = p * out.row_stride + q * out.column_stride;
       grads[p][q].load(grad + from);
       places[p][q].load(argmax + from);
-      if (y != nullptr) {
-        Packed<T, kVec> gate;
-        gate.load(y + from);
-        clear_unless_positive(grads[p][q], gate);
-      }
     }
   }
 #pragma unroll

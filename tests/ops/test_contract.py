@@ -220,6 +220,40 @@ def test_compiles(case: Case, fresh_dynamo: None) -> None:
 
 
 @parametrize(
+    Case(info, sample, setting)
+    for info in OP_INFOS.values()
+    if info.wrt
+    for sample in info.typical
+    for setting in settings(info, [F32], lambda device: [b for b in BACKENDS[device] if b != "native"])
+)
+def test_the_result_may_be_overwritten(case: Case, fresh_dynamo: None) -> None:
+    """Before backward, where torch's composition allows it; the gradients are those of arithmetic out of place."""
+    inputs = case.inputs()
+    names = wanted(case.info, inputs)
+
+    def gradients(call: Callable, in_place: bool) -> tuple[torch.Tensor, ...]:
+        def function(*tensors: torch.Tensor) -> torch.Tensor:
+            result = as_tuple(call(*(tensor * 1 for tensor in tensors)))[0]
+            return result.mul_(-2).add_(1) if in_place else result * -2 + 1
+
+        compiled = torch.compile(function, backend="aot_eager") if call is compiles else function
+        return forward_backward(compiled, *(inputs[name] for name in names))
+
+    compiles = case.function(inputs)
+    try:
+        gradients(case._replace(setting=case.setting._replace(backend="native")).function(inputs), True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return
+    expected = gradients(lambda *tensors: compiles(*tensors), False)
+    assert_same(gradients(lambda *tensors: compiles(*tensors), True), expected, "in place")
+    # The other backends' operators save the same.
+    if case.setting.backend == case.setting.device and case.setting.memory_format == torch.contiguous_format:
+        assert_same(gradients(compiles, True), expected, "compiled")
+
+
+@parametrize(
     Case(info, info.typical[0], setting)
     for info in OP_INFOS.values()
     if info.wrt

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from contract import check_op
@@ -14,7 +15,7 @@ from helpers import (
 
 from alexnet_kernels import reference
 from alexnet_kernels.op_info import OP_INFOS, Maker
-from alexnet_kernels.ops import max_pool2d
+from alexnet_kernels.ops import lrn_max_pool2d, max_pool2d
 
 
 @every_format
@@ -99,6 +100,24 @@ def test_the_sum_with_the_bias_is_rounded_once(relu, bias_dtype, dtype, memory_f
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     maximum = reference.max_pool2d(x.to(wide)) + bias.to(wide)[:, None, None]
     assert_same(out, (maximum.relu() if relu else maximum).to(dtype))
+
+
+@every_format
+def test_relus_gradient_at_nan_and_zero_is_torchs(memory_format, device, backend):
+    x = random((2, 20, 9, 9), torch.float32, memory_format, device)
+    x[0, 0, 4, 4], x[0, 1], x[1, 2], x[1, 3] = torch.nan, 0.0, -0.0, -torch.inf
+    x.requires_grad_()
+    out, expected = max_pool2d(x, relu=True, backend=backend), torch.relu(torch.nn.functional.max_pool2d(x, 3, 2))
+    grad = random(out.shape, torch.float32, memory_format, device).mul(8).round()
+    assert_same(torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
+@every_format
+@pytest.mark.parametrize("kernel", [(16, 16), (5, 51)], ids=["256", "255"])
+def test_the_largest_windows_with_relu(kernel, memory_format, device, backend):
+    x = random((2, 3, 19, 55), torch.float32, memory_format, device).sub(3)
+    bias = torch.tensor([0.0, 1.0, -1.0], device=device)
+    check_op("max_pool2d", {"input": x, "kernel_size": kernel, "bias": bias, "relu": True}, backend)
 
 
 @every_format
@@ -223,12 +242,19 @@ def test_onnx_cases(device, backend):
     assert tried >= 4
 
 
+@pytest.mark.parametrize("kernel", [2, (3, 2), [3], np.int64(2)], ids=str)
+def test_torchs_default_stride_and_sizes(kernel, device, backend):
+    x = random((2, 3, 9, 8), device=device)
+    assert_same(max_pool2d(x, kernel, None, backend=backend), torch.nn.functional.max_pool2d(x, kernel))
+    fused = lrn_max_pool2d(x, kernel_size=kernel, stride=None, backend=backend)
+    assert_same(fused, lrn_max_pool2d(x, kernel_size=kernel, stride=kernel, backend=backend))
+    raises(TypeError, "stride must be an int or two ints, not 'x'", lambda: max_pool2d(x, 3, "x", backend=backend))
+
+
 def test_second_derivative_of_positions_outside_the_image():
     """No forward call gives them; the backward operator and its derivative ignore them."""
     grad = torch.ones(1, 1, 1, 2, dtype=torch.double, requires_grad=True)
     argmax = torch.tensor([[[[0, 2]]]], dtype=torch.uint8)
-    result, _ = torch.ops.alexnet_kernels.max_pool2d_backward(
-        grad, None, argmax, None, [1, 1, 3, 5], [3, 3], [3, 3], [0, 0], False
-    )
+    result, _ = torch.ops.alexnet_kernels.max_pool2d_backward(grad, argmax, None, [1, 1, 3, 5], [3, 3], [3, 3], [0, 0])
     assert result.sum() == 1
     assert torch.autograd.grad(result.sum(), grad)[0].flatten().tolist() == [1, 0]
