@@ -10,12 +10,22 @@ __all__ = [
     "InputError",
     "MissingPackage",
     "RunError",
+    "TensorTypeError",
+    "TensorValueError",
     "first_line",
     "out_of_memory",
     "printable",
     "require",
     "shortened",
 ]
+
+
+class TensorValueError(ValueError, RuntimeError):
+    """A tensor of a shape or another property that an op or a model can't take; torch raises RuntimeError."""
+
+
+class TensorTypeError(TypeError, RuntimeError):
+    """A tensor of a dtype that an op can't take; torch raises RuntimeError."""
 
 
 class InputError(ValueError):

@@ -13,7 +13,9 @@
 
 In order of precedence: an op's `backend=`; the innermost `use_backend` block of the thread or async task;
 `set_backend`; the environment variable ALEXNET_KERNELS_BACKEND; "auto". A backend that can't run is an error. Inside
-torch.func's transforms (vmap, grad, jvp) and forward-mode differentiation every op is "native".
+torch.func's transforms (vmap, grad, jvp) and forward-mode differentiation every op is "native". While torch.export,
+torch.onnx.export or torch.jit.trace records a model, "auto" runs the package's modules as PyTorch's own operators; so
+it does its ops under the latter two (docs/export.md).
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ from alexnet_kernels._dispatch import choices
 from alexnet_kernels._dispatch.choices import is_tuned, set_tuned
 from alexnet_kernels._dispatch.contracts import CONTRACTS, public_ops
 from alexnet_kernels._dispatch.eager import operators
-from alexnet_kernels._torch_private import constant_when_compiled, in_autograd_thread, in_transform
+from alexnet_kernels._torch_private import (
+    constant_when_compiled,
+    holds_torch_only,
+    in_autograd_thread,
+    is_leaving,
+    is_transformed,
+)
 
 __all__ = [
     "BACKENDS",
@@ -44,6 +52,7 @@ __all__ = [
     "get_backend",
     "is_tuned",
     "kernels_of",
+    "leaves_as_torch",
     "load_with",
     "register",
     "registered",
@@ -284,13 +293,21 @@ def requested(backend: str | None) -> str:
     return get_backend() if backend is None else _check(backend)
 
 
+def leaves_as_torch() -> bool:
+    """Whether modules run as PyTorch's own operators: their program is recorded to leave this process, and nobody asked
+    for a backend."""
+    return is_leaving() and get_backend() == "auto"
+
+
 def select(op: str, tensor: Tensor, backend: str | None) -> str:
     """The backend that `op` runs on `tensor`: "cpu", "cuda", "triton" or "native"."""
     compiling = torch.compiler.is_compiling()
     name = requested(backend)
-    if name == "native" or (not compiling and in_transform()):
+    if name == "native" or is_transformed():
         return "native"
     if name == "auto":
+        if holds_torch_only():
+            return "native"
         key = (op, tensor.device, tensor.dtype)
         known = None if compiling else _AUTOMATIC.get(key)
         if known is not None:

@@ -79,7 +79,7 @@ def _biased(input: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
 def max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] = 2,
+    stride: int | Sequence[int] | None = 2,
     padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     *,
@@ -94,6 +94,7 @@ def max_pool2d(
     Source: Krizhevsky et al. 2012, section 3.4 (3x3 windows, stride 2, overlapping).
     """
     x = _biased(input, bias, relu)
+    stride = kernel_size if stride is None else stride
     (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = map(_pair, (kernel_size, stride, padding))
     height, width = x.shape[-2:]
     p = torch.arange(pool_output_size(height, kernel_h, stride_h, pad_h, ceil_mode), device=x.device)
@@ -146,7 +147,7 @@ def lrn_max_pool2d(
     k: float = 1.0,
     groups: int = 1,
     kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] = 2,
+    stride: int | Sequence[int] | None = 2,
     padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     *,

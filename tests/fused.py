@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_kernels import ops
-from alexnet_kernels.nn import fusion, modules
+from alexnet_kernels.nn import modules, runs
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -30,7 +30,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in ops.__all__:
-        for module in (fusion, modules):
+        for module in (runs, modules):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
     return names

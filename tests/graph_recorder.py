@@ -33,6 +33,8 @@ def written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
 class Recording(TorchDispatchMode):
     """Keeps every operator with its arguments: tensors by address, numbers by value, as a graph does."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []

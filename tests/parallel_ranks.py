@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from alexnet_kernels import AlexNet, parallel
+from alexnet_kernels.nn import FusedSequential
 from alexnet_kernels.optim import SGD
 
 BATCH, CLASSES, SIZE, STEPS = 8, 7, 79, 10
@@ -117,7 +118,7 @@ def compare(mesh: Any, preset: str, plan: str, logits: str, parameters: str, nam
     for a, b in zip(many.classifier, one.classifier, strict=True):
         if isinstance(b, torch.nn.Dropout):
             torch.manual_seed(5)
-            whole = b(torch.ones(BATCH, 48, dtype=dtype))
+            whole = FusedSequential(b)(torch.ones(BATCH, 48, dtype=dtype))  # as in the network: of the op
             torch.manual_seed(5)
             rows, columns = a.rows, a.columns
             part = whole.chunk(rows[1])[rows[0]].chunk(columns[1], 1)[columns[0]]

@@ -88,7 +88,6 @@ def test_run_of_children_is_one_op(case: str, training: bool, calls: list[str]) 
         lambda: [conv(padding="same"), nn.ReLU()],
         lambda: [nn.MaxPool2d(3, 2, dilation=2)],
         lambda: [nn.MaxPool2d(17, 1, padding=8)],
-        lambda: [conv(), nn.LeakyReLU(0.1, inplace=True)],
         lambda: [nn.ConvTranspose2d(3, 4, 3), nn.SELU()],
         lambda: [nn.InstanceNorm2d(3), nn.AvgPool2d(3)],
         lambda: [nn.Dropout(0.0, inplace=True)],
@@ -99,7 +98,6 @@ def test_run_of_children_is_one_op(case: str, training: bool, calls: list[str]) 
         "same-padding",
         "pool-dilation",
         "large-pool",
-        "leaky",
         "transposed",
         "instance-norm",
         "inplace",
@@ -303,10 +301,21 @@ def test_child_that_writes_into_a_view_of_its_input(head: str, writer: str) -> N
             assert_same_function(fuse(copy.deepcopy(module)), module, image())
 
 
-def test_child_behind_a_new_tensor_does_not_matter(calls: list[str]) -> None:
-    module = FusedSequential(conv(), nn.ReLU(), pool(), nn.Identity(), conv(8), nn.LeakyReLU(0.2, inplace=True))
-    module(image().float()).sum().backward()
-    assert calls[:2] == ["conv2d", "max_pool2d+relu"]
+@pytest.mark.parametrize("head", ["conv-relu-pool", "conv-relu-lrn-pool"])
+def test_the_caller_may_write_into_the_result(head: str) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(*HEADS[head]())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            y += 1
+            y /= 2
+            return y
+
+    module = Residual().double()
+    assert_same_function(fuse(copy.deepcopy(module)), module, image())
 
 
 @pytest.fixture

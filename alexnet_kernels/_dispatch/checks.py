@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,23 +11,45 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import _torch_private
+from alexnet_kernels._errors import TensorTypeError, TensorValueError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 INTEGERS = (int, torch.SymInt)
 """SymInt: torch.compile gives fakes the integers that it keeps variable as such."""
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_STRIDED = frozenset((*PLAIN_TENSORS, *_torch_private.TRACED_TENSORS))
 _PLAIN_VALUES = frozenset((int, bool, str, type(None)))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a torch.Tensor or Parameter with strides, or stands for one in a graph that is traced.
+
+    Other types bring their own arithmetic. Strides are those of one tensor, not of a nested one.
+    """
+    return type(tensor) in _STRIDED and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def check_tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, not {type(value).__name__}")
+    try:
+        nested, layout = value.is_nested, value.layout
+    except RuntimeError:  # a subclass that refuses every question, as ExpandedWeight does
+        raise TypeError(f"{op}: {name} must be a plain tensor, not a {type(value).__name__}") from None
+    if nested or layout is not torch.strided:
+        given = "a nested tensor" if nested else f"of layout {layout}"
+        raise TypeError(f"{op}: {name} must be a tensor with strides (torch.strided), not {given}")
+
+
+def is_image(value: Any) -> bool:
+    """Whether it is a tensor [C, H, W], rather than a batch or something that the checks refuse."""
+    return isinstance(value, Tensor) and value.dim() == 3 and not value.is_nested
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
+        raise TensorTypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
 
 
 def check_images(op: str, input: Tensor) -> None:
@@ -34,7 +57,7 @@ def check_images(op: str, input: Tensor) -> None:
     check_tensor(op, "input", input)
     check_floating(op, "input", input)
     if input.dim() != 4:
-        raise ValueError(f"{op}: input must be [N, C, H, W], not of shape {list(input.shape)}")
+        raise TensorValueError(f"{op}: input must be [N, C, H, W], not of shape {list(input.shape)}")
 
 
 def check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
@@ -47,14 +70,14 @@ def check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
 def check_same_dtype(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
     """A tensor of the input's dtype, unless autocast is about to cast both."""
     if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise TypeError(f"{op}: {name} is {tensor.dtype}, but the input is {input.dtype}: they must agree")
+        raise TensorTypeError(f"{op}: {name} is {tensor.dtype}, but the input is {input.dtype}: they must agree")
 
 
 def check_groups(op: str, groups: int, channels: int, name: str = "channels") -> None:
     if not isinstance(groups, INTEGERS) or groups < 1:
         raise ValueError(f"{op}: groups must be a positive int, not {groups!r}")
     if channels % groups:
-        raise ValueError(f"{op}: groups={groups} does not divide the {channels} {name}")
+        raise TensorValueError(f"{op}: groups={groups} does not divide the {channels} {name}")
 
 
 def check_probability(op: str, p: float) -> None:
@@ -66,7 +89,8 @@ def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int
     """Two integers of at least `least`, from one or two."""
     if type(value) is int and value >= least:
         return [value, value]
-    values = [value, value] if isinstance(value, INTEGERS) else list(value) if isinstance(value, Sequence) else []
+    values = list(value) if isinstance(value, Sequence) else [value]
+    values = [v if isinstance(v, INTEGERS) else _as_int(v) for v in values]
     if len(values) == 1:
         values *= 2
     if len(values) != 2 or not all(isinstance(v, INTEGERS) for v in values):
@@ -74,6 +98,14 @@ def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int
     if min(values) < least:
         raise ValueError(f"{op}: {name} must be at least {least}, not {value!r}")
     return values
+
+
+def _as_int(value: Any) -> Any:
+    """An integer of another type, such as numpy's, as an int; anything else as it is."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def cache_validation(check: Callable) -> Callable:
@@ -111,6 +143,8 @@ def _cache_key(args: Sequence[Any]) -> tuple | None:
     for arg in args:
         kind = type(arg)
         if kind in PLAIN_TENSORS:
+            if arg.layout is not torch.strided or arg.is_nested:
+                return None
             key += (arg.shape, arg.dtype, device := arg.device)
         elif kind is list:
             key.append(tuple(arg))

@@ -1,22 +1,62 @@
 """Modules over the ops. They subclass torch.nn's where it has them, and keep its attribute names."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alexnet_kernels.backends import leaves_as_torch
 from alexnet_kernels.ops.dropout import dropout
-from alexnet_kernels.ops.local_response_norm import local_response_norm
-from alexnet_kernels.ops.within_map_response_norm import within_map_response_norm
+from alexnet_kernels.ops.local_response_norm import local_response_norm, plain_local_response_norm
+from alexnet_kernels.ops.within_map_response_norm import plain_within_map_response_norm, within_map_response_norm
 
-__all__ = ["AdaptiveAvgPool2d", "Dropout", "LocalResponseNorm", "WithinMapResponseNorm"]
+__all__ = ["Dropout", "LocalResponseNorm", "WithinMapResponseNorm"]
 
-# torch.fx records a call of these instead of tracing into it.
-for _name in ("_average", "dropout", "local_response_norm", "within_map_response_norm"):
+# torch.fx records a call of these instead of tracing into it. TorchScript compiles the first branch of each.
+for _name in ("_dropout", "_local_response_norm", "_within_map_response_norm"):
     torch.fx.wrap(_name)
+
+AdaptiveAvgPool2d = nn.AdaptiveAvgPool2d
+"""The name that it has in models of former versions that were pickled whole."""
+
+
+def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    if torch.jit.is_scripting():
+        return _plain_local_response_norm(input, size, alpha, beta, k, groups)
+    else:  # noqa: RET505
+        if leaves_as_torch():
+            return _plain_local_response_norm(input, size, alpha, beta, k, groups)
+        return local_response_norm(input, size, alpha, beta, k, groups)
+
+
+def _plain_local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    if input.dim() == 4:
+        return plain_local_response_norm(input, size, alpha, beta, k, groups)
+    images = input.flatten(2).unsqueeze(-1)
+    return plain_local_response_norm(images, size, alpha, beta, k, groups).reshape(input.shape)
+
+
+def _within_map_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    if torch.jit.is_scripting():
+        return plain_within_map_response_norm(input, size, alpha, beta, k)
+    else:  # noqa: RET505
+        if leaves_as_torch():
+            return plain_within_map_response_norm(input, size, alpha, beta, k)
+        return within_map_response_norm(input, size, alpha, beta, k)
+
+
+def _dropout(input: Tensor, p: float, training: bool, scale_at: str) -> Tensor:
+    if torch.jit.is_scripting():
+        return _plain_dropout(input, p, training, scale_at)
+    else:  # noqa: RET505
+        if leaves_as_torch():
+            return _plain_dropout(input, p, training, scale_at)
+        return dropout(input, p, training, scale_at=scale_at)
+
+
+def _plain_dropout(input: Tensor, p: float, training: bool, scale_at: str) -> Tensor:
+    """With a mask from torch's own stream."""
+    output = F.dropout(input, p, training)
+    return output * (1.0 - p) if scale_at == "inference" else output
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):
@@ -29,8 +69,6 @@ class LocalResponseNorm(nn.LocalResponseNorm):
     Input and output [N, C, *], float32, bfloat16, float16 or float64, in the input's memory format.
     """
 
-    groups: int
-
     def __init__(self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, groups: int = 1) -> None:
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
@@ -38,7 +76,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         self.groups = groups
 
     def forward(self, input: Tensor) -> Tensor:
-        return local_response_norm(input, self.size, self.alpha, self.beta, self.k, self.groups)
+        return _local_response_norm(input, self.size, self.alpha, self.beta, self.k, self.groups)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", groups={self.groups}" if self.groups != 1 else "")
@@ -54,11 +92,6 @@ class WithinMapResponseNorm(nn.Module):
     Input and output [N, C, H, W], float32, bfloat16, float16 or float64, in the input's memory format.
     """
 
-    size: int
-    alpha: float
-    beta: float
-    k: float
-
     def __init__(self, size: int, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> None:
         super().__init__()
         self.size = size
@@ -67,21 +100,10 @@ class WithinMapResponseNorm(nn.Module):
         self.k = k
 
     def forward(self, input: Tensor) -> Tensor:
-        return within_map_response_norm(input, self.size, self.alpha, self.beta, self.k)
+        return _within_map_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
     def extra_repr(self) -> str:
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
-
-
-class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """torch.nn.AdaptiveAvgPool2d that returns its input unchanged where that has the output size already."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _average(input, self.output_size)
-
-
-def _average(input: Tensor, size: Any) -> Tensor:
-    return input if tuple(input.shape[-2:]) == size else F.adaptive_avg_pool2d(input, size)
 
 
 class Dropout(nn.Dropout):
@@ -93,8 +115,6 @@ class Dropout(nn.Dropout):
     the op's own stream: the same seed gives a different mask than torch.nn.Dropout.
     """
 
-    scale_at: str
-
     def __init__(self, p: float = 0.5, *, scale_at: str = "training") -> None:
         if scale_at not in ("training", "inference"):
             raise ValueError(f'scale_at must be "training" or "inference", got {scale_at!r}')
@@ -104,7 +124,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.scale_at == "training":
             return input
-        return dropout(input, self.p, self.training, scale_at=self.scale_at)
+        return _dropout(input, self.p, self.training, self.scale_at)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, scale_at={self.scale_at!r}"

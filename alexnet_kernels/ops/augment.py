@@ -14,6 +14,7 @@ from torch import Tensor
 from alexnet_kernels import reference
 from alexnet_kernels._dispatch import checks
 from alexnet_kernels._dispatch.registration import register_op
+from alexnet_kernels._errors import TensorTypeError, TensorValueError
 from alexnet_kernels.backends import kernels_of, select
 
 OP = "augment"
@@ -87,11 +88,11 @@ def augment(
 def _check(images, crops, size, flips, color_shift, mean, scale, dtype) -> None:
     checks.check_tensor(OP, "images", images)
     if images.dtype != torch.uint8:
-        raise TypeError(f"{OP}: images must be uint8, not {images.dtype}")
+        raise TensorTypeError(f"{OP}: images must be uint8, not {images.dtype}")
     if images.dim() != 4 or images.shape[3] != 3:
-        raise ValueError(f"{OP}: images must be [N, H, W, 3], not of shape {list(images.shape)}")
+        raise TensorValueError(f"{OP}: images must be [N, H, W, 3], not of shape {list(images.shape)}")
     if size[0] > images.shape[1] or size[1] > images.shape[2]:
-        raise ValueError(f"{OP}: crops of {list(size)} do not fit images of {list(images.shape[1:3])}")
+        raise TensorValueError(f"{OP}: crops of {list(size)} do not fit images of {list(images.shape[1:3])}")
     if dtype not in checks.DTYPES:
         raise TypeError(f"{OP}: dtype must be float32, float64, bfloat16 or float16, not {dtype}")
     count, size = images.shape[0], list(size)
@@ -109,11 +110,11 @@ def _check(images, crops, size, flips, color_shift, mean, scale, dtype) -> None:
             continue
         checks.check_device(OP, name, tensor, images)
         if list(tensor.shape) not in allowed:
-            raise ValueError(f"{OP}: {name} must be {' or '.join(map(str, allowed))}, not {list(tensor.shape)}")
+            raise TensorValueError(f"{OP}: {name} must be {' or '.join(map(str, allowed))}, not {list(tensor.shape)}")
     if crops.dtype != torch.int64:
-        raise TypeError(f"{OP}: crops must be int64, not {crops.dtype}")
+        raise TensorTypeError(f"{OP}: crops must be int64, not {crops.dtype}")
     if flips is not None and flips.dtype != torch.bool:
-        raise TypeError(f"{OP}: flips must be bool, not {flips.dtype}")
+        raise TensorTypeError(f"{OP}: flips must be bool, not {flips.dtype}")
 
 
 def _fake(images, crops, size, flips, color_shift, mean, scale, dtype: torch.dtype, channels_last: bool) -> Tensor:

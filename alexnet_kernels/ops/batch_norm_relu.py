@@ -17,6 +17,7 @@ from alexnet_kernels._dispatch import checks
 from alexnet_kernels._dispatch.double_backward import double_backward
 from alexnet_kernels._dispatch.layout import empty_like
 from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels._errors import TensorValueError
 from alexnet_kernels.backends import kernels_of, select
 
 OP = "batch_norm_relu"
@@ -60,7 +61,7 @@ def batch_norm_relu(
     _check(input, running_mean, running_var, weight, bias, training)
     count = input.numel() // max(1, input.shape[1])
     if training and count == 1:
-        raise ValueError(f"{OP}: training needs more than one value a channel, input is {list(input.shape)}")
+        raise TensorValueError(f"{OP}: training needs more than one value a channel, input is {list(input.shape)}")
     chosen = select(OP, input, backend)
     if chosen == "native":
         if input.numel() == 0:  # torch divides by the count
@@ -87,7 +88,7 @@ def _check(input: Tensor, running_mean, running_var, weight, bias, training: boo
         checks.check_device(OP, name, vector, input)
         checks.check_floating(OP, name, vector)
         if list(vector.shape) != [input.shape[1]]:
-            raise ValueError(f"{OP}: {name} must be [{input.shape[1]}], not of shape {list(vector.shape)}")
+            raise TensorValueError(f"{OP}: {name} must be [{input.shape[1]}], not of shape {list(vector.shape)}")
     if not training and (running_mean is None or running_var is None):
         raise ValueError(f"{OP}: inference needs running_mean and running_var")
 

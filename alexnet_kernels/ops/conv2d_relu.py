@@ -20,9 +20,10 @@ from torch import Tensor
 from alexnet_kernels import _library
 from alexnet_kernels._dispatch import checks, choices
 from alexnet_kernels._dispatch.kinds import GRADIENTS
-from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.layout import empty_like, in_format_of, memory_format_of
 from alexnet_kernels._dispatch.registration import register_op, register_operator
-from alexnet_kernels._torch_private import constant_when_compiled
+from alexnet_kernels._errors import TensorValueError
+from alexnet_kernels._torch_private import constant_when_compiled, is_mapped
 from alexnet_kernels.backends import kernels_of, requested, select, serves
 from alexnet_kernels.ops.conv2d_by_name import gradient_of_input, gradient_of_weight, split_forward
 from alexnet_kernels.ops.space_to_depth import space_to_depth
@@ -48,7 +49,7 @@ def conv2d_relu(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | str | Sequence[int] = 0,
     groups: int = 1,
     *,
     relu: bool = True,
@@ -61,7 +62,8 @@ def conv2d_relu(
             the fast one.
         weight: [K, C / groups, R, S] in the input's dtype (autocast casts both).
         bias: [K] or None.
-        stride, padding: pixels, an int or (rows, columns); zeros are padded on all sides.
+        stride, padding: pixels, an int or (rows, columns); zeros are padded on all sides. Or the padding "valid", which
+            is 0, or "same", with which stride 1 keeps the images' size.
         groups: input and output channels are split into `groups` independent towers.
         relu: False leaves ReLU out, for a following op that applies it at no cost (`max_pool2d`, `lrn_max_pool2d`).
         backend: see `alexnet_kernels.backends`.
@@ -85,7 +87,7 @@ def conv2d_relu_by(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | str | Sequence[int] = 0,
     groups: int = 1,
     *,
     relu: bool = True,
@@ -102,10 +104,18 @@ def conv2d_relu_by(
         masked_grad: the output's gradient will be 0 where the output is, so that backward leaves ReLU's mask out.
         mask_input: the input is a ReLU's output, whose mask backward applies to the input's gradient.
     """
-    stride, padding = checks.pair(OP, "stride", stride, 1), checks.pair(OP, "padding", padding, 0)
-    images = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
+    stride = checks.pair(OP, "stride", stride, 1)
+    images = input.unsqueeze(0) if checks.is_image(input) else input
+    if isinstance(padding, str):
+        images, padding = _padded(images, weight, stride, padding)
+    padding = checks.pair(OP, "padding", padding, 0)
     _check(images, weight, bias, stride, padding, groups)
-    if images.device.type == "cpu" and images.dtype in (torch.float64, torch.float16) and 1 in images.shape:
+    if (
+        images.device.type == "cpu"
+        and images.dtype in (torch.float64, torch.float16)
+        and 1 in images.shape
+        and not is_mapped()
+    ):
         # torch's gradient of grouped weights in channels_last depends on the strides of dimensions of one element.
         # A copy has the usual ones.
         images = images.clone(memory_format=memory_format_of(images))
@@ -124,8 +134,7 @@ def conv2d_relu_by(
             output = conv2d_relu(*wide, stride, padding, groups, relu=relu, backend=chosen).to(dtype)
     elif chosen == "native":
         # cuDNN returns float64 in NCHW.
-        memory_format = memory_format_of(images)
-        output = F.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
+        output = in_format_of(F.conv2d(images, weight, bias, stride, padding, 1, groups), images)
         output = F.relu(output) if relu else output
     else:
         kernels = kernels_of(chosen)
@@ -141,6 +150,22 @@ def conv2d_relu_by(
         forward = names[0] if name is None else name
         output = _run(forward, gradients, chosen, dtype, *operands, relu, masked_grad, mask_input)
     return output.squeeze(0) if input.dim() == 3 else output
+
+
+def _padded(images: Tensor, weight: Tensor, stride: list[int], padding: str) -> tuple[Tensor, list[int]]:
+    """The images and the padding on all sides for torch's padding "valid" or "same"."""
+    if padding not in ("valid", "same"):
+        raise ValueError(f"{OP}: padding must be integers, 'valid' or 'same', not {padding!r}")
+    if padding == "valid":
+        return images, [0, 0]
+    if stride != [1, 1]:
+        raise ValueError(f"{OP}: padding 'same' needs stride 1, not {stride}")
+    checks.check_images(OP, images)
+    checks.check_tensor(OP, "weight", weight)
+    height, width = (size - 1 for size in weight.shape[-2:])
+    if height % 2 or width % 2:  # an even kernel: one pixel more at the bottom and on the right
+        images = F.pad(images, (0, width % 2, 0, height % 2)).contiguous(memory_format=memory_format_of(images))
+    return images, [height // 2, width // 2]
 
 
 def _check_name(name: str, chosen: str, input: Tensor, weight: Tensor, stride: list[int], groups: int) -> None:
@@ -331,10 +356,10 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
     checks.check_device(OP, "weight", weight, input)
     checks.check_floating(OP, "weight", weight)
     if weight.dim() != 4:
-        raise ValueError(f"{OP}: weight must be [K, C / groups, R, S], not of shape {list(weight.shape)}")
+        raise TensorValueError(f"{OP}: weight must be [K, C / groups, R, S], not of shape {list(weight.shape)}")
     checks.check_groups(OP, groups, weight.shape[0], "output channels")
     if input.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
+        raise TensorValueError(
             f"{OP}: the input has {input.shape[1]} channels, but weight {list(weight.shape)} with groups={groups} "
             f"takes {weight.shape[1] * groups}"
         )
@@ -342,12 +367,12 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
     if bias is not None:
         checks.check_device(OP, "bias", bias, input)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{OP}: bias must be [{weight.shape[0]}], not of shape {list(bias.shape)}")
+            raise TensorValueError(f"{OP}: bias must be [{weight.shape[0]}], not of shape {list(bias.shape)}")
         checks.check_same_dtype(OP, "bias", bias, input)
     shape = [input.shape[0], weight.shape[0]]
     for size, kernel, step, pad in zip(input.shape[2:], weight.shape[2:], stride, padding, strict=True):
         if size + 2 * pad < kernel:
-            raise ValueError(
+            raise TensorValueError(
                 f"{OP}: an image of {input.shape[2]} x {input.shape[3]} (padding {padding}) is smaller than the "
                 f"kernel {weight.shape[2]} x {weight.shape[3]}"
             )
@@ -355,6 +380,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, 
     return shape
 
 
+_conv2d = torch.conv2d
+"""Held as torch.nn.functional holds it: a program that replaces torch.conv2d changes no convolution of nn.Conv2d."""
 _DEFAULTS = (LIBRARY, LIBRARY, LIBRARY, False, False)
 """Of the operator's arguments after `relu`."""
 
@@ -380,7 +407,7 @@ def _eager(
     memory_format = memory_format_of(input)
     images = input.contiguous(memory_format=memory_format)
     images = F.relu(images) if mask_input else images
-    output = torch.conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
+    output = _conv2d(images, weight, bias, stride, padding, 1, groups).contiguous(memory_format=memory_format)
     return output.relu_() if relu else output
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_kernels import reference
 from alexnet_kernels._dispatch import checks
-from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.layout import empty_like, in_format_of
 from alexnet_kernels._dispatch.registration import register_op
 from alexnet_kernels.backends import kernels_of, select
 
@@ -81,7 +81,7 @@ def dropout(
         places = [number for one in shards for number in one]
         keep = _keep(list(input.shape), drop, key, offset, places)
         output = torch.where(keep, input * scale, torch.zeros_like(input))
-        return output.contiguous(memory_format=memory_format_of(input))
+        return in_format_of(output, input)
     key = seed_tensor(OP, seed if drop > 0 else 0, input.device)
     return kernels_of(chosen).dropout(input, drop, scale, key, offset, *layout_of(input.shape, shards))
 
@@ -160,7 +160,7 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
         if seed.device == device or seed.device.type != "cpu" or torch.compiler.is_compiling():
             return seed.to(device)
         seed = int(seed)  # becomes an argument of a launch: copying from the CPU's memory would wait for the device
-    if not isinstance(seed, int):
+    if not isinstance(seed, int) or isinstance(seed, bool):  # torch's fourth argument is inplace
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, not {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must fit 64 bits, not {seed}")

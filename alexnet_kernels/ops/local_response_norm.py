@@ -8,14 +8,16 @@ Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import reference
 from alexnet_kernels._dispatch import checks
 from alexnet_kernels._dispatch.double_backward import double_backward
-from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.layout import empty_like, in_format_of
 from alexnet_kernels._dispatch.registration import register_op, register_operator
+from alexnet_kernels._errors import TensorValueError
 from alexnet_kernels.backends import kernels_of, select
 
 OP = "local_response_norm"
@@ -66,22 +68,29 @@ def check_lrn(op: str, input: Tensor, size: int, groups: int) -> None:
     checks.check_tensor(op, "input", input)
     checks.check_floating(op, "input", input)
     if input.dim() < 3:
-        raise ValueError(f"{op}: input must be [N, C, *] with at least three dimensions, not {list(input.shape)}")
+        raise TensorValueError(f"{op}: input must be [N, C, *] with at least three dimensions, not {list(input.shape)}")
     if not isinstance(size, checks.INTEGERS) or size < 1:
         raise ValueError(f"{op}: size must be a positive int, not {size!r}")
     checks.check_groups(op, groups, input.shape[1])
 
 
 def _native(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
-    if input.dtype in checks.LOW_PRECISION:
-        # torch's own squares in the input's precision, and has no such kernel for the CPU.
-        wide = reference.local_response_norm(input.float(), size, alpha, beta, k, groups)
-        return wide.to(input.dtype)
     if input.numel() == 0:
         return input.clone()
-    towers = input.reshape(input.shape[0] * groups, input.shape[1] // groups, *input.shape[2:])
-    output = F.local_response_norm(towers, size, alpha, beta, k).reshape(input.shape)
-    return output.contiguous(memory_format=memory_format_of(input))
+    images = input if input.dim() == 4 else input.flatten(2).unsqueeze(-1)
+    output = plain_local_response_norm(images, size, alpha, beta, k, groups).reshape(input.shape)
+    return in_format_of(output, input)
+
+
+def plain_local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    """The op for [N, C, H, W] in few operators of PyTorch, for TorchScript and exporters too.
+
+    torch's own function has no groups, squares in the input's precision, and has no such kernel for the CPU.
+    """
+    wide = input.float() if input.dtype == torch.bfloat16 or input.dtype == torch.float16 else input
+    towers = F.pad((wide * wide).unflatten(1, [groups, -1]), [0, 0, 0, 0, size // 2, (size - 1) // 2])
+    mean = F.avg_pool3d(towers, [size, 1, 1], 1)
+    return (wide / (mean.flatten(1, 2) * alpha + k) ** beta).to(input.dtype)
 
 
 def _fake(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:

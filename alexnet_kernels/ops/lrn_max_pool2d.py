@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_kernels import reference
 from alexnet_kernels._dispatch.double_backward import double_backward
-from alexnet_kernels._dispatch.layout import empty_like, memory_format_of
+from alexnet_kernels._dispatch.layout import empty_like, in_format_of
 from alexnet_kernels._dispatch.registration import register_op, register_operator
 from alexnet_kernels.backends import kernels_of, select
 from alexnet_kernels.ops.local_response_norm import check_lrn, local_response_norm
@@ -41,7 +41,7 @@ def lrn_max_pool2d(
     k: float = 1.0,
     groups: int = 1,
     kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] = 2,
+    stride: int | Sequence[int] | None = 2,
     padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     *,
@@ -66,7 +66,7 @@ def lrn_max_pool2d(
         x = torch.relu(x) if relu else x
         x = local_response_norm(x, size, alpha, beta, k, groups, backend="native")
         output = max_pool2d(x, *window, ceil_mode, backend="native")
-        return output.to(input.dtype).contiguous(memory_format=memory_format_of(input))
+        return in_format_of(output.to(input.dtype), input)
     return kernels_of(chosen).lrn_max_pool2d(input, bias, size, alpha, beta, k, groups, *window, ceil_mode, relu)[0]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alexnet_kernels._dispatch import checks
 from alexnet_kernels._dispatch.registration import register_op
+from alexnet_kernels._errors import TensorTypeError, TensorValueError
 from alexnet_kernels.backends import kernels_of, select
 
 OP = "sgd_step"
@@ -127,14 +128,18 @@ def _check(params, grads, momentum_buffers, masters) -> None:
             checks.check_device(OP, f"{name}[{i}]", tensor, params[0])
             checks.check_floating(OP, f"{name}[{i}]", tensor)
             if tensor.shape != param.shape:
-                raise ValueError(f"{OP}: {name}[{i}] is {list(tensor.shape)}, but params[{i}] is {list(param.shape)}")
+                raise TensorValueError(
+                    f"{OP}: {name}[{i}] is {list(tensor.shape)}, but params[{i}] is {list(param.shape)}"
+                )
             fits = {
                 "grads": (tensor.dtype == torch.float64) == (param.dtype == torch.float64),
                 "momentum_buffers": tensor.dtype in (param.dtype, wide),
                 "masters": tensor.dtype == wide,
             }
             if not fits[name]:
-                raise TypeError(f"{OP}: {name}[{i}] is {tensor.dtype}, which does not go with a {param.dtype} param")
+                raise TensorTypeError(
+                    f"{OP}: {name}[{i}] is {tensor.dtype}, which does not go with a {param.dtype} param"
+                )
 
 
 def _native(

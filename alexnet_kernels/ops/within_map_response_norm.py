@@ -8,6 +8,8 @@ Autocast: the input's dtype is kept; the kernels compute in float32 (float64 for
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_kernels import reference
@@ -49,10 +51,19 @@ def within_map_response_norm(
     _check(input, size)
     chosen = select(OP, input, backend)
     if chosen == "native":
-        if input.dtype in checks.LOW_PRECISION:
-            return reference.within_map_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
-        return reference.within_map_response_norm(input, size, alpha, beta, k)
+        if input.numel() == 0:
+            return input.clone()
+        return plain_within_map_response_norm(input, size, alpha, beta, k)
     return kernels_of(chosen).within_map_response_norm(input, size, alpha, beta, k)
+
+
+def plain_within_map_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """The op in few operators of PyTorch, for TorchScript and exporters too; bfloat16 and float16 in float32."""
+    wide = input.float() if input.dtype == torch.bfloat16 or input.dtype == torch.float16 else input
+    mean = F.avg_pool2d(wide * wide, size, 1, size // 2)
+    if size % 2 == 0:
+        mean = mean[:, :, :-1, :-1]
+    return (wide / (mean * alpha + k) ** beta).to(input.dtype)
 
 
 @checks.cache_validation

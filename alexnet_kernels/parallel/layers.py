@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from alexnet_kernels import nn as modules
 from alexnet_kernels._dispatch.layout import local, memory_format_of
-from alexnet_kernels.nn.fusion import register_layer
+from alexnet_kernels.nn.layers import register_layer
 from alexnet_kernels.ops.conv2d_relu import conv2d_relu
 from alexnet_kernels.ops.dropout import dropout
 from alexnet_kernels.ops.linear_relu_dropout import linear_relu_dropout

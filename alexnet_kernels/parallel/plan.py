@@ -31,7 +31,7 @@ def split_problem(model: AlexNet, plan: str, towers: int) -> str:
         other = "" if spec.groups > 1 else "; plans 'hybrid' and 'data' can split it"
         return f"preset {model.preset!r} has {spec.groups} tower{'s' * (spec.groups > 1)}, the mesh {towers}{other}"
     known = (nn.Conv2d, nn.Linear, nn.LocalResponseNorm, nn.Dropout)
-    allowed = (nn.Conv2d, nn.Linear, LocalResponseNorm, Dropout)
+    allowed = (nn.Conv2d, nn.Linear, LocalResponseNorm, nn.Dropout, Dropout)
     for module in (*model.features.children(), *model.classifier.children()):
         if isinstance(module, known) and type(module) not in allowed:
             return f"{type(module).__name__} in place of one of AlexNet's layers"

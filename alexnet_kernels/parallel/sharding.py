@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.nn import Dropout, LocalResponseNorm
+from alexnet_kernels.nn import LocalResponseNorm
 from alexnet_kernels.parallel import layers
 from alexnet_kernels.parallel.collectives import Group, shard_slice
 from alexnet_kernels.parallel.parallelism import Parallelism
@@ -204,5 +204,6 @@ def _convert_layers(
                 layer.name, layer.traffic = f"norm{number - 1}", traffic
             else:
                 child.groups //= split.tower.size
-        elif isinstance(child, Dropout):
+        elif isinstance(child, nn.Dropout):
+            layer.scale_at = getattr(child, "scale_at", "training")
             layer.__class__, layer.rows, layer.columns = layers.Dropout, rows, columns

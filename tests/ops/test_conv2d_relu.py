@@ -95,7 +95,8 @@ def test_errors(choice):
     raises(ValueError, r"stride must be at least 1, not 0", call(stride=0))
     raises(ValueError, r"padding must be at least 0, not -1", call(padding=-1))
     raises(TypeError, r"stride must be an int or two ints, not 1.5", call(stride=1.5))
-    raises(TypeError, r"padding must be an int or two ints, not 'same'", call(padding="same"))
+    raises(ValueError, r"padding must be integers, 'valid' or 'same', not 'full'", call(padding="full"))
+    raises(ValueError, r"padding 'same' needs stride 1, not \[2, 2\]", call(padding="same", stride=2))
     raises(ValueError, r"an image of 2 x 7 .* is smaller than the kernel 3 x 3", call(x=x[:, :, :2]))
     raises(RuntimeError, r"weight is on meta, but the input is on cpu", call(w=w.to("meta")))
 
@@ -278,7 +279,7 @@ class TestAgainstFloat64:
 
 
 def convolutions_of_presets() -> list[tuple]:
-    """(input shape, weight shape, stride, padding, groups) of every call of torch.conv2d by a preset's AlexNet.
+    """(input shape, weight shape, stride, padding, groups) of every call of conv2d by a preset's AlexNet.
 
     Images of the smallest size, of some above it and of the preset's; filters of the smallest count and all.
     """
@@ -290,7 +291,7 @@ def convolutions_of_presets() -> list[tuple]:
         return conv2d(input, weight, bias, stride, padding, dilation, groups)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch, "conv2d", record)
+        patch.setattr(sys.modules["alexnet_kernels.ops.conv2d_relu"], "_conv2d", record)
         for preset in PRESETS.values():
             for width in (0.001, 1.0):
                 model = AlexNet(2, replace(preset, neurons=8), width=width).bfloat16().eval()
@@ -615,6 +616,21 @@ class TestAlgorithms:
         for gradients in found[1:]:
             for actual, expected in zip(gradients, found[0], strict=True):
                 assert_close(actual, expected.double(), slack="library")
+
+
+@pytest.mark.parametrize("kernel", [(3, 5), (4, 3), (2, 6)], ids=["odd", "even-rows", "even"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@every_format
+def test_torchs_paddings_by_name(memory_format, padding, kernel, device, backend):
+    x = random((2, 8, 9, 8), torch.float64 if backend in ("cpu", "native") else torch.float32, memory_format, device)
+    weight = random((6, 4, *kernel), x.dtype, device=device)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    out = conv2d_relu(*leaves, padding=padding, groups=2, backend=backend)
+    expected = torch.relu(F.conv2d(*leaves, padding=padding, groups=2))
+    assert out.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (out, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def operator_arguments(inputs: dict[str, Any]) -> list[Any]:

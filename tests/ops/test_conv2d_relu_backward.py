@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_kernels import reference, unfuse, use_backend
-from alexnet_kernels.nn import FusedSequential, fusion
+from alexnet_kernels.nn import FusedSequential, fusion, runs
 from alexnet_kernels.ops import conv2d_relu
 from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, OWN, WGMMA, conv2d_relu_by
 
@@ -380,6 +380,8 @@ def test_weights_of_any_strides() -> None:
 class Recorder(TorchDispatchMode):
     """The operators of convolution and ReLU that are called."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
@@ -538,7 +540,7 @@ class TestChains:
         assert (out.grad == 2).all()
 
     def test_no_masks_without_gradients(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fusion, "conv2d_relu_by", None)
+        monkeypatch.setattr(runs, "conv2d_relu_by", None)
         fused = self.module()
         with torch.no_grad():
             fused(self.images())

@@ -147,6 +147,7 @@ def test_errors(choice):
     raises(ValueError, r"p must be in \[0, 1\], not nan", call(p=math.nan))
     raises(ValueError, r"scale_at must be 'training' or 'inference', not 'test'", call(scale_at="test"))
     raises(TypeError, r"seed must be an int, an int64 tensor or None, not float", call(seed=0.5))
+    raises(TypeError, r"seed must be an int, an int64 tensor or None, not bool", call(seed=True))  # torch's inplace
     raises(
         TypeError,
         r"seed must be int64 with one element, not torch.int32",
