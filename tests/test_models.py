@@ -264,6 +264,9 @@ class TestUse:
         kinds = [type(child) for child in model.features]
         assert kinds == [nn.Conv2d, nn.ReLU, nn.MaxPool2d] * 2 + [nn.Conv2d, nn.ReLU] * 3 + [nn.MaxPool2d]
 
+    def test_average_of_a_model_that_a_former_version_pickled(self) -> None:
+        assert pickle.loads(b"calexnet_kernels.nn.modules\nAdaptiveAvgPool2d\n.") is nn.AdaptiveAvgPool2d
+
     def test_hook_sees_what_precedes_the_relu(self) -> None:
         model = small()
         seen: list[Tensor] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_kernels.models import AlexNet
-from alexnet_kernels.nn import AdaptiveAvgPool2d, LocalResponseNorm
+from alexnet_kernels.nn import LocalResponseNorm
 
 
 def missing(package: str) -> str | None:
@@ -161,7 +161,7 @@ def to_onnx(model: AlexNet, batch: int, size: int) -> Any:
             add("BatchNormalization", *named, epsilon=layer.eps)
         elif isinstance(layer, nn.Flatten):
             add("Flatten")
-        elif isinstance(layer, AdaptiveAvgPool2d):
+        elif isinstance(layer, nn.AdaptiveAvgPool2d):
             with torch.no_grad():
                 maps = model.features(torch.empty(1, 3, size, size, device=next(model.parameters()).device)).shape[2:]
             if tuple(maps) != layer.output_size:

@@ -1,18 +1,20 @@
 """The AlexNet module, and torchvision's constructor of it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from alexnet_kernels._dispatch.checks import is_plain
+from alexnet_kernels._errors import TensorValueError
+from alexnet_kernels._torch_private import is_leaving, is_seen
 from alexnet_kernels.models.presets import PRESETS, Preset
 from alexnet_kernels.models.weights import load_weights
-from alexnet_kernels.nn import AdaptiveAvgPool2d, Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
+from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
+from alexnet_kernels.nn.originals import foreign_mode, replaced
 
 __all__ = ["AlexNet", "alexnet"]
 
@@ -43,15 +45,15 @@ class AlexNet(nn.Module):
       conv1_padding=2. The paper gives 224 and 55, but not the padding.
     - 227 without padding: Caffe; presets "caffe" and "caffenet", or conv1_padding=0.
 
-    224 without padding gives 54 instead: the ONNX zoo's bvlc_alexnet, which is preset "caffe" with an input of 224. Its
-    pools round up (54, 27, 13, 6).
+    224 without padding gives 54 instead: the ONNX zoo's bvlc_alexnet, `models.ONNX_ZOO`, whose first two pools round
+    down (54, 26, 12, 6). Preset "caffe" takes 224 too, and its pools round up (54, 27, 13, 6).
 
     Args:
         num_classes: outputs of fc8.
         preset: a name in `PRESETS`, or a `Preset`: order and sizes of the layers, normalisation, initial values.
-        dropout: probability of dropping the outputs of fc6 and fc7 (their inputs in preset "torchvision"). The presets
-            "paper" and "as_run" scale activations in evaluation, the others in training; see
-            `alexnet_kernels.nn.Dropout`.
+        dropout: probability of dropping the outputs of fc6 and fc7 (their inputs in preset "torchvision"); pass it by
+            keyword, since torchvision's class has it second. The presets "paper" and "as_run" scale activations in
+            evaluation (`alexnet_kernels.nn.Dropout`), the others in training (torch.nn.Dropout).
         width: factor on the preset's filters and neurons, which are rounded to a multiple of 8 per tower.
         in_channels: channels of the images.
         conv1_padding: zero padding before conv1 in place of the preset's: a number for all sides, or (left, right, top,
@@ -60,14 +62,15 @@ class AlexNet(nn.Module):
 
     Attributes:
         preset: the `Preset`'s name.
-        input_size: height and width of the images for which conv1's output is 55 x 55.
+        input_size: height and width of the preset's images, for which conv1's output is 55 x 55 (54 in the ONNX zoo's).
         min_size: the smallest (height, width) that leaves every layer, as built, an output.
         features, avgpool, classifier: torchvision's names. In preset "torchvision" they have its 13, 1 and 7 children
             and its state_dict keys. `features` and `classifier` are FusedSequential.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range. The forward pass raises ValueError for an
-            input of another shape, dtype or number of channels, or one that is too small.
+            input of another shape, dtype or number of channels, or one that is too small. The error is also a
+            RuntimeError, which torch raises there.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class AlexNet(nn.Module):
         filters = [_scaled(count, width, multiple) for count in spec.filters]
         neurons = _scaled(spec.neurons, width, multiple)
         self.features = FusedSequential(*_features(spec, in_channels, filters, padding, factory))
-        self.avgpool = AdaptiveAvgPool2d((6, 6))
+        self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
         self.classifier = FusedSequential(*_classifier(spec, filters[-1] * 36, neurons, num_classes, dropout, factory))
         self.min_size = _smallest_input(self.features)
         if spec.initialization is not None:
@@ -111,12 +114,32 @@ class AlexNet(nn.Module):
             self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor):
-            self._check_input(x)
-        x = self.features(x)
-        x = self.avgpool(x)
+        if torch.jit.is_scripting():
+            x = self.avgpool(self.features(x))
+        else:
+            if isinstance(x, Tensor):
+                self._check_input(x)
+            x = self.features(x)
+            if not self._is_averaged(x):
+                x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.classifier(x)
+
+    def _is_averaged(self, x: Any) -> bool:
+        """Whether avgpool would copy x, and nobody looks at the call or has to record it."""
+        pool = self.avgpool
+        return (
+            type(pool) is nn.AdaptiveAvgPool2d
+            and isinstance(x, Tensor)
+            and is_plain(x)
+            # The TorchScript-based ONNX exporter may lose the size on the way, and needs it to export the pool.
+            and (not is_leaving() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()))
+            and x.dim() == 4
+            and tuple(x.shape[2:]) == pool.output_size
+            and not is_seen(pool)
+            and not foreign_mode()
+            and not replaced(nn.AdaptiveAvgPool2d, "A", torch.compiler.is_compiling())
+        )
 
     def reset_parameters(self) -> None:
         """Draw new initial values as the preset defines them, and reset batch normalisation's statistics."""
@@ -143,34 +166,48 @@ class AlexNet(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         first = next((m for m in self.features.children() if not isinstance(m, nn.ZeroPad2d)), None)
-        # A first layer that the user has replaced checks its input itself.
-        conv = first if isinstance(first, nn.Conv2d) else None
-        channels = "C" if conv is None else conv.in_channels
+        # Another layer that the user has put first, or a hook before it, may take other tensors.
+        if not _is_conv(first):
+            return
         if x.dim() != 4:
-            raise ValueError(f"expected images [N, {channels}, H, W], got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"expected images of a floating-point dtype, got {x.dtype}")
-        if conv is not None:
-            if x.shape[1] != conv.in_channels:
-                raise ValueError(f"expected {conv.in_channels} channels, got shape {tuple(x.shape)}")
-            dtype = conv.weight.dtype
-            if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(f"expected images of the parameters' dtype {dtype}, got {x.dtype}")
+            raise TensorValueError(f"expected images [N, {first.in_channels}, H, W], got shape {tuple(x.shape)}")
+        dtype = first.weight.dtype
+        if x.dtype != dtype and not x.is_floating_point():
+            raise TensorValueError(f"expected images of a floating-point dtype, got {x.dtype}")
+        if is_leaving():  # sizes may be symbols; the program's own layers check them
+            return
+        if x.shape[1] != first.in_channels:
+            raise TensorValueError(f"expected {first.in_channels} channels, got shape {tuple(x.shape)}")
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TensorValueError(f"expected images of the parameters' dtype {dtype}, got {x.dtype}")
         height, width = x.shape[2:]
         if height < self.min_size[0] or width < self.min_size[1]:
             smallest = _smallest_input(self.features)
             if height < smallest[0] or width < smallest[1]:
-                raise ValueError(
+                raise TensorValueError(
                     f"images of {height} x {width} are too small for the layers' windows: "
                     f"the smallest size is {smallest[0]} x {smallest[1]}"
                 )
+
+
+def _is_conv(layer: Any) -> TypeGuard[nn.Conv2d]:
+    """Whether the layer takes what nn.Conv2d takes."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and type(layer).forward is nn.Conv2d.forward
+        and "forward" not in layer.__dict__
+        and not layer._forward_pre_hooks
+    )
 
 
 def _preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or a Preset, got {preset!r}")
+        hint = ""
+        if isinstance(preset, int | float):
+            hint = f": write AlexNet(dropout={preset}); torchvision's AlexNet is alexnet(dropout={preset})"
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or a Preset, got {preset!r}{hint}")
     return PRESETS[preset]
 
 
@@ -258,7 +295,9 @@ def _classifier(
     children: list[nn.Module] = []
     for features in (inputs, neurons):
         hidden = [nn.Linear(features, neurons, **factory), _activation(spec)]
-        drop = Dropout(dropout, scale_at=spec.dropout_scale_at)
+        # Tools know torch's type by name.
+        scaled_in_training = spec.dropout_scale_at == "training"
+        drop = nn.Dropout(dropout) if scaled_in_training else Dropout(dropout, scale_at=spec.dropout_scale_at)
         children += [drop, *hidden] if spec.dropout_on == "inputs" else [*hidden, drop]
     return [*children, nn.Linear(neurons, num_classes, **factory)]
 
@@ -294,6 +333,7 @@ def alexnet(
     progress: bool = True,
     *,
     strict: bool = True,
+    pretrained: bool | None = None,
     **kwargs: Any,
 ) -> AlexNet:
     """torchvision's alexnet: `AlexNet(preset="torchvision", **kwargs)`, optionally with weights.
@@ -306,13 +346,17 @@ def alexnet(
         progress: whether torchvision's download shows a progress bar.
         strict: False also accepts weights of `features` alone, with a warning that the classifier keeps its initial
             values.
+        pretrained: torchvision's former argument, with a warning: True for weights="IMAGENET1K_V1", False for None. So
+            too a bool as weights.
         **kwargs: arguments of `AlexNet`; preset defaults to "torchvision".
 
     Raises:
-        ValueError: weights that do not fit the model.
+        ValueError: weights that do not fit the model, or both weights and pretrained.
         FileNotFoundError, ImportError, TypeError: weights that can't be read.
     """
     kwargs.setdefault("preset", "torchvision")
+    if pretrained is not None or isinstance(weights, bool):
+        weights = _former(weights, pretrained)
     if weights is None:
         return AlexNet(**kwargs)
     state, name = load_weights(weights, progress)
@@ -323,6 +367,16 @@ def alexnet(
             f"{name} holds only the features: the classifier keeps its untrained initial values", stacklevel=2
         )
     return model
+
+
+def _former(weights: Any, pretrained: bool | None) -> str | None:
+    """The weights that torchvision's former arguments mean: alexnet(pretrained=True) and alexnet(True)."""
+    if pretrained is not None and weights is not None:
+        raise ValueError("alexnet takes weights= or the former pretrained=, not both")
+    name, given = ("weights", weights) if pretrained is None else ("pretrained", pretrained)
+    meant = "IMAGENET1K_V1" if given else None
+    warnings.warn(f"alexnet({name}={given}) is deprecated, as in torchvision: write weights={meant!r}", stacklevel=3)
+    return meant
 
 
 def _shapes(**kwargs: Any) -> dict[str, torch.Size]:

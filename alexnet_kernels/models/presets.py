@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["PRESETS", "Initialization", "Pool", "Preset", "ResponseNorm"]
+__all__ = ["ONNX_ZOO", "PRESETS", "Initialization", "Pool", "Preset", "ResponseNorm"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Preset:
     source: str
     """Where the network is defined."""
     input_size: int
-    """Height and width of the images for which conv1's output is 55 x 55."""
+    """Height and width of the images: those for which conv1's output is 55 x 55 (54 in `ONNX_ZOO`)."""
     conv1_padding: int | tuple[int, int, int, int]
     """Zero padding of the input on all sides, or (left, right, top, bottom)."""
     filters: tuple[int, int, int, int, int]
@@ -191,3 +191,12 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset for preset in (_PAPER, _AS_RUN, _CAFFE, _CAFFENET, _TORCHVISION, _BATCHNORM)
 }
 """The presets by name: paper, as_run, caffe, caffenet, torchvision, batchnorm."""
+
+ONNX_ZOO = replace(
+    _CAFFE,
+    name="onnx_zoo",
+    source="the ONNX model zoo's bvlc_alexnet",
+    input_size=224,
+    pools=(Pool(), Pool(), None, None, Pool(ceil_mode=True)),
+)
+"""Caffe's network as converted: for 224 x 224, with maps of 54, 26, 12 and 6. Its weights are those of preset caffe."""
