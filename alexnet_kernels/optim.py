@@ -12,6 +12,9 @@ from alexnet_kernels import ops
 from alexnet_kernels._dispatch.checks import LOW_PRECISION
 from alexnet_kernels._dispatch.layout import local
 
+_NEWER: dict[str, Any] = {"dampening": 0.0, "nesterov": False, "rule": "paper", "master_weights": None}
+"""Values of options that a pickled optimizer may lack."""
+
 
 class SGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay, one pass over all parameters a step.
@@ -131,21 +134,57 @@ class SGD(torch.optim.Optimizer):
 
     def _start(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Creates the state that a parameter lacks; returns whether this is its first step."""
-        state = self.state[param]
-        if "momentum_buffer" in state:
-            return False
+        state, momentum = self.state[param], self.state[param].get("momentum_buffer")
         if "master" not in state and param.dtype in LOW_PRECISION and group["master_weights"] is not False:
             state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
-        state["momentum_buffer"] = torch.zeros_like(state.get("master", param), memory_format=torch.preserve_format)
-        return True
+            if momentum is not None:  # loaded from an optimizer without masters
+                state["momentum_buffer"] = momentum.to(torch.float32, memory_format=torch.preserve_format)
+        if momentum is None:
+            state["momentum_buffer"] = torch.zeros_like(state.get("master", param), memory_format=torch.preserve_format)
+        return momentum is None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for options in (self.defaults, *self.param_groups):
+            for name, value in _NEWER.items():  # pickled before there was this option
+                options.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; masters and their momentum stay float32: torch would cast them to the parameter's dtype."""
-        super().load_state_dict(state_dict)
+        """Loads a state, this optimizer's or torch.optim.SGD's.
+
+        Options that a saved group lacks keep the value that they have here; others that it has are kept. Masters and
+        their momentum stay float32: torch would cast them to the parameter's dtype. torch.optim.SGD loads a state with
+        rule="torch", but not that of parameters with masters.
+
+        Raises:
+            ValueError: other groups or parameters; momentum of torch.optim.SGD for rule="paper", which scales it by the
+                learning rate; maximize or differentiable.
+        """
         saved = state_dict["state"]
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)
+        groups = [{**{name: own[name] for name in own if name != "params"}, **group} for own, group in pairs]
+        if len(self.param_groups) == len(state_dict["param_groups"]):  # torch refuses others
+            for group, given in zip(groups, state_dict["param_groups"], strict=True):
+                self._check_loaded(group, "rule" in given, [saved.get(key, {}) for key in group["params"]])
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
         order = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for key, param in zip(order, params, strict=True):
+            if param in self.state and self.state[param].get("momentum_buffer", param) is None:
+                del self.state[param]["momentum_buffer"]  # torch's name for none yet
             for name, value in saved.get(key, {}).items():
                 if isinstance(value, Tensor) and "master" in saved[key]:
                     self.state[param][name] = value.to(device=param.device, dtype=torch.float32, copy=True)
+
+    def _check_loaded(self, group: dict[str, Any], has_rule: bool, states: list[dict[str, Any]]) -> None:
+        for name in ("maximize", "differentiable"):
+            if group.get(name):
+                raise ValueError(f"SGD: the state has {name}=True, which this optimizer does not support")
+        moving = any(state.get("momentum_buffer") is not None for state in states)
+        if not has_rule and group["rule"] == "paper" and moving:
+            raise ValueError(
+                "SGD: the state is torch.optim.SGD's, whose momentum is that of rule='torch': this optimizer has "
+                "rule='paper'"
+            )
+        ops.sgd_step([], [], [], **self._settings(group))
