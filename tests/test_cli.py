@@ -82,11 +82,19 @@ class TestTrain:
             str(folder),
             *SMALL,
             "--lr",
+            "1e-9",
+            "--log-every",
             "0.001",
         ]
         assert main(command) == 0
         out = capsys.readouterr().out
         assert "preset caffe" in out
+        # Without a rate as long as no step was counted.
+        assert re.search(r"^epoch 2/2 step 1/\d+  train loss [\d.]+ top-1 .*%  \d+ s left$", out, re.M)
+        assert re.search(r"^epoch 1/2 step 2/\d+  \d+ images/s  train loss [\d.]+ top-1 .*%  \d+ s left$", out, re.M)
+        assert (
+            len(re.findall(r"not learning: the loss is that of guessing, ln\(2\) = 0\.693; .*: try .*--lr", out)) == 2
+        )
         assert "12 training and 6 validation images of 2 classes, 64 x 64" in out
         assert len(re.findall(r"epoch +\d/2 +\d+ images/s  train loss [\d.]+ top-1 +[\d.]+%.* val loss", out)) == 2
         assert re.search(r"top-1 [\d.]+%  top-5 100\.0%  on the validation images, epoch [12] \(chance: 50\.0%\)", out)

@@ -75,12 +75,19 @@ def add_parser(commands: Any) -> None:
     add("--max-time", type=duration, metavar="TIME", help="stop after, say, 90s, 10m or 1h30m; can be resumed")
     add("--save-every", type=positive, default=1000, metavar="N",
         help="steps between checkpoints inside an epoch (default: 1000; one also after each epoch)")  # fmt: skip
+    add("--log-every", type=_interval, default=60.0, metavar="SECONDS",
+        help="time between two lines of progress inside an epoch, if the output is not a terminal; 0 for none "
+        "(default: 60)")  # fmt: skip
     add_device(parser)
     add("--no-graph", action="store_true",
         help="do not run the training step on a GPU as one CUDA graph; the results are the same bits")  # fmt: skip
     _add_parallel(parser)
     _add_settings(parser)
     parser.set_defaults(run=run)
+
+
+def _interval(text: str) -> float:
+    return 0.0 if text == "0" else duration(text)
 
 
 def _add_parallel(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +161,7 @@ def _spec(options: argparse.Namespace, parallel: ParallelConfig | None) -> RunSp
         "workers": workers_of(options),
         "max_seconds": options.max_time,
         "save_every": options.save_every,
+        "log_every": options.log_every,
         "bad_images": options.bad_images,
         "graph": not options.no_graph,
         "parallel": parallel,

@@ -20,6 +20,7 @@ from alexnet_kernels.models import AlexNet
 from alexnet_kernels.optim import SGD
 from alexnet_kernels.training import precision
 from alexnet_kernels.training.checkpoint import MODEL
+from alexnet_kernels.training.diagnosis import Movement
 from alexnet_kernels.training.distributed.team import Team
 from alexnet_kernels.training.header import KEY, Header, History, from_dict, to_dict
 from alexnet_kernels.training.image_set import Batch, unreadable
@@ -266,6 +267,20 @@ class Classifier(pl.LightningModule):
             rows.append({"name": name, "w": w, "dw": dw, "ratio": dw / w if w else math.nan})
         order = {name: i for i, name in enumerate(names.values())}
         return sorted(rows, key=lambda row: order[row["name"]])
+
+    def movements(self) -> list[Movement]:
+        """The last step of every layer's weights beside what weight decay alone makes of them. A collective."""
+        parameters = dict(self.model.named_parameters())
+        decays: dict[Tensor, float] = {}
+        for group in self.trainer.optimizers[0].param_groups:
+            decay = float(group["lr"]) * group["weight_decay"] / (1 - group["momentum"])
+            decays |= dict.fromkeys(group["params"], decay)
+        rows = [(row["name"], row["ratio"]) for row in self.layer_figures()]
+        return [
+            Movement(name.removesuffix(".weight"), ratio, decays[parameters[name]])
+            for name, ratio in rows
+            if parameters[name].dim() > 1
+        ]
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         content[KEY] = to_dict(self.header, self.history)

@@ -126,8 +126,11 @@ def _train(spec: RunSpec, console: Console, team: Team, began: float, held: Exit
     left = None if spec.max_seconds is None else spec.max_seconds - (time.monotonic() - began)
     stop, board = StopRequest(left, team), TensorBoardCallback(folder / "tensorboard")
     callbacks = [
-        ProgressCallback(console), board, CSVCallback(folder), CheckpointCallback(folder, stop, spec.save_every)
-    ]  # fmt: skip
+        ProgressCallback(console, spec.log_every),
+        board,
+        CSVCallback(folder),
+        CheckpointCallback(folder, stop, spec.save_every),
+    ]
     stopped: str | None = None
     with _lightning_notices_off():
         trainer = pl.Trainer(

@@ -46,6 +46,8 @@ class RunSpec:
     """Stop after the step that passes this time."""
     save_every: int = 1000
     """Steps between checkpoints inside an epoch. A checkpoint is also written after every epoch."""
+    log_every: float = 60.0
+    """Seconds between two lines of progress inside an epoch, if the output is not a terminal; 0 for none."""
     bad_images: str = "refuse"
     """"refuse" unreadable images with an error, or "skip" them."""
     graph: bool = True
