@@ -3,7 +3,7 @@
 import warnings
 
 # _interrupt comes first.
-from alexnet_kernels import _interrupt, _library, backends, nn, ops, optim, reference  # noqa: F401
+from alexnet_kernels import _interrupt, _library, backends, interop, nn, ops, optim, reference  # noqa: F401
 from alexnet_kernels._version import __version__
 from alexnet_kernels.backends import set_backend, use_backend
 from alexnet_kernels.models import AlexNet, alexnet
@@ -18,6 +18,7 @@ __all__ = [
     "alexnet",
     "backends",
     "fuse",
+    "interop",
     "nn",
     "ops",
     "optim",

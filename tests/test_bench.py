@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import benchmark
+from torch import nn
 
 import alexnet_kernels
 from alexnet_kernels import AlexNet, _library, backends
@@ -24,11 +25,13 @@ from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
 from alexnet_kernels.bench.optimizer_row import SgdRow
 from alexnet_kernels.bench.roofline import Ceilings
-from alexnet_kernels.bench.row import ONE_GRAPH, PURPOSES, WITHOUT_MASTERS, Row, is_ours
+from alexnet_kernels.bench.row import FUSED, ONE_GRAPH, PURPOSES, WITHOUT_MASTERS, Row, is_ours
+from alexnet_kernels.bench.suite import Problem
+from alexnet_kernels.bench.suite_row import SuiteRow, suite_rows
 from alexnet_kernels.bench.timing import DeviceLost, Failure, Timing, copy_rate, input_sets, measure
 from alexnet_kernels.cli import main
 from alexnet_kernels.models import PRESETS, count_macs
-from alexnet_kernels.nn import fusion
+from alexnet_kernels.nn import runs
 from alexnet_kernels.op_info import OP_INFOS, Baseline
 from alexnet_kernels.op_info._record import OVERHEAD
 
@@ -292,9 +295,9 @@ class TestNets:
 
     @pytest.mark.parametrize("purpose", PURPOSES)
     def test_a_wrong_network_is_not_timed(self, purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = fusion.conv2d_relu
+        right = runs.conv2d_relu
         monkeypatch.setattr(
-            fusion,
+            runs,
             "conv2d_relu",
             lambda x, weight, *args, **options: right(x, 1.02 * weight, *args, **options),
         )
@@ -411,6 +414,31 @@ class TestTables:
         assert "not a report of `bench`" in capsys.readouterr().err
         assert main(["bench", "--compare", str(tmp_path / "none.json"), str(paths[1])]) == 2
         assert "No such file" in capsys.readouterr().err
+
+
+class TestSuite:
+    def test_a_problem_is_checked_and_timed(self) -> None:
+        problem = Problem("small", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (256, 3, 9, 9), 2)
+        (row,) = suite_rows([problem], CPU)
+        assert row.name == "small, fp32, batch 2, inference"
+        assert suite_rows([problem], torch.device("cuda"))[0].batch == 256
+        row = dataclasses.replace(row, compile=())
+        result = timed(row)
+        assert result["wrong"] == result["errors"] == {}
+        assert result["tolerances"] == {FUSED: 1e-4, "eager": 1e-4}
+        assert set(result["inference"]["times"]) == {FUSED, "eager"}
+        assert is_ours(FUSED)
+
+    def test_a_wrong_variant_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = SuiteRow._variant
+        errors = {FUSED: 0.5, "eager": 5e-3}
+        monkeypatch.setattr(
+            SuiteRow, "_variant", lambda self, name, model: lambda x: made(self, "eager", model)(x) + errors[name]
+        )
+        problem = Problem("small", lambda: nn.ReLU(), (2, 3, 9, 9), 2)
+        result = timed(SuiteRow(problem, 2, compile=()))
+        assert result["wrong"] == {FUSED: "it differs from eager by more than atol = rtol = 0.01"}
+        assert result["tolerances"] == {"eager": 0.01}
 
 
 class TestRows:

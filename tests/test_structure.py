@@ -23,7 +23,7 @@ LAYERS = (
     ("triton",),
     ("ops",),
     ("op_info", "nn", "optim"),
-    ("capture",),
+    ("capture", "interop"),
     ("models",),
     ("parallel",),
     ("training", "bench"),

@@ -16,6 +16,8 @@ WITHOUT_MASTERS = "auto, pure bf16, no masters"
 ONE_GRAPH = ", one graph"
 """Ends the names of variants that replay the graph of `alexnet_kernels.capture`."""
 OUR_NETS = ("auto", f"auto{ONE_GRAPH}", "auto, pure bf16", f"auto, pure bf16{ONE_GRAPH}", WITHOUT_MASTERS, "triton")
+FUSED = "compiled by alexnet_kernels"
+"""torch.compile with the backend of `alexnet_kernels.interop`."""
 DIRECTIONS = ("forward", "backward", "forward and backward", "step", "inference", "training step")
 PURPOSES = DIRECTIONS[-2:]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -63,6 +65,8 @@ class RowResult:
     wrong: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    tolerances: dict[str, float] = field(default_factory=dict)
+    """The smallest of a suite's tolerances at which a variant agrees with eager."""
     directions: dict[str, Measurement] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +109,7 @@ class Row(Protocol):
 
 def is_ours(variant: str) -> bool:
     """Whether the variant is this package's; the others are baselines."""
-    return variant in ("cpu", "cuda", *OUR_NETS) or variant.startswith("cuda, ")
+    return variant in ("cpu", "cuda", FUSED, *OUR_NETS) or variant.startswith("cuda, ")
 
 
 def our_backends(op: str, device: torch.device) -> dict[str, str | None]:

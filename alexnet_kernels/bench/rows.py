@@ -14,10 +14,12 @@ from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
 from alexnet_kernels.bench.optimizer_row import SgdRow
 from alexnet_kernels.bench.row import COMPILED, PURPOSES, Row
+from alexnet_kernels.bench.suite import PROBLEMS
+from alexnet_kernels.bench.suite_row import suite_rows
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.op_info._record import OVERHEAD
 
-KINDS = ("ops", "nets")
+KINDS = ("ops", "nets", "suite")
 BATCHES = {"cpu": (1, 32), "cuda": (1, 32, 128, 256, 1024)}
 REFERENCE = {"cpu": 32, "cuda": 128}
 """The batch size at which compiled baselines are measured as well."""
@@ -29,7 +31,10 @@ SMOKE_TIMING: dict[str, Any] = {"seconds": 0.01, "rounds": 1}
 def rows(
     device: torch.device, kinds: Collection[str] = KINDS, batches: Sequence[int] | None = None, smoke: bool = False
 ) -> list[Row]:
-    """All rows, the most important first. `smoke`: small rows of every op, network and baseline."""
+    """All rows, the most important first. `smoke`: small rows of every op, network and baseline.
+
+    batches: of ops and networks; problems of a suite have the suite's.
+    """
     kind = device.type
     reference = SMOKE if smoke else REFERENCE[kind]
     chosen = (SMOKE,) if smoke else tuple(batches or BATCHES[kind])
@@ -38,6 +43,8 @@ def rows(
         found += _ops(chosen, reference, smoke)
     if "nets" in kinds:
         found += _nets(chosen, reference, smoke)
+    if "suite" in kinds:
+        found += suite_rows(PROBLEMS, device, 1 if smoke else None)
     return found
 
 

@@ -92,6 +92,12 @@ def table(results: Results, ceilings: Ceilings | None, cuda: bool) -> list[str]:
         for variant, timing in measured["times"].items()
         if "error" in timing
     ]
+    notes += [
+        ("AGREES", variant, f"with eager at atol = rtol = {tolerance:g}", name)
+        for name, result in results.items()
+        for variant, tolerance in result.get("tolerances", {}).items()
+        if is_ours(variant)
+    ]
     return [*lines, "", *_bullets(notes)]
 
 
