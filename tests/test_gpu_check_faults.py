@@ -364,7 +364,7 @@ def test_the_grandchildren_of_a_killed_check_are_ended(tmp_path: Path) -> None:
 
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, cwd=tmp_path)
     assert until(lambda: log.exists() and "x| begun" in log.read_text())
-    assert runs()
+    assert until(runs)
     process.kill()
     process.wait()
     assert until(lambda: not runs())
