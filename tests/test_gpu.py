@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from helpers import assert_same
 from torch import Tensor
 
-from alexnet_kernels import AlexNet, backends, ops, optim, use_backend
+from alexnet_kernels import AlexNet, backends, ops, optim, unfuse, use_backend
 from alexnet_kernels._dispatch import choices, tuned
 from alexnet_kernels.bench import tuning
 from alexnet_kernels.capture import CapturedForward, CapturedStep
+from alexnet_kernels.interop import dynamo_backend
 from alexnet_kernels.op_info import OP_INFOS, OpInfo
 from alexnet_kernels.ops.conv2d_relu import LIBRARY, MMA, WGMMA, conv2d_relu_by
 
@@ -261,6 +262,23 @@ def test_compiles_as_one_graph(preset: str, fresh_dynamo: None) -> None:
         results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("inductor", [True, False], ids=["inductor", "alone"])
+@pytest.mark.parametrize("preset", ["paper", "batchnorm"])
+def test_fuses_plain_layers_in_torch_compile(preset: str, inductor: bool, fresh_dynamo: None) -> None:
+    model = unfuse(AlexNet(10, preset, width=0.1)).to(DEVICE, memory_format=torch.channels_last).eval()
+    compiled = torch.compile(model, backend=dynamo_backend, options={} if inductor else {"inductor": False})
+    for batch in (4, 6):
+        x = images(batch, 3, 224, 224, dtype=torch.float32)
+        results = []
+        for function in (compiled, model):
+            model.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16):
+                out = function(x)
+            out.float().square().sum().backward()
+            results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert_agree(*results, "conv2d_relu")
 
 
 @pytest.mark.parametrize("chosen", ["auto", "cuda", "triton", "native"])
