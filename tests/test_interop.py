@@ -455,7 +455,7 @@ class TestBackend:
         assert len(explanation.reports) == 1
         assert explanation.graph_breaks == []
 
-    def test_a_function_that_was_replaced_before_the_import(self) -> None:
+    def test_a_function_that_was_replaced_before_the_import(self, tmp_path: Path) -> None:
         program = f"""
 import torch, torch.nn.functional as F
 F.relu = F.elu
@@ -468,7 +468,9 @@ torch.testing.assert_close(call(x), expected)
 torch.testing.assert_close(fuse(net)(x), expected)
 """
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
 
     def test_explain(self) -> None:
@@ -534,6 +536,8 @@ call(torch.ones(1, 1, 2, 2))
 """
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
         environment = os.environ | {"PYTHONPATH": path, "TORCH_LOGS": "alexnet_kernels"}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         assert "1 of 1 layers" in done.stderr
