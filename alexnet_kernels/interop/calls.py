@@ -9,13 +9,12 @@ from typing import Any
 from torch.fx import Node
 
 from alexnet_kernels.nn.originals import function_of_torch
+from alexnet_kernels.ops.max_pool2d import MOST_PIXELS
 
 __all__ = ["LayerCall", "layer_of"]
 
 _REQUIRED = object()
 _ALIASES = {"train": "training"}
-_PIXELS = 256
-"""The most pixels of a pool's window."""
 
 
 @dataclass
@@ -111,8 +110,8 @@ def _pool(a: dict[str, Any]) -> LayerCall:
     if _pair(a["dilation"], "dilation") != (1, 1):
         raise _Unsupported(f"dilation={_plain(a['dilation'])}")
     window = _pair(a["kernel_size"], "kernel_size")
-    if window[0] * window[1] > _PIXELS:
-        raise _Unsupported(f"a window of {window[0]} x {window[1]} pixels, more than {_PIXELS}")
+    if window[0] * window[1] > MOST_PIXELS:
+        raise _Unsupported(f"a window of {window[0]} x {window[1]} pixels, more than {MOST_PIXELS}")
     whole = a["stride"] is None or (isinstance(a["stride"], Sequence) and not a["stride"])
     settings = {
         "kernel_size": window,

@@ -104,21 +104,19 @@ class Effects:
 
     def state_changes(self, first: Node, last: Node) -> bool:
         """Whether a node between the two changes the state of torch."""
-        node = first.next
-        while node is not last:
-            if changes_state(node):
-                return True
-            node = node.next
-        return False
+        return any(map(changes_state, _between(first, last)))
 
     def barrier(self, first: Node, last: Node) -> Node | None:
         """A node between the two that writes to memory or changes the state of torch."""
-        node = first.next
-        while node is not last:
-            if node in self.writers or changes_state(node):
-                return node
-            node = node.next
-        return None
+        return next((node for node in _between(first, last) if node in self.writers or changes_state(node)), None)
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    """The nodes after `first` and before `last`, in the order of the graph."""
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
 
 
 def _storages(value: Any) -> Iterator[int]:

@@ -5,9 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
-from alexnet_kernels._torch_private import is_transformed
+from alexnet_kernels._torch_private import has_global_module_hooks, is_transformed
 from alexnet_kernels.backends import leaves_as_torch, select
 from alexnet_kernels.nn.layers import RUN_LAYERS, examine, kinds_of
 from alexnet_kernels.nn.originals import foreign_mode, replaced
@@ -176,22 +175,13 @@ def _change_type(module: M, old: type[nn.Sequential], new: type[nn.Sequential]) 
 
 def _obstacle() -> str:
     """Why no run is computed by an op at all; "" if nothing is in the way."""
-    if _has_global_hooks():
+    if has_global_module_hooks():
         return "a global module hook"
     if is_transformed():
         return "a transform of torch.func or torch.autograd, or forward-mode differentiation"
     if mode := foreign_mode():
         return f"the mode {mode}"
     return replaced(nn.Sequential, "", torch.compiler.is_compiling())
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
 
 
 def _run_with_bias_at(kinds: str, children: Sequence[Any], i: int, x: Any) -> str:

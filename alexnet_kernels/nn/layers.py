@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alexnet_kernels._dispatch.checks import is_plain
 from alexnet_kernels.nn.modules import Dropout, LocalResponseNorm
 from alexnet_kernels.nn.originals import METHODS, remember, replaced
+from alexnet_kernels.ops.max_pool2d import MOST_PIXELS
 
 __all__ = ["RUN_LAYERS", "RunLayer", "examine", "kind_of", "kinds_of", "register_layer"]
 
@@ -106,8 +107,8 @@ def examine(child: Any) -> tuple[str, str]:
             return ".", "return_indices"
         if _pair(child.dilation) != (1, 1):
             return ".", f"dilation {child.dilation}"
-        if _area(child.kernel_size) > 256:
-            return ".", f"a window of {_area(child.kernel_size)} pixels, more than 256"
+        if _area(child.kernel_size) > MOST_PIXELS:
+            return ".", f"a window of {_area(child.kernel_size)} pixels, more than {MOST_PIXELS}"
     elif kind == "D" and child.inplace:
         return ".", "it works in place"
     return kind, ""

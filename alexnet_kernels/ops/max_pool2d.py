@@ -23,8 +23,8 @@ from alexnet_kernels._errors import TensorTypeError, TensorValueError
 from alexnet_kernels.backends import kernels_of, select
 
 OP = "max_pool2d"
-
-
+MOST_PIXELS = 256
+"""Of a window, whose positions fit one byte."""
 NOWHERE = 255
 """The argmax of a window that ReLU sets to zero: no position, since windows with ReLU have at most 255 pixels."""
 
@@ -116,8 +116,8 @@ def _window(op: str, kernel_size: Any, stride: Any, padding: Any) -> Window:
     for kernel, pad in zip(window.kernel_size, window.padding, strict=True):
         if 2 * pad > kernel:
             raise TensorValueError(f"{op}: padding must be at most half the kernel, not {pad} of {kernel}")
-    if _area(window) > 256:
-        raise ValueError(f"{op}: a window holds at most 256 pixels, not {window.kernel_size}")
+    if _area(window) > MOST_PIXELS:
+        raise ValueError(f"{op}: a window holds at most {MOST_PIXELS} pixels, not {window.kernel_size}")
     return window
 
 
