@@ -20,6 +20,8 @@ __all__ = ["check_archive", "check_safetensors", "crc_of_file", "serialize_safet
 _BLOCK = 1 << 20
 _KEY = "alexnet_kernels_crc32"
 _UNSET = "00000000"
+_HEADER = 100_000_000
+"""The longest header that the package safetensors reads, in bytes."""
 _ENTRY = re.compile(rf'"{_KEY}":"([0-9a-f]{{8}})"'.encode())
 """The checksum in the header of a safetensors file. It is that of the file with zeros in its place."""
 
@@ -59,8 +61,8 @@ def check_safetensors(path: str | Path) -> None:
     path = Path(path)
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size:
-            raise ValueError("its header is cut off")
+        if size > _HEADER or size > path.stat().st_size:
+            raise ValueError("its header is cut off, or longer than any")
         file.seek(0)
         header = file.read(8 + size)
     found = _ENTRY.search(header)

@@ -37,7 +37,7 @@ class RunError(RuntimeError):
 
 
 class MissingPackage(ImportError):
-    """A package of the `train` extra that is not installed."""
+    """A package of an extra that is not installed."""
 
 
 def first_line(error: BaseException) -> str:
@@ -82,11 +82,11 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-_DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}
+_DISTRIBUTIONS = {"PIL": "Pillow", "google.protobuf": "protobuf", "yaml": "PyYAML"}
 
 
-def require(what: str, *modules: str) -> None:
-    """Import the modules, or raise `MissingPackage`: `what` needs the package, and how to install it."""
+def require(what: str, *modules: str, extra: str = "train") -> None:
+    """Import the modules, or raise `MissingPackage`: `what` needs the package of that extra, and how to install it."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -96,5 +96,5 @@ def require(what: str, *modules: str) -> None:
                 raise
             name = _DISTRIBUTIONS.get(module, module)
             raise MissingPackage(
-                f"{what} needs {name}; install it with: pip install 'alexnet_kernels[train]'"
+                f"{what} needs {name}; install it with: pip install 'alexnet_kernels[{extra}]'"
             ) from error

@@ -1,23 +1,26 @@
-"""The AlexNet module, and torchvision's constructor of it."""
+"""The AlexNet module."""
 
 import math
-import warnings
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from alexnet_kernels._dispatch.checks import is_plain
-from alexnet_kernels._errors import TensorValueError
+from alexnet_kernels._errors import InputError, TensorValueError, first_line
 from alexnet_kernels._torch_private import is_leaving, is_seen
+from alexnet_kernels.models import hub
+from alexnet_kernels.models.config import description_of
+from alexnet_kernels.models.formats.file_weights import Preprocessing
 from alexnet_kernels.models.presets import PRESETS, Preset
-from alexnet_kernels.models.weights import load_weights
 from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
 from alexnet_kernels.nn.originals import foreign_mode, replaced
 
-__all__ = ["AlexNet", "alexnet"]
+__all__ = ["AlexNet", "model_of"]
 
+A = TypeVar("A", bound="AlexNet")
 _CONVOLUTIONS = 5
 _CONV_SHAPES = (
     {"kernel_size": 11, "stride": 4},
@@ -64,6 +67,8 @@ class AlexNet(nn.Module):
         preset: the `Preset`'s name.
         input_size: height and width of the preset's images, for which conv1's output is 55 x 55 (54 in the ONNX zoo's).
         min_size: the smallest (height, width) that leaves every layer, as built, an output.
+        classes: names of the outputs, or None. They go into checkpoints for the Hub, as does
+        preprocessing: what the images were made of pixels, or None.
         features, avgpool, classifier: torchvision's names. In preset "torchvision" they have its 13, 1 and 7 children
             and its state_dict keys. `features` and `classifier` are FusedSequential.
 
@@ -72,6 +77,10 @@ class AlexNet(nn.Module):
             input of another shape, dtype or number of channels, or one that is too small. The error is also a
             RuntimeError, which torch raises there.
     """
+
+    # TorchScript reads annotations, and does not know these.
+    classes = cast("Sequence[str] | None", None)
+    preprocessing = cast("Preprocessing | None", None)
 
     def __init__(
         self,
@@ -95,6 +104,13 @@ class AlexNet(nn.Module):
         padding = _sides(spec.conv1_padding if conv1_padding is None else conv1_padding)
         super().__init__()
         self._spec = spec
+        self._built = {
+            "num_classes": num_classes,
+            "dropout": dropout,
+            "width": width,
+            "in_channels": in_channels,
+            "conv1_padding": None if conv1_padding is None else padding,
+        }
         self.preset = spec.name
         self.input_size = _input_size(spec, padding)
 
@@ -164,6 +180,94 @@ class AlexNet(nn.Module):
     def extra_repr(self) -> str:
         return f"preset={self.preset!r}"
 
+    @classmethod
+    def from_pretrained(
+        cls: type[A],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        map_location: torch.device | str = "cpu",
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> A:
+        """The model of a repository of the Hugging Face Hub, or of a folder of `save_pretrained`, in evaluation mode.
+
+        config.json and model.safetensors are read, and nothing of them is executed. Weights keep their dtypes. A folder
+        needs no network and no huggingface_hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository as owner/name.
+            force_download, token, cache_dir, local_files_only, revision: as of huggingface_hub.hf_hub_download.
+            map_location: device of the parameters.
+            strict: False accepts missing and unexpected keys, with a warning, and another number of classes, for which
+                the last layer is new.
+            **kwargs: arguments of `AlexNet` in place of the config's: dropout, conv1_padding, and num_classes with
+                strict=False. Where there is no config.json, all that differ from the defaults, and preset.
+
+        Raises:
+            InputError, a ValueError: no such folder or repository, a config or weights that can't be read, weights that
+                do not fit, an argument that would give the weights another network.
+            MissingPackage, an ImportError: without huggingface_hub or safetensors, of the extra `weights`.
+            huggingface_hub's errors: no such repository or revision, no access, no network.
+        """
+        download = {
+            "force_download": force_download,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "revision": revision,
+        }
+        name = os.fspath(pretrained_model_name_or_path)
+        return hub.from_pretrained(
+            cls, name, map_location=map_location, strict=strict, download=download, arguments=kwargs
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write model.safetensors, config.json (see `models.config_of`) and a model card into a folder.
+
+        The state_dict's keys and dtypes are kept. config.json is written last.
+
+        Args:
+            save_directory: the folder, created if missing.
+            repo_id, push_to_hub, model_card_kwargs, **push_to_hub_kwargs: as of huggingface_hub.PyTorchModelHubMixin.
+            overwrite: whether to replace a model in the folder. A model card that is there is kept.
+
+        Returns the commit's address if it was pushed.
+
+        Raises:
+            InputError, a ValueError: the folder has a model; the model's layers are not those that AlexNet builds.
+            MissingPackage, an ImportError: without huggingface_hub or safetensors, of the extra `weights`.
+        """
+        options = {"repo_id": repo_id, "model_card_kwargs": model_card_kwargs, **push_to_hub_kwargs}
+        return hub.save_pretrained(self, os.fspath(save_directory), overwrite=overwrite, push=push_to_hub, **options)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Write the files of `save_pretrained` into a repository of the Hugging Face Hub, created if missing.
+
+        kwargs: commit_message, private, token, branch, create_pr, allow_patterns, ignore_patterns, delete_patterns,
+        model_card_kwargs, as of huggingface_hub.PyTorchModelHubMixin. Returns the commit's address. Errors as of
+        `save_pretrained`, and huggingface_hub's.
+        """
+        return hub.push_to_hub(self, repo_id, **kwargs)
+
+    @staticmethod
+    def _blank(**arguments: Any) -> "AlexNet":
+        """AlexNet(**arguments), whatever the subclass: what `models.config_of` compares a model with."""
+        return AlexNet(**arguments)
+
     def _check_input(self, x: Tensor) -> None:
         first = next((m for m in self.features.children() if not isinstance(m, nn.ZeroPad2d)), None)
         # Another layer that the user has put first, or a hook before it, may take other tensors.
@@ -188,6 +292,20 @@ class AlexNet(nn.Module):
                     f"images of {height} x {width} are too small for the layers' windows: "
                     f"the smallest size is {smallest[0]} x {smallest[1]}"
                 )
+
+
+def model_of(config: Mapping[str, Any], *, device: Any = None, dtype: torch.dtype | None = None) -> AlexNet:
+    """The network that a config of `config_of` describes, with new initial values, classes and preprocessing.
+
+    Raises InputError for a config of other keys, or values of another type or out of range.
+    """
+    description = description_of(config)
+    try:
+        model = AlexNet(**description.arguments, device=device, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the config does not describe an AlexNet: {first_line(error)}") from error
+    model.classes, model.preprocessing = description.classes, description.preprocessing
+    return model
 
 
 def _is_conv(layer: Any) -> TypeGuard[nn.Conv2d]:
@@ -326,92 +444,3 @@ def _needed(layer: nn.Conv2d | nn.MaxPool2d, axis: int, outputs: int) -> int:
         partial = (outputs - 2) * stride + reach - 2 * padding + 1
         return max(1, partial, (outputs - 1) * stride - padding + 1)
     return max(1, (outputs - 1) * stride + reach - 2 * padding)
-
-
-def alexnet(
-    weights: Any = None,
-    progress: bool = True,
-    *,
-    strict: bool = True,
-    pretrained: bool | None = None,
-    **kwargs: Any,
-) -> AlexNet:
-    """torchvision's alexnet: `AlexNet(preset="torchvision", **kwargs)`, optionally with weights.
-
-    Args:
-        weights: None for initial values; a state dict; the path of a .pt, .pth, .safetensors or .npz file that holds
-            one; or a member of torchvision.models.AlexNet_Weights or its name ("IMAGENET1K_V1", "DEFAULT"), which
-            torchvision downloads. Keys and shapes are checked before the model is created. num_classes defaults to that
-            of the weights.
-        progress: whether torchvision's download shows a progress bar.
-        strict: False also accepts weights of `features` alone, with a warning that the classifier keeps its initial
-            values.
-        pretrained: torchvision's former argument, with a warning: True for weights="IMAGENET1K_V1", False for None. So
-            too a bool as weights.
-        **kwargs: arguments of `AlexNet`; preset defaults to "torchvision".
-
-    Raises:
-        ValueError: weights that do not fit the model, or both weights and pretrained.
-        FileNotFoundError, ImportError, TypeError: weights that can't be read.
-    """
-    kwargs.setdefault("preset", "torchvision")
-    if pretrained is not None or isinstance(weights, bool):
-        weights = _former(weights, pretrained)
-    if weights is None:
-        return AlexNet(**kwargs)
-    state, name = load_weights(weights, progress)
-    _check_state(state, name, kwargs, strict)
-    model = AlexNet(**kwargs)
-    if model.load_state_dict(state, strict=False).missing_keys:
-        warnings.warn(
-            f"{name} holds only the features: the classifier keeps its untrained initial values", stacklevel=2
-        )
-    return model
-
-
-def _former(weights: Any, pretrained: bool | None) -> str | None:
-    """The weights that torchvision's former arguments mean: alexnet(pretrained=True) and alexnet(True)."""
-    if pretrained is not None and weights is not None:
-        raise ValueError("alexnet takes weights= or the former pretrained=, not both")
-    name, given = ("weights", weights) if pretrained is None else ("pretrained", pretrained)
-    meant = "IMAGENET1K_V1" if given else None
-    warnings.warn(f"alexnet({name}={given}) is deprecated, as in torchvision: write weights={meant!r}", stacklevel=3)
-    return meant
-
-
-def _shapes(**kwargs: Any) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in AlexNet(**{**kwargs, "device": "meta"}).state_dict().items()}
-
-
-def _check_state(state: Mapping[str, Tensor], name: str, kwargs: dict[str, Any], strict: bool) -> None:
-    """Raise ValueError unless the state fits AlexNet(**kwargs). Sets num_classes in `kwargs` if it is missing."""
-    expected = _shapes(**kwargs)
-    last = list(expected)[-2]
-    if "num_classes" not in kwargs and last in state and state[last].dim() == 2:
-        kwargs["num_classes"] = state[last].shape[0]
-        expected = _shapes(**kwargs)
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    wrong = [
-        f"{key} {tuple(state[key].shape)} for {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
-    if not (missing or unexpected or wrong):
-        return
-    hint = ""
-    only_features = missing == [key for key in expected if key.startswith("classifier.")]
-    if only_features and not unexpected and not wrong:
-        if not strict:
-            return
-        hint = "; strict=False takes the features and leaves the classifier untrained"
-    given = {key: value.shape for key, value in state.items()}
-    for preset in PRESETS:
-        if given == _shapes(**{**kwargs, "preset": preset}):
-            hint = f"; they fit preset={preset!r}"
-    problems = "; ".join(
-        f"{what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if keys
-    )
-    raise ValueError(f"{name} does not fit preset {_preset(kwargs['preset']).name!r}: {problems}{hint}")

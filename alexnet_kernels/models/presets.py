@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["ONNX_ZOO", "PRESETS", "Initialization", "Pool", "Preset", "ResponseNorm"]
+__all__ = ["ONNX_ZOO", "PRESETS", "Initialization", "Pool", "Preset", "ResponseNorm", "variant"]
 
 
 @dataclass(frozen=True)
@@ -200,3 +200,29 @@ ONNX_ZOO = replace(
     pools=(Pool(), Pool(), None, None, Pool(ceil_mode=True)),
 )
 """Caffe's network as converted: for 224 x 224, with maps of 54, 26, 12 and 6. Its weights are those of preset caffe."""
+
+
+def variant(
+    preset: str, *, activation: str = "relu", pooling: str = "preset", norm: str = "preset", init: str = "preset"
+) -> Preset:
+    """A preset with settings of `alexnet-kernels train`.
+
+    activation: relu or tanh, with which biases start at 0. pooling: overlapping (3 x 3) or plain (2 x 2). norm: none
+    leaves the normalisation layers out. init: he for normal weights of variance 2 / fan-in.
+    """
+    spec = PRESETS[preset]
+    if norm == "none":
+        kept = [" ".join(w for w in layer.split() if "norm" not in w) for layer in spec.layers]
+        a, b, c, d, e = kept
+        spec = replace(spec, layers=(a, b, c, d, e), norm=None, map_norm=None)
+    if pooling != "preset":
+        size = 3 if pooling == "overlapping" else 2
+        spec = replace(spec, pools=tuple(pool and Pool(size, 2, pool.ceil_mode) for pool in spec.pools))
+    if init == "he":
+        biases = (0.0,) * 8 if spec.initialization is None else spec.initialization.bias
+        spec = replace(spec, initialization=Initialization(None, biases))
+    if activation == "tanh":
+        spec = replace(spec, activation="tanh")
+        if spec.initialization is not None:
+            spec = replace(spec, initialization=replace(spec.initialization, bias=(0.0,) * 8))
+    return spec

@@ -2,81 +2,98 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from alexnet_kernels._checksum import check_safetensors
+from alexnet_kernels._errors import InputError, first_line
+from alexnet_kernels.models.formats import FileWeights
+from alexnet_kernels.models.formats.detect import TORCHVISION_FILE, from_state, read
+from alexnet_kernels.models.formats.preprocessing import TORCHVISION
+from alexnet_kernels.models.presets import PRESETS
 
-__all__ = ["load_weights"]
+__all__ = ["imagenet_classes", "is_weight_name", "read_weights"]
 
 _WEIGHT_NAMES = ("IMAGENET1K_V1", "DEFAULT")
+_PREFIX = "AlexNet_Weights."
+_URL = f"https://download.pytorch.org/models/{TORCHVISION_FILE}"
 
 
-def load_weights(weights: Any, progress: bool) -> tuple[dict[str, Tensor], str]:
-    """The tensors of `weights`, and its name for messages. Arguments and errors as of `alexnet`."""
-    if isinstance(weights, Mapping):
-        state, name = dict(weights), "the state dict"
-    elif isinstance(weights, str) and weights.removeprefix("AlexNet_Weights.") in _WEIGHT_NAMES:
-        member = _torchvision_weights(weights.removeprefix("AlexNet_Weights."))
-        state, name = member.get_state_dict(progress=progress, check_hash=True), weights
-    elif isinstance(weights, str | os.PathLike):
-        state, name = _read(Path(weights)), str(weights)
-    elif type(weights).__name__ == "AlexNet_Weights":
-        state, name = weights.get_state_dict(progress=progress, check_hash=True), str(weights)
-    else:
-        raise TypeError(
-            "weights must be None, a state dict, the path of one, a torchvision AlexNet_Weights member "
-            f"or its name ({', '.join(_WEIGHT_NAMES)}), got {type(weights).__name__}"
-        )
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} is not a state dict of tensors: its entry {key!r} is of type {type(value).__name__}"
+def is_weight_name(text: str) -> bool:
+    """Whether it is the name of a member of torchvision's AlexNet_Weights, in any case, with or without the enum's."""
+    name = text[len(_PREFIX) :] if text.lower().startswith(_PREFIX.lower()) else text
+    return name.upper() in _WEIGHT_NAMES
+
+
+def read_weights(weights: Any, progress: bool = True, part: str | None = None) -> tuple[FileWeights, str]:
+    """What `weights` holds, and its name for messages. Arguments and errors as of `alexnet`.
+
+    part: path of the model meant, in a file or dict with several, such as state_dict_ema.
+    """
+    if isinstance(weights, (Mapping, nn.Module)):
+        return from_state(weights, "the state dict", "state dict", part), "the state dict"
+    if isinstance(weights, str) and is_weight_name(weights) and not os.path.exists(weights):
+        return _torchvision(_URL, weights, progress), weights
+    if isinstance(weights, str | os.PathLike):
+        if isinstance(weights, str) and not os.path.exists(weights) and not set(weights) & {"/", os.sep, "."}:
+            raise FileNotFoundError(
+                f"no weights file at {weights!r}, which is none of torchvision's names either "
+                f"({', '.join(_WEIGHT_NAMES)})"
             )
-    return state, name
+        return read(weights, part), os.fspath(weights)
+    if type(weights).__name__ == "AlexNet_Weights":
+        return _torchvision(weights.url, str(weights), progress), str(weights)
+    raise TypeError(
+        "weights must be None, a state dict, the path of a file of weights, a torchvision AlexNet_Weights member "
+        f"or its name ({', '.join(_WEIGHT_NAMES)}), got {type(weights).__name__}"
+    )
 
 
-def _torchvision_weights(name: str) -> Any:
+def imagenet_classes() -> tuple[str, ...]:
+    """ImageNet's 1000 class names in torchvision's order, "0" to "999" without torchvision."""
     try:
         from torchvision.models import AlexNet_Weights
-    except ImportError as error:
-        raise ImportError(
-            f"weights {name!r} are downloaded by torchvision, which is not installed: install it, or pass "
-            "the path of a .pt, .pth, .safetensors or .npz file with torchvision's keys"
-        ) from error
-    return AlexNet_Weights[name]
+    except ImportError:
+        return tuple(map(str, range(1000)))
+    return tuple(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def _read(path: Path) -> Any:
-    suffixes = (".pt", ".pth", ".safetensors", ".npz")
-    if path.suffix not in suffixes:
-        raise ValueError(
-            f"weights {str(path)!r}: expected a {', '.join(suffixes[:-1])} or {suffixes[-1]} file, "
-            f"or one of the names {', '.join(_WEIGHT_NAMES)}"
-        )
+def _torchvision(url: str, name: str, progress: bool) -> FileWeights:
+    """torchvision's weights from torch hub's cache, or downloaded into it. torchvision itself is not needed."""
+    file_name = url.rsplit("/", 1)[-1]
+    digest = file_name.rsplit("-", 1)[-1].split(".")[0]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / file_name
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {str(path)!r}")
-    if path.suffix == ".npz":
-        import numpy
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=progress)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"weights {name!r}: there is no {path}, and {url} can't be downloaded ({first_line(error)}): "
+                f"download it elsewhere and copy it there, or pass its path (TORCH_HOME moves the folder)"
+            ) from error
+    elif not _has_digest(path, digest):
+        raise InputError(f"weights {name!r}: {path} is damaged, its SHA-256 does not begin with {digest}: delete it")
+    found = read(path)
+    return replace(
+        found,
+        format="torchvision",
+        preset=PRESETS["torchvision"],
+        preprocessing=TORCHVISION,
+        classes=imagenet_classes(),
+    )
 
-        with numpy.load(path, allow_pickle=False) as arrays:
-            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f"reading {str(path)!r} needs the package safetensors: install it") from error
-        try:
-            check_safetensors(path)
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} can't be read: {error}") from error
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not a state dict")
-    return dict(state)
+
+def _has_digest(path: Path, digest: str) -> bool:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest().startswith(digest)
