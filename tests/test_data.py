@@ -187,8 +187,8 @@ class TestErrors:
         refused(tmp_path, "no train/", "empty")
 
     def test_no_split(self, tree: Path) -> None:
-        (tree / "val").rename(tree / "test")
-        refused(tree, "no val/", "it holds test, train")
+        (tree / "val").rename(tree / "dev")
+        refused(tree, "no val/", "it holds dev, train")
 
     def test_no_classes(self, tree: Path) -> None:
         for file in (tree / "train").rglob("*.png"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import sys
+from collections.abc import Sequence
 
 from alexnet_kernels import backends
 from alexnet_kernels._errors import InputError, printable
@@ -14,19 +16,26 @@ __all__ = [
     "PROGRAM",
     "add_bad_images",
     "add_device",
+    "add_reading",
+    "cell",
     "count",
     "duration",
     "elapsed",
     "numbers",
     "path",
     "positive",
+    "reading_of",
     "say",
+    "say_notes",
     "use_backend",
     "workers_of",
 ]
 
 PROGRAM = "alexnet-kernels"
-CHECKPOINT = "a .ckpt or .safetensors file, or a run's folder for its best.ckpt"
+CHECKPOINT = (
+    "a run's folder for its best.ckpt, a checkpoint, weights of another program (PyTorch, safetensors, .npz, ONNX, "
+    "Caffe, cuda-convnet: docs/weights.md), a folder with config.json, or DEFAULT for torchvision's weights"
+)
 """Help of the argument `checkpoint`."""
 
 
@@ -73,6 +82,18 @@ def say(text: str) -> None:
     print(printable(text))
 
 
+def say_notes(notes: Sequence[str], quiet: bool = False) -> None:
+    """Print what the user should know about weights; to stderr if quiet, since the output is for a program."""
+    for note in notes:
+        print(printable(f"note: {note}"), file=sys.stderr if quiet else sys.stdout)
+
+
+def cell(text: str) -> str:
+    """The text for a table, whose columns are measured before they are printed: escaped as by `say` and stdout."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def duration(text: str) -> float:
     """Seconds of a time such as 90, 90s, 10m or 1h30m."""
     total, number, units = 0.0, "", {"h": 3600, "m": 60, "s": 1}
@@ -111,6 +132,43 @@ def add_bad_images(parser: argparse.ArgumentParser, default: str = "refuse") -> 
         default=default,
         help=f"what to do with unreadable images (default: {default})",
     )
+
+
+_READING = {
+    "train_split": ("NAME", "folder of the training images (default: train, or training, in any case)"),
+    "val_split": (
+        "NAME",
+        "folder of the validation images (default: val, or valid, validation or test, in any case)",
+    ),
+    "val_labels": (
+        "FILE",
+        "the classes of validation images that are in no class folders, such as ImageNet's: LOC_val_solution.csv, "
+        "val.txt, ILSVRC2012_validation_ground_truth.txt and others, see docs/data.md",
+    ),
+    "synsets": ("FILE", "the classes' names, where --val-labels has numbers: synsets.txt or the devkit's meta.mat"),
+    "empty_classes": (
+        "",
+        "what to do with class folders that have no images: refuse them, or leave the classes out that have none in "
+        "the first split (default: refuse)",
+    ),
+}
+
+
+def add_reading(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the options that say how an image set is read: those of the given names, or all."""
+    for name in names or _READING:
+        metavar, help = _READING[name]
+        option = "--" + name.replace("_", "-")
+        if name == "empty_classes":
+            parser.add_argument(option, choices=("refuse", "skip"), help=help)
+        else:
+            kind = str if name.endswith("split") else path
+            parser.add_argument(option, type=kind, metavar=metavar, help=help)
+
+
+def reading_of(options: argparse.Namespace) -> dict[str, str]:
+    """The fields of `Reading` that were given by options."""
+    return {name: value for name in _READING if (value := getattr(options, name, None)) is not None}
 
 
 def workers_of(options: argparse.Namespace, limit: int = 8) -> int:

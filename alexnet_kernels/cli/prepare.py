@@ -11,7 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from alexnet_kernels._errors import require
-from alexnet_kernels.cli.arguments import PROGRAM, add_bad_images, elapsed, path, positive, say, workers_of
+from alexnet_kernels.cli.arguments import (
+    PROGRAM,
+    add_bad_images,
+    add_reading,
+    elapsed,
+    path,
+    positive,
+    reading_of,
+    say,
+    workers_of,
+)
 
 __all__ = ["add_parser", "run"]
 
@@ -28,16 +38,19 @@ def add_parser(commands: Any) -> None:
     add("destination", type=path, help="a new folder, or one that the same command began")
     add("--size", type=positive, default=256, metavar="PIXELS",
         help="side of the squares: shorter side resized, centre kept (default: 256)")  # fmt: skip
-    add("--splits", nargs="+", default=["train", "val"], metavar="NAME", help="(default: train val)")
+    add("--splits", nargs="+", default=["train", "val"], metavar="NAME",
+        help="the folders of the splits (default: train val, also by the other names that train takes)")  # fmt: skip
     add("--shard-images", type=positive, default=4096, metavar="N", help="images per file (default: 4096)")
     add("--workers", type=positive, metavar="N", help="processes (default: one per core, up to 16)")
     add_bad_images(parser, "skip")
+    add_reading(parser, "val_labels", "synsets", "empty_classes")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     require(f"{PROGRAM} prepare", "PIL", "rich")
     from alexnet_kernels.training.prepare import prepare
+    from alexnet_kernels.training.reading import Reading
 
     with _progress_bar() as progress:
         try:
@@ -49,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
                 shard_images=options.shard_images,
                 workers=workers_of(options, 16),
                 bad_images=options.bad_images,
+                reading=Reading(**reading_of(options)),
                 progress=progress,
             )
         except KeyboardInterrupt:
@@ -58,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
         f"{options.destination}: {counts} images of {report.classes} classes, {options.size} x {options.size}, "
         f"in {elapsed(report.seconds)}"
     )
+    for note in report.notes:
+        say(note)
     if report.left_out or report.converted or report.ignored:
         ignored = f", {report.ignored} other files ignored" if report.ignored else ""
         say(

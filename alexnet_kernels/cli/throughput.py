@@ -12,10 +12,12 @@ from alexnet_kernels.cli.arguments import (
     PROGRAM,
     add_bad_images,
     add_device,
+    add_reading,
     count,
     duration,
     path,
     positive,
+    reading_of,
     say,
     use_backend,
     workers_of,
@@ -45,6 +47,7 @@ def add_parser(commands: Any) -> None:
     add("--seconds", type=duration, default=5.0, metavar="TIME", help="time of each measurement (default: 5s)")
     add("--json", action="store_true", help="print JSON")
     add_bad_images(parser)
+    add_reading(parser, "train_split", "empty_classes")
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -53,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     use_backend(options)
     require(f"{PROGRAM} throughput", "PIL", "torchmetrics", "yaml", "lightning")
     from alexnet_kernels.training.precision import words
+    from alexnet_kernels.training.reading import Reading
     from alexnet_kernels.training.throughput import throughput
 
     given = {name: getattr(options, name) for name in ("preset", "image_size", "batch_size", "precision")}
@@ -65,11 +69,16 @@ def run(options: argparse.Namespace) -> int:
         workers=workers_of(options),
         seconds=options.seconds,
         bad_images=options.bad_images,
+        reading=Reading(**reading_of(options)),
     )
     if options.json:
         print(json.dumps(result))
         return 0
-    processes = f"{result['workers']} processes" if result["workers"] else "this process"
+    processes = (
+        f"{result['workers']} {'threads' if result['prepared'] else 'processes'}"
+        if result["workers"]
+        else "this process"
+    )
     held = "held in memory" if result["in_memory"] else f"read by {processes}"
     say(
         f"{result['images']:,} images of {result['data']}, {held}; batches of {result['batch_size']}, "
@@ -78,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
     )
     for name, what in (
         ("read", "reading"),
+        ("fetch", "reading the files without decoding them, by this process alone"),
         ("copy", "copying to the device"),
         ("augment", "crops, mirroring, colours, mean"),
         ("input", "reading and these, one after the other"),
@@ -90,23 +100,53 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+_FILES = 0.5
+"""The part of the rate of reading files alone from which on reading them, and not decoding, is what takes the time."""
+
+
 def verdict(result: Mapping[str, Any]) -> str:
-    """One line that says which part of training binds, and what to do where reading does."""
+    """One line that says which part of training binds, and what to do about it."""
     if result["binds"] == "sum":
-        share = result["limit"] / result["step"]
+        parts = {what: result["limit"] / result[name] for name, what in (("read", _reading(result)),
+                 ("augment", "augmentation"), ("step", "the step"))}  # fmt: skip
+        most = max(parts, key=lambda what: parts[what])
+        shares = ", ".join(f"{what} {share:.0%}" for what, share in parts.items())
+        advice = {
+            "the step": "a GPU, or a smaller --image-size or network, makes that faster",
+            "augmentation": "--color-shift 0 makes that faster",
+        }.get(most) or _advice(result)
         return (
             f"reading, augmentation and the step share the CPU's cores, so that their times add up: "
-            f"{result['limit']:,.0f} images/s, {share:.0%} of the time in the step"
+            f"{result['limit']:,.0f} images/s; {shares} of the time; {advice}"
         )
     stepping = 1 / (1 / result["augment"] + 1 / result["step"])
     stages = {"read": result["read"], "copy": result["copy"], "step": stepping}
     names = {"read": "reading", "copy": "copying", "step": "stepping"}
     others = [f"{names[name]} has {rate / result['limit']:.1f} times that" for name, rate in stages.items()
               if name != result["binds"]]  # fmt: skip
-    line = f"{names[result['binds']]} binds: {result['limit']:,.0f} images/s; {', '.join(others)}"
-    if result["binds"] != "read":
-        return line
+    binds = {**names, "read": _reading(result)}[result["binds"]]
+    advice = {
+        "read": _advice(result),
+        "copy": "the GPU's PCIe link, or the memory that is copied from, is slow",
+        "step": "the images keep up" if result["augment"] > result["step"] else "augmentation takes most of it",
+    }[result["binds"]]
+    return f"{binds} binds: {result['limit']:,.0f} images/s; {', '.join(others)}; {advice}"
+
+
+def _reading(result: Mapping[str, Any]) -> str:
+    """What reading spends its time with: "decoding", "reading files" or "reading"."""
+    if result["fetch"] is None:
+        return "reading"
+    files = result["fetch"] * max(1, result["workers"])
+    return "reading files" if result["read"] > _FILES * files else "decoding"
+
+
+def _advice(result: Mapping[str, Any]) -> str:
+    """What to do where reading binds."""
     if result["in_memory"]:
-        return f"{line}; the images are held in memory, and the CPU gathers them no faster"
+        return "the images are held in memory, and the CPU gathers them no faster"
     more = f"more --workers than {result['workers']}"
-    return f"{line}; try {more}" if result["prepared"] else f"{line}; try `{PROGRAM} prepare`, or {more}"
+    if result["prepared"]:
+        rate = result["read"] * 3 * result["stored_size"] ** 2 / 1e9
+        return f"that is {rate:.1f} GB/s: put the set on a faster disk or in memory, or try {more}"
+    return f"try `{PROGRAM} prepare`, or {more}"

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
 from alexnet_kernels._errors import InputError
 from alexnet_kernels._files import read_bounded
+from alexnet_kernels.training.formats import FORMATS, HEAD, LARGEST, kind_of
+from alexnet_kernels.training.repair import without_metadata
 
 __all__ = [
-    "EXTENSIONS",
-    "FORMATS",
-    "LARGEST",
     "decode",
     "error_reason",
+    "mode_of",
     "open_image",
     "pillow_warnings_off",
     "read_image",
 ]
-
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
-"""Pillow's decoders that read images. It has others that start programs, such as Ghostscript for EPS."""
-
-EXTENSIONS = frozenset(
-    (
-        ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
-        ".webp",
-    )
-)  # fmt: skip
-"""Suffixes, in lower case, of the files that are taken for images."""
-
-LARGEST = 256 << 20
-"""Bytes of the largest file that is read as an image."""
 
 _MANY_PIXELS = 32 << 20
 """Pixels of an image of which a process decodes one at a time, whatever the number of its threads."""
@@ -49,9 +38,19 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _ONE_LARGE = threading.Lock()
 
 
+@functools.cache
+def _decoders() -> tuple[str, ...]:
+    """The formats of `FORMATS` that this Pillow knows; HEIF is pillow-heif's, where it is installed."""
+    Image.init()
+    if "HEIF" not in Image.OPEN:
+        with suppress(ImportError):
+            importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def open_image(file: io.BytesIO | Path) -> Image.Image:
     """Pillow's `Image.open` with the decoders of `FORMATS` only."""
-    return Image.open(file, formats=FORMATS)
+    return Image.open(file, formats=_decoders())
 
 
 def decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
@@ -59,9 +58,61 @@ def decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
 
     With size=None, [height, width, 3] as stored. A JPEG more than four times as large as the square is decoded at 1/2,
     1/4 or 1/8 of its size, but at least twice the square's. Grey, palette, CMYK and 16-bit images are converted to RGB,
-    transparent ones are composed on white, and an EXIF orientation is applied, if it can be read. ValueError for pixels
-    of 32 bits or in floating point, whose range is unknown. For a damaged file, the decoder's own exception is raised.
+    transparent ones are composed on white, and an EXIF orientation is applied, if it can be read. Metadata that the
+    decoder fails at are ignored. ValueError for pixels of 32 bits or in floating point, whose range is unknown, and for
+    a format whose decoder is not installed. For a damaged file, the decoder's own exception is raised.
     """
+    return _tolerant(file, lambda source: _decode(source, size))
+
+
+def mode_of(file: io.BytesIO) -> str:
+    """Pillow's mode of the image's pixels. Raises as `decode` does. The file is at its start before and after."""
+    try:
+        return _tolerant(file, _mode)
+    finally:
+        file.seek(0)
+
+
+_Result = TypeVar("_Result")
+
+
+def _tolerant(file: io.BytesIO | Path, read: Callable[[io.BytesIO | Path], _Result]) -> _Result:
+    """`read` of the file, or of it without its metadata if that fails."""
+    try:
+        return read(file)
+    except (MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        content = file.getvalue() if isinstance(file, io.BytesIO) else read_bounded(file, LARGEST)
+        for repaired in without_metadata(content):
+            try:
+                return read(io.BytesIO(repaired))
+            except MemoryError:
+                raise
+            except Exception:
+                continue
+        if lacking := _lacking(kind_of(content[:HEAD])):
+            raise ValueError(lacking) from error
+        raise
+
+
+def _lacking(kind: str | None) -> str:
+    """Why no image of the format can be decoded here, or ""."""
+    if kind == "HEIF" and kind not in _decoders():
+        return "HEIF needs pillow-heif; install it with: pip install pillow-heif"
+    feature = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(kind or "")
+    checked = feature in (*features.modules, *features.codecs)
+    if feature is None or (kind in _decoders() and (not checked or features.check(feature))):
+        return ""
+    return f"this Pillow was built without a decoder for {kind}"
+
+
+def _mode(file: io.BytesIO | Path) -> str:
+    with open_image(file) as image:
+        return image.mode
+
+
+def _decode(file: io.BytesIO | Path, size: int | None) -> Tensor:
     with open_image(file) as opened:
         if size is not None:
             opened.draft(None, (2 * size, 2 * size))
@@ -144,7 +195,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
 def error_reason(error: BaseException) -> str:
     """The error's message on one line."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"no known image format ({', '.join(FORMATS)})"
+        return f"no known image format ({', '.join(FORMATS[:8])} or another, see docs/data.md)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

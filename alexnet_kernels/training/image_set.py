@@ -2,17 +2,19 @@
 
     root/train/<class>/**/<image>      root/val/<class>/**/<image>
 
-Classes are numbered in the sorted order of their names.
+Classes are numbered in the sorted order of their names. Validation images may lie in val/ itself, beside a file of
+labels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from types import MappingProxyType
 from typing import TypedDict
 
 import torch
@@ -21,6 +23,9 @@ from torch import Tensor
 from alexnet_kernels._errors import InputError
 from alexnet_kernels.training import decoding
 from alexnet_kernels.training.augmentation import Statistics, stored_size
+from alexnet_kernels.training.formats import EXTENSIONS, HEAD, OTHER_SUFFIXES, kind_of, suffix_of
+from alexnet_kernels.training.labels import Labels, read_labels
+from alexnet_kernels.training.reading import USUAL, Reading, find_split, locate, note_of
 from alexnet_kernels.training.source import Source
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "check_unread",
     "decode_into_memory",
     "difference",
+    "images_among",
     "open_splits",
     "unreadable",
 ]
@@ -57,7 +63,7 @@ class StoredImages(torch.utils.data.Dataset):
     """One split of an image set, however it is stored: the interface of `ImageSet` and `ShardSet`."""
 
     files: list[str]
-    """Names of the images, <split>/<class>/..."""
+    """Names of the images, <split>/<class>/..., or <split>/... where a file gave the classes."""
     labels: Tensor
     """int64 [N]"""
     classes: list[str]
@@ -67,8 +73,10 @@ class StoredImages(torch.utils.data.Dataset):
     """The whole split, uint8 [N, size, size, 3], or None if it is read batch by batch."""
     bad: Sequence[str] = ()
     """Unreadable files and folders that were left out, each with the reason."""
-    ignored: Sequence[str] = ()
-    """Files that are not taken for images, for their suffix or because they are in no class."""
+    ignored: Mapping[str, str] = MappingProxyType({})
+    """Files of the split that are not taken for images, or are in no class, and why."""
+    note: str = ""
+    """What a user should know about how the split was found: one line, or ""."""
     statistics: Statistics | None = None
     """Pixel statistics of all training images, if they are known."""
 
@@ -81,15 +89,27 @@ class StoredImages(torch.utils.data.Dataset):
     def __getitems__(self, places: Sequence[int]) -> Batch:
         raise NotImplementedError
 
+    def use_threads(self, count: int) -> bool:
+        """Read batches by `count` threads of this process. Returns False if other processes should read them."""
+        return False
+
     def checksums(self) -> tuple[str, Sequence[int]]:
         """A checksum of each image, and its kind; "" if there are none."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hash of the images' names, in order, a colon, the kind of checksum of their contents and a hash of those."""
+        """Hash of the images' names, in order, a colon, the kind of checksum of their contents and a hash of those.
+
+        With the name of an image whose class a file gave goes the class.
+        """
         kind, sums = self.checksums()
-        names = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
+        names = hashlib.sha256("\n".join(self.names_with_classes()).encode(errors="surrogateescape")).hexdigest()
         return f"{names}:{kind}-{hashlib.sha256(','.join(map(str, sums)).encode()).hexdigest()}"
+
+    def names_with_classes(self) -> Iterator[str]:
+        """The images' names, which tell the class, or the name and the class."""
+        for name, label in zip(self.files, self.labels.tolist(), strict=True):
+            yield name if name.count("/") > 1 else f"{name}\0{self.classes[label]}"
 
     def sample(self, count: int) -> Tensor:
         """Up to `count` images at equal distances in the split, uint8 [n, size, size, 3]."""
@@ -108,10 +128,21 @@ class ImageSet(StoredImages):
     size: int
     pixels: Tensor | None = None
     bad: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    split: str = ""
+    """The split's folder."""
+    may_lack_classes: bool = False
+    """Whether classes may have no images."""
 
     def checksums(self) -> tuple[str, Sequence[int]]:
         return self.source.checksums(self.files)
+
+    def relabel(self, classes: list[str]) -> None:
+        """Number the classes of the images by their places in `classes`, which holds them all."""
+        number = {name: i for i, name in enumerate(classes)}
+        places = torch.tensor([number.get(name, -1) for name in self.classes], dtype=torch.int64)
+        self.labels, self.classes = places[self.labels], list(classes)
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
         indices = torch.as_tensor(places, dtype=torch.int64)
@@ -135,46 +166,101 @@ class ImageSet(StoredImages):
         return {"images": images, "labels": self.labels[indices], "indices": indices, "bad": bad}
 
 
-def _split(source: Source, split: str, size: int) -> ImageSet:
-    where = f"{source.path}"
-    prefix = f"{split}/"
-    if not any(name == split or name.startswith(prefix) for name in [*source.files, *source.folders]):
-        found = sorted({name.split("/")[0] for name in [*source.files, *source.folders]})
+def _split(source: Source, wanted: str, size: int, labels: Labels | None) -> ImageSet:
+    where, tops = f"{source.path}", {name for name in source.folders if "/" not in name}
+    split = find_split(wanted, tops)
+    if split is None:
+        found = sorted(tops | {name.split("/")[0] for name in source.files})
         held = (
             f"it holds {', '.join(found[:_LISTED])}{', ...' if len(found) > _LISTED else ''}"
             if found
             else "it is empty"
         )
-        raise InputError(f"{where}: there is no {split}/ in it ({held}); train/<class>/ and val/<class>/ are expected")
+        raise InputError(
+            f"{where}: there is no {wanted}/ in it ({held}); train/<class>/ and val/<class>/ are expected, or splits "
+            "named by options"
+        )
+    prefix = f"{split}/"
     inside = [name.removeprefix(prefix) for name in source.files if name.startswith(prefix)]
-    folders = {name.removeprefix(prefix).split("/")[0] for name in source.folders if name.startswith(prefix)}
-    classes = sorted(folders | {name.split("/")[0] for name in inside if "/" in name})
+    classes = sorted({name.removeprefix(prefix).split("/")[0] for name in source.folders if name.startswith(prefix)})
     unread = [line for line in source.unread if line.startswith((prefix, f"{split}:"))]
-    if not classes:
+    ignored = {name: "hidden" for name in source.hidden if name.startswith(prefix)}
+    if labels is not None:
+        if classes:
+            raise InputError(f"{where}: --val-labels is for images in no folders, {prefix} has {classes[0]}/")
+        names = images_among(source, [prefix + name for name in inside], ignored)
+        class_of = labels.of(names)
+        ignored |= {name: f"not in {labels.path}" for name in names if name not in class_of}
+        files = [name for name in names if name in class_of]
+        classes = sorted(set(class_of.values()))
+        if not files:
+            raise InputError(f"{where}: none of the {len(names)} images in {prefix} is in --val-labels {labels.path}")
+    elif not classes:
         reason = f"; not read: {_listed(unread)}" if unread else ""
-        raise InputError(f"{where}: there are no classes in {split}/; a folder of images for each is expected{reason}")
+        reason += "; the classes of images in no folders are given by --val-labels" if inside else ""
+        raise InputError(f"{where}: there are no classes in {prefix}; a folder of images for each is expected{reason}")
+    else:
+        ignored |= {prefix + name: "in no class" for name in inside if "/" not in name}
+        files = images_among(source, [prefix + name for name in inside if "/" in name], ignored)
+        class_of = {name: name.split("/")[1] for name in files}
     number = {name: i for i, name in enumerate(classes)}
-    files: list[str] = []
-    ignored: list[str] = []
-    for name in inside:
-        image = "/" in name and PurePosixPath(name).suffix.lower() in decoding.EXTENSIONS
-        (files if image else ignored).append(prefix + name)
-    labels = torch.tensor([number[name.split("/")[1]] for name in files], dtype=torch.int64)
-    result = ImageSet(source, files, labels, classes, size, bad=unread, ignored=ignored)
-    check_classes(result, split)
-    return result
+    place = torch.tensor([number[class_of[name]] for name in files], dtype=torch.int64)
+    return ImageSet(source, files, place, classes, size, None, unread, ignored, note_of(wanted, split), split)
 
 
-def check_classes(images: ImageSet, split: str) -> None:
-    """InputError if a class has no images."""
-    counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
-    empty = [name for name, count in zip(images.classes, counts, strict=True) if not count]
+def images_among(source: Source, names: Sequence[str], ignored: dict[str, str]) -> list[str]:
+    """Those of the files that are images; adds the others to `ignored`.
+
+    Files whose suffix says nothing are known by their first bytes.
+    """
+    reasons: dict[str, str] = {}
+    unknown = []
+    for name in names:
+        if (suffix := suffix_of(name)) in EXTENSIONS:
+            continue
+        if suffix in OTHER_SUFFIXES:
+            reasons[name] = OTHER_SUFFIXES[suffix]
+        else:
+            unknown.append(name)
+    if unknown:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for name, reason in zip(unknown, pool.map(lambda name: _by_content(source, name), unknown), strict=True):
+                if reason:
+                    reasons[name] = reason
+    ignored |= reasons
+    return [name for name in names if name not in reasons]
+
+
+def _by_content(source: Source, name: str) -> str:
+    """Why a file is no image, or "". One that can't be read may be an image, which is unreadable."""
+    try:
+        head = source.head(name, HEAD)
+    except MemoryError:
+        raise
+    except ValueError as error:
+        return decoding.error_reason(error)
+    except Exception:
+        return ""
+    if not head:
+        return "empty, with no suffix of images"
+    return "" if kind_of(head) else "not taken for an image, by its suffix and first bytes"
+
+
+def check_classes(images: ImageSet) -> None:
+    """InputError if a class has no images and must not lack them."""
+    empty = [] if images.may_lack_classes else _empty(images)
     if empty:
         raise InputError(
-            f"{images.source.path}: no images in {_listed([f'{split}/{name}' for name in empty])} "
-            f"(one of {', '.join(sorted(decoding.EXTENSIONS))} each)"
+            f"{images.source.path}: no images in {_listed([f'{images.split}/{name}' for name in empty])} "
+            "(.jpeg, .png and others, see docs/data.md); --empty-classes skip leaves empty folders out"
             + (f"; not read: {_listed(images.bad)}" if images.bad else "")
         )
+
+
+def _empty(images: ImageSet) -> list[str]:
+    """The classes without images."""
+    counts = torch.bincount(images.labels, minlength=len(images.classes)).tolist()
+    return [name for name, count in zip(images.classes, counts, strict=True) if not count]
 
 
 def difference(before: str, now: str) -> str:
@@ -250,21 +336,53 @@ def decode_into_memory(images: ImageSet, bad_images: str, progress: Callable[[in
             raise unreadable(images.bad)
         pixels, images.labels = pixels[good], images.labels[good]
         images.files = [images.files[place] for place in good]
-        check_classes(images, images.files[0].split("/")[0] if images.files else "")
+        check_classes(images)
     images.pixels = pixels
 
 
-def open_splits(source: Source, splits: Sequence[str], size: int) -> list[ImageSet]:
+def open_splits(source: Source, splits: Sequence[str], size: int, reading: Reading = USUAL) -> list[ImageSet]:
     """The splits by name, without reading images.
+
+    Splits in a folder of the source, whose top has none, are found there. Names and labels are as of `Reading`.
 
     Raises InputError for a missing split, a class without images, or splits with different classes.
     """
-    sets = [_split(source, split, size) for split in splits]
-    for split, images in zip(splits[1:], sets[1:], strict=True):
+    note = locate(source, splits)
+    labelled = _labelled(splits, reading)
+    labels = read_labels(reading.val_labels, reading.synsets) if reading.val_labels else None
+    sets = [_split(source, split, size, labels if split == labelled else None) for split in splits]
+    names = [images.split for images in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"{source.path}: the splits {', '.join(splits)} are the same folder, {names[0]}/")
+    sets[0].note = "; ".join(filter(None, (note, sets[0].note)))
+    if reading.empty_classes == "skip":
+        _skip_empty(sets)
+    for images in sets:
+        check_classes(images)
+    for name, images in zip(names[1:], sets[1:], strict=True):
         if images.classes != sets[0].classes:
-            only = [f"{splits[0]}/{name}" for name in sets[0].classes if name not in images.classes]
-            only += [f"{split}/{name}" for name in images.classes if name not in sets[0].classes]
+            only = [f"{names[0]}/{one}" for one in sets[0].classes if one not in images.classes]
+            only += [f"{name}/{one}" for one in images.classes if one not in sets[0].classes]
             raise InputError(
-                f"{source.path}: the classes of {splits[0]}/ and {split}/ differ: {_listed(only)} in one only"
+                f"{source.path}: the classes of {names[0]}/ and {name}/ differ: {_listed(only)} in one only"
             )
     return sets
+
+
+def _labelled(splits: Sequence[str], reading: Reading) -> str:
+    """The split whose images are in no class folders, if `--val-labels` is given: the one for validation."""
+    return next((split for split in splits if split in (reading.val_split, "val")), splits[-1])
+
+
+def _skip_empty(sets: Sequence[ImageSet]) -> None:
+    """Leave out the classes that have no images in the first split; other splits may lack images of the rest."""
+    first = set(_empty(sets[0]))
+    classes = [name for name in sets[0].classes if name not in first]
+    for i, images in enumerate(sets):
+        empty = set(_empty(images))
+        held = [name for name in images.classes if name not in empty]
+        left_out = [f"{images.split}/{name}" for name in images.classes if name in empty]
+        images.relabel(classes if set(held) <= set(classes) else held)
+        images.may_lack_classes = i > 0 or len(sets) == 1
+        if left_out:
+            images.note = "; ".join(filter(None, (images.note, f"without images: {_listed(left_out)}")))

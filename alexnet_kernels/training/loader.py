@@ -81,7 +81,8 @@ class ImageLoader(DataLoader):
     Args:
         dataset: the images.
         batch_size: images per batch, over all shards.
-        workers: processes that read images; none if the set is in memory.
+        workers: processes that read images; threads of this one for a prepared set, which is not decoded, so that its
+            images go without a copy between processes; none if the set is in memory.
         seed: seed of the order; None for the set's own order. Shuffled, an incomplete last batch is dropped.
         shard, accumulate: as for `ShardedBatchSampler`.
         device: where images and labels are wanted. To a CUDA device they are copied ahead of time, see `Prefetcher`.
@@ -103,7 +104,7 @@ class ImageLoader(DataLoader):
         super().__init__(
             dataset,
             batch_sampler=ShardedBatchSampler(sampler, batch_size, drop_last, shard, accumulate),
-            num_workers=0 if dataset.pixels is not None else workers,
+            num_workers=0 if dataset.pixels is not None or dataset.use_threads(workers) else workers,
             collate_fn=_unchanged,
             worker_init_fn=_ignore_signals,
         )

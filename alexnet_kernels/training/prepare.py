@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from alexnet_kernels._errors import InputError, RunError
-from alexnet_kernels._files import atomic_file, remove_temporaries, write_atomically
+from alexnet_kernels._files import atomic_file, portable_path, remove_temporaries, write_atomically
 from alexnet_kernels._lock import locked
 from alexnet_kernels.training import image_set, shards
 from alexnet_kernels.training.augmentation import PixelSums
+from alexnet_kernels.training.reading import USUAL, Reading
 from alexnet_kernels.training.shard_checksums import CHECKSUMS, INDEX, STATISTICS, add_checksums
 from alexnet_kernels.training.shard_writer import ShardTask, write_shards
 from alexnet_kernels.training.source import Source
@@ -42,10 +43,12 @@ class Report:
     left_out: int
     """Images that can't be read, and folders that can't be listed."""
     ignored: int
-    """Files that are not taken for images, for their suffix or because they are in no class."""
+    """Files that are not taken for images, or are in no class."""
     converted: int
     """Grey, CMYK, palette and other images that were converted to RGB."""
     seconds: float
+    notes: list[str]
+    """What a user should know about how the splits were found."""
 
 
 def prepare(
@@ -57,20 +60,22 @@ def prepare(
     shard_images: int = 4096,
     workers: int = 1,
     bad_images: str = "skip",
+    reading: Reading = USUAL,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write a prepared set, or continue what an interrupted call began. The result is bitwise identical either way.
 
     Args:
-        source: a folder or zip with <split>/<class>/<image> for each split; images of any size and format that Pillow
-            reads.
+        source: a folder or zip with <split>/<class>/<image> for each split; images of any size and of the formats of
+            `formats.FORMATS`.
         destination: a new folder, or one begun with the same arguments.
         size: side of the squares in pixels. The shorter side is resized to it, the centre kept.
-        splits: names of the splits. The statistics are those of the first.
+        splits: names of the splits; "train" and "val" are those of `reading`. The statistics are those of the first.
         shard_images: images per file.
         workers: processes.
         bad_images: "skip" leaves unreadable images and folders out and lists them in report.csv; "refuse" raises
             InputError.
+        reading: names of the splits, what becomes of empty classes, and the labels of a flat split.
         progress: called with the number of images done, including those of earlier calls, and the total.
 
     Raises:
@@ -91,16 +96,19 @@ def prepare(
     if shards.is_prepared(source):
         raise InputError(f"{source} is already a prepared folder")
     tree = Source(source)
-    sets = image_set.open_splits(tree, splits, size)
+    sets = image_set.open_splits(tree, [reading.name_of(split) for split in splits], size, reading)
     image_set.check_unread(sets, bad_images)
-    plan = {
+    splits = [images_.split for images_ in sets]
+    plan: dict[str, Any] = {
         "format": shards.FORMAT,
-        "source": str(Path(source).resolve()),
+        "source": portable_path(str(Path(source).resolve())),
         "size": size,
         "shard_images": shard_images,
         "splits": list(splits),
         "images": _digest(tree, sets),
     }
+    if reading.empty_classes != "refuse":
+        plan["empty_classes"] = reading.empty_classes
     with _disk_errors(root):
         finished = _begin(root, plan)
         tasks = [
@@ -126,6 +134,7 @@ def prepare(
         sum(len(images_.ignored) for images_ in sets),
         index["converted"],
         time.monotonic() - began,
+        [images_.note for images_ in sets if images_.note],
     )
 
 
@@ -133,8 +142,9 @@ def _digest(source: Source, sets: Sequence[image_set.ImageSet]) -> str:
     digest = hashlib.sha256()
     for images_ in sets:
         kind, sums = source.checksums(images_.files)
-        for name, checksum in zip(images_.files, sums, strict=True):
-            digest.update(f"{name}\0{source.size_of(name)}\0{kind}\0{checksum}\0".encode(errors="surrogateescape"))
+        labelled = images_.names_with_classes()
+        for name, shown, checksum in zip(images_.files, labelled, sums, strict=True):
+            digest.update(f"{shown}\0{source.size_of(name)}\0{kind}\0{checksum}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -166,10 +176,10 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
             begun = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"{path} is damaged: remove {root} and start again") from error
-        differing = [name for name in plan if begun.get(name) != plan[name]]
+        differing = [name for name in {**plan, **begun} if begun.get(name) != plan.get(name)]
         if differing:
             what = "; ".join(
-                "the images differ" if name == "images" else f"{name} was {begun.get(name)}, is {plan[name]}"
+                "the images differ" if name == "images" else f"{name} was {begun.get(name)}, is {plan.get(name)}"
                 for name in differing
             )
             raise InputError(f"{root} was begun with other arguments: {what}; name another folder")
@@ -189,7 +199,7 @@ def _finish(
     notes: list[list[str]] = []
     for images_ in sets:
         notes += [[name, "left out", reason] for name, _, reason in (line.rpartition(": ") for line in images_.bad)]
-        notes += [[name, "ignored", "not taken for an image"] for name in images_.ignored]
+        notes += [[name, "ignored", reason] for name, reason in images_.ignored.items()]
     splits: dict[str, dict[str, list[int]]] = {}
     for split, images_ in zip(plan["splits"], sets, strict=True):
         files: list[str] = []
@@ -210,7 +220,7 @@ def _finish(
             counts.append(len(kept))
         images_.files, images_.labels = files, torch.tensor(labels, dtype=torch.int64)
         if bad_images == "skip":
-            image_set.check_classes(images_, split)
+            image_set.check_classes(images_)
         splits[split] = {"shards": counts}
         with atomic_file(root / split / "labels.npy") as file:
             np.save(file, np.array(labels, dtype=np.int64))

@@ -325,7 +325,12 @@ def _read_images(spec: RunSpec, console: Console, team: Team) -> Sequence[image_
             progress.advance(task, count)
 
         sets = datasets.open_data(
-            path, stored_size(crop), bad_images=spec.bad_images, in_memory=spec.in_memory, progress=advance
+            path,
+            stored_size(crop),
+            bad_images=spec.bad_images,
+            in_memory=spec.in_memory,
+            progress=advance,
+            reading=spec.reading,
         )
     if len(sets[0].classes) < 2:
         raise InputError(f"--data {path}: at least two classes are needed, there is only {sets[0].classes[0]!r}")
@@ -345,7 +350,16 @@ def _header(spec: RunSpec, train_set: image_set.StoredImages, fingerprint: str) 
             raise InputError(f"--data {spec.data}: none of the sampled images can be read")
         statistics = Statistics.of(sample)
     path = "" if spec.data is None else str(Path(spec.data).resolve())
-    return Header(spec.settings, train_set.classes, statistics, path, len(train_set), fingerprint, train_set.size)
+    return Header(
+        spec.settings,
+        train_set.classes,
+        statistics,
+        path,
+        len(train_set),
+        fingerprint,
+        train_set.size,
+        spec.reading.resolved(),
+    )
 
 
 def _check_resumed_images(resume: ResumePoint, train_set: image_set.StoredImages, fingerprint: str) -> None:
@@ -359,7 +373,7 @@ def _check_resumed_images(resume: ResumePoint, train_set: image_set.StoredImages
     differing = [image_set.difference(before, now) for before, now in pairs]
     if "names" in differing or header.stored_size != train_set.size:
         raise InputError(
-            f"the run was begun on images of other names, or of {header.stored_size} pixels instead of "
+            f"the run was begun on images of other names or labels, or of {header.stored_size} pixels instead of "
             f"{train_set.size}: a resumed run needs the same images"
         )
     for what, how in zip(("training", "validation"), differing, strict=False):
@@ -380,13 +394,14 @@ def _introduction(
     where = f"on {device}"
     if team.parallel is not None:
         where = f"{team.parallel.plan} of {team.size} processes on {device.type}"
+    notes = "".join(f"\n{printable(images.note)}" for images in sets if images.note)
     return (
         f"AlexNet, preset {settings.preset}, {parameters:,} parameters, {where} in "
         f"{precision.words(settings.precision, auto)}\n"
         f"{len(train_set):,} training and {len(val_set):,} validation images of "
         f"{len(train_set.classes)} classes, "
         f"{settings.image_size} x {settings.image_size}; {settings.epochs} epochs of batches of "
-        f"{settings.batch_size}; in {printable(str(folder))}"
+        f"{settings.batch_size}; in {printable(str(folder))}{notes}"
     )
 
 

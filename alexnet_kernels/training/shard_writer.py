@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -156,7 +155,7 @@ def _write_shard(task: ShardTask) -> Iterator[int]:
         for place, name in enumerate(task.files):
             try:
                 content = task.source.open(name)
-                mode = _mode(content)
+                mode = decoding.mode_of(content)
                 block.append(decoding.decode(content, size))
             except Exception as error:
                 if task.source.at_fault(error):
@@ -191,10 +190,3 @@ def _write_shard(task: ShardTask) -> Iterator[int]:
 def _write_header(file: Any, count: int, size: int) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _mode(content: io.BytesIO) -> str:
-    with decoding.open_image(content) as image:
-        mode = image.mode
-    content.seek(0)
-    return mode

@@ -14,10 +14,12 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import threading
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import torch
 from alexnet_kernels._errors import InputError, RunError, first_line
 from alexnet_kernels.training.augmentation import PixelSums, Statistics
 from alexnet_kernels.training.image_set import Batch, StoredImages
+from alexnet_kernels.training.reading import find_split, note_of
 from alexnet_kernels.training.shard_checksums import CHECKSUMS, INDEX, STATISTICS, check_index
 
 __all__ = ["FORMAT", "ShardSet", "is_prepared", "open_shards"]
@@ -102,7 +105,10 @@ class _Handle:
 
 
 class ShardSet(StoredImages):
-    """One split of a prepared set, read by position. `statistics` are those of the set's first split."""
+    """One split of a prepared set, read by position, by threads if `use_threads` was called.
+
+    `statistics` are those of the set's first split.
+    """
 
     def __init__(self, root: Path, split: str, index: dict[str, Any], statistics: Statistics) -> None:
         self.root, self.size, self.classes, self.statistics = root / split, index["size"], index["classes"], statistics
@@ -116,7 +122,8 @@ class ShardSet(StoredImages):
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.root} is damaged, prepare it again: {error}") from error
         self._shards = [_Shard(self.root / shard_name(i), count, self.size) for i, count in enumerate(counts)]
-        self._handles: OrderedDict[int, _Handle] = OrderedDict()
+        self.threads = 1
+        self._prepare_to_read()
         if not sum(counts) == len(self.labels) == len(self.files):
             held = f"{sum(counts)} images, {len(self.labels)} labels, {len(self.files)} names"
             raise InputError(f"{self.root} is damaged, prepare it again: it holds {held}")
@@ -125,27 +132,54 @@ class ShardSet(StoredImages):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that unpickles this opens the files itself.
-        return {**self.__dict__, "_handles": OrderedDict()}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock", "_threads")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare_to_read()
+
+    def _prepare_to_read(self) -> None:
+        self._handles: OrderedDict[int, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+        self._threads: tuple[int, int, ThreadPoolExecutor] | None = None
 
     def __getitems__(self, places: Sequence[int]) -> Batch:
         indices = torch.as_tensor(places, dtype=torch.int64)
         images = torch.empty(len(places), self.size, self.size, 3, dtype=torch.uint8)
-        rows = images.numpy()
-        for row, place in enumerate(indices.tolist()):
-            if not 0 <= place < len(self):
-                raise IndexError(f"image {place} of {len(self)}")
-            number = bisect.bisect_right(self.starts, place) - 1
-            shard = self._shards[number]
-            shard.read(self._handle(number).number, place - self.starts[number], rows[row])
-        damaged = [row for row, place in enumerate(places) if not self._has_checksum(place, rows[row])]
+        rows, numbers = images.numpy(), indices.tolist()
+
+        def read(part: range) -> list[int]:
+            return [row for row in part if not self._read(numbers[row], rows[row])]
+
+        threads = min(self.threads, len(numbers))
+        parts = [range(start, len(numbers), threads) for start in range(threads)]
+        found = map(read, parts) if threads <= 1 else self._pool().map(read, parts)
+        damaged = sorted(row for part in found for row in part)
         if damaged:
             bad = [f"{self.files[places[row]]}: it is damaged in {self.root.parent}" for row in damaged]
             good = sorted(set(range(len(places))) - set(damaged))
             return {"images": images[good], "labels": self.labels[indices[good]], "indices": indices[good], "bad": bad}
         return {"images": images, "labels": self.labels[indices], "indices": indices, "bad": []}
 
-    def _has_checksum(self, place: int, image: np.ndarray) -> bool:
-        return not self._checksums or zlib.crc32(image.data) == self._checksums[place]
+    def _read(self, place: int, row: np.ndarray) -> bool:
+        """Read an image. Returns whether it has its checksum. Reading and checksums release the interpreter's lock."""
+        if not 0 <= place < len(self):
+            raise IndexError(f"image {place} of {len(self)}")
+        number = bisect.bisect_right(self.starts, place) - 1
+        with self._lock:
+            handle = self._handle(number)
+        self._shards[number].read(handle.number, place - self.starts[number], row)
+        return not self._checksums or zlib.crc32(row.data) == self._checksums[place]
+
+    def use_threads(self, count: int) -> bool:
+        self.threads = max(1, count)
+        return True
+
+    def _pool(self) -> ThreadPoolExecutor:
+        """This process's threads, as many as were asked for."""
+        if self._threads is None or self._threads[:2] != (os.getpid(), self.threads):
+            self._threads = os.getpid(), self.threads, ThreadPoolExecutor(self.threads)
+        return self._threads[2]
 
     def checksums(self) -> tuple[str, Sequence[int]]:
         return "squares" if self._checksums else "", self._checksums
@@ -160,7 +194,10 @@ class ShardSet(StoredImages):
 
 
 def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> list[ShardSet]:
-    """The splits of a prepared folder. Raises InputError if it is unfinished or damaged, or lacks a split."""
+    """The splits of a prepared folder, "train" and "val" also by other names, see `Reading`.
+
+    Raises InputError if it is unfinished or damaged, or lacks a split.
+    """
     root = Path(path)
     if not (root / INDEX).is_file():
         raise InputError(f"{root} is not finished: run `alexnet-kernels prepare` again to continue")
@@ -168,8 +205,10 @@ def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> l
         index = json.loads((root / INDEX).read_text())
         if index["format"] not in (_WITHOUT_CHECKSUMS, FORMAT):
             raise InputError(f"{root} is of format {index['format']}, this version reads {FORMAT}")
+        held = list(index["splits"])
+        wanted, splits = splits, [find_split(split, held) or split for split in splits]
         if index["format"] == FORMAT:
-            check_index(root, index, [split for split in splits if split in index["splits"]])
+            check_index(root, index, [split for split in splits if split in held])
         _check_index(index)
         with zipfile.ZipFile(root / STATISTICS) as archive:
             if sum(member.file_size for member in archive.infolist()) > 64 * index["size"] ** 2 + (1 << 16):
@@ -181,9 +220,13 @@ def open_shards(path: str | Path, splits: Sequence[str] = ("train", "val")) -> l
             raise ValueError(f"its mean image is of shape {list(statistics.mean_image.shape)}")
         missing = [split for split in splits if split not in index["splits"]]
         if missing:
-            held = ", ".join(index["splits"])
-            raise InputError(f"{root}: {', '.join(missing)} was not prepared, only {held}")
-        return [ShardSet(root, split, index, statistics) for split in splits]
+            raise InputError(f"{root}: {', '.join(missing)} was not prepared, only {', '.join(held)}")
+        if len(set(splits)) < len(splits):
+            raise InputError(f"{root}: the splits {', '.join(wanted)} are the same, {splits[0]}")
+        sets = [ShardSet(root, split, index, statistics) for split in splits]
+        for name, images in zip(wanted, sets, strict=True):
+            images.note = note_of(name, images.root.name)
+        return sets
     except (InputError, RunError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:

@@ -11,11 +11,11 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from alexnet_kernels._errors import InputError, first_line
-from alexnet_kernels._files import read_bounded
-from alexnet_kernels.training.decoding import LARGEST
+from alexnet_kernels._files import local_path, portable_path, read_bounded, read_head
+from alexnet_kernels.training.formats import LARGEST
 
 __all__ = ["Source"]
 
@@ -26,6 +26,8 @@ _MACHINE_ERRORS = frozenset(
     )
 )  # fmt: skip
 
+_UTF8_NAME = 0x800
+"""The flag of a member of a zip whose name is in UTF-8."""
 _BLOCK = 1 << 14
 _WHOLE = 4 << 30
 """Bytes of all files of a folder up to which their whole content is checked."""
@@ -34,15 +36,17 @@ _WHOLE = 4 << 30
 class Source:
     """The files below a folder or inside a zip, by their POSIX paths relative to it. A zip is read in place.
 
-    Hidden files and folders are left out. A zip of one folder that holds the splits is taken as that folder. In a zip
-    without slashes, as some programs for Windows write them, backslashes are slashes. Pickled, a source opens files,
-    but its lists are empty.
+    Names are UTF-8, whatever the locale; bytes that are not are surrogates, as of the error handler surrogateescape.
+    Hidden files and folders are left out. In a zip, backslashes are slashes, as some programs for Windows write them;
+    names without the flag of UTF-8 are UTF-8 if they can be, else code page 437. Pickled, a source opens files, but its
+    lists are empty.
 
     Args:
         path: the folder or the zip.
 
     Attributes:
         files, folders: sorted relative paths.
+        hidden: sorted relative paths of hidden files and of the uppermost hidden folders.
         unread: sorted relative paths of folders that can't be listed, each with the reason.
 
     Raises:
@@ -61,38 +65,47 @@ class Source:
             raise InputError(f"{path} is neither a folder nor a readable zip: it is not a regular file")
         self._local = threading.local()
         self._is_zip = stat.S_ISREG(mode)
-        self._separator = "/"
+        self._prefix = ""
         self._sizes: dict[str, int] = {}
         self.unread: list[str] = []
+        self.hidden: list[str] = []
         files, folders = self._zip_entries() if self._is_zip else self._folder_entries()
-        self._prefix = _common_folder(files) if self._is_zip else ""
-        cut = len(self._prefix)
-        self.files = sorted(name[cut:] for name in files if name.startswith(self._prefix) and _visible(name))
-        self.folders = sorted(
-            name[cut:] for name in folders if name.startswith(self._prefix) and len(name) > cut and _visible(name)
-        )
+        self.files, self.folders = sorted(files), sorted(folders)
+        self.hidden.sort()
         self.unread.sort()
+
+    def enter(self, folder: str) -> None:
+        """Take the files below a folder for all there are; names are then relative to it."""
+        self._prefix += f"{folder}/"
+        cut = len(folder) + 1
+        for names in (self.files, self.folders, self.hidden, self.unread):
+            names[:] = [name[cut:] for name in names if name.startswith(f"{folder}/")]
 
     def _zip_entries(self) -> tuple[list[str], list[str]]:
         """Files and folders in the zip; records the files' sizes."""
         try:
             with zipfile.ZipFile(self.path) as archive:
-                members = archive.infolist()
+                members = _members(archive)
         except MemoryError:
             raise
         except Exception as error:
             # Besides BadZipFile, a damaged directory raises what its fields happen to cause.
             raise InputError(f"{self.path} is neither a folder nor a readable zip: {first_line(error)}") from error
-        if not any("/" in member.filename for member in members):
-            self._separator = "\\"
-        names = [member.filename.replace(self._separator, "/") for member in members]
-        files = [name for name in names if not name.endswith("/")]
-        for name in files:
-            parts = PurePosixPath(name.replace("\\", "/")).parts
-            if not parts or parts[0] == "/" or ":" in parts[0] or ".." in parts or "\\" in name:
-                raise InputError(f"{self.path}: the zip names a file outside itself, {name!r}")
-        self._sizes = {name: member.file_size for name, member in zip(names, members, strict=True)}
-        return files, [name.rstrip("/") for name in names if name.endswith("/")]
+        files, folders, hidden = [], set(), set()
+        for name, member in members.items():
+            parts = name.split("/")
+            if not name.strip("/") or not parts[0] or ":" in parts[0] or ".." in parts:
+                raise InputError(f"{self.path}: the zip names a file outside itself, {member.filename!r}")
+            concealed = next((i for i, part in enumerate(parts, 1) if not _visible(part)), 0)
+            if concealed:
+                hidden.add("/".join(parts[:concealed]))
+            elif parts[-1]:
+                files.append(name)
+                self._sizes[name] = member.file_size
+            for depth in range(1, concealed or len(parts)):
+                folders.add("/".join(parts[:depth]))
+        self.hidden = list(hidden)
+        return files, list(folders)
 
     def _folder_entries(self) -> tuple[list[str], list[str]]:
         """Files and folders below the folder, also through links; records the folders that can't be listed."""
@@ -102,17 +115,18 @@ class Source:
         while waiting:
             folder, above = waiting.pop()
             try:
-                state = os.stat(self.path / folder)
+                state = os.stat(self._place(folder))
                 inside = above | {(state.st_dev, state.st_ino)}
                 if inside == above:
                     self.unread.append(f"{folder}: a link to a folder that holds it")
                     continue
-                with os.scandir(self.path / folder) as entries:
+                with os.scandir(self._place(folder)) as entries:
                     for entry in entries:
-                        if not _visible(entry.name):
-                            continue
-                        name = f"{folder}/{entry.name}" if folder else entry.name
-                        if _is_folder(entry):
+                        own = portable_path(entry.name)
+                        name = f"{folder}/{own}" if folder else own
+                        if not _visible(own):
+                            self.hidden.append(name)
+                        elif _is_folder(entry):
                             folders.append(name)
                             waiting.append((name, inside))
                         else:
@@ -123,12 +137,16 @@ class Source:
                 self.unread.append(f"{folder}: {error.strerror or error}")
         return files, folders
 
+    def _place(self, name: str) -> Path:
+        """Where a file of a folder lies."""
+        return self.path / local_path(self._prefix + name)
+
     def size_of(self, name: str) -> int:
         """The file's size in bytes; -1 for a broken link."""
         if self._is_zip:
             return self._sizes[self._prefix + name]
         try:
-            return (self.path / name).stat().st_size
+            return self._place(name).stat().st_size
         except OSError:
             return -1
 
@@ -139,11 +157,11 @@ class Source:
         """
         if self._is_zip:
             with zipfile.ZipFile(self.path) as archive:
-                found = {member.filename.replace("\\", "/"): member.CRC for member in archive.infolist()}
-            return "crc32", [found[self._prefix + name] for name in names]
+                found = _members(archive)
+            return "crc32", [found[self._prefix + name].CRC for name in names]
         whole = sum(map(self.size_of, names)) <= _WHOLE
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            sums = list(pool.map(lambda name: _checksum(self.path / name, whole), names))
+            sums = list(pool.map(lambda name: _checksum(self._place(name), whole), names))
         return "crc32" if whole else "blocks", sums
 
     def at_fault(self, error: Exception) -> bool:
@@ -154,35 +172,67 @@ class Source:
 
     def __getstate__(self) -> dict[str, object]:
         # Processes that read images only open files; the lists are long.
-        lists = ("files", "folders", "unread", "_sizes")
+        lists = ("files", "folders", "hidden", "unread", "_sizes")
         return {key: value for key, value in self.__dict__.items() if key not in ("_local", *lists)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self.files, self.folders, self.unread, self._sizes = [], [], [], {}
+        self.files, self.folders, self.hidden, self.unread, self._sizes = [], [], [], [], {}
         self._local = threading.local()
 
     def open(self, name: str) -> io.BytesIO:
         """The content of a file. ValueError if it has more bytes than `LARGEST`, or is no regular file."""
         if not self._is_zip:
-            return io.BytesIO(read_bounded(self.path / name, LARGEST))
+            return io.BytesIO(read_bounded(self._place(name), LARGEST))
+        return _member(*self._find(name))
+
+    def head(self, name: str, count: int) -> bytes:
+        """The first bytes of a file, up to `count`. ValueError if it is no regular file, or packed otherwise."""
+        if not self._is_zip:
+            return read_head(self._place(name), count)
+        archive, member = self._find(name)
+        _check_packing(member)
+        with archive.open(member) as file:
+            return file.read(count)
+
+    def _find(self, name: str) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
         # An archive has one file position, so each thread of each process opens its own.
-        if getattr(self._local, "process", None) != os.getpid():
-            self._local.archive, self._local.process = zipfile.ZipFile(self.path), os.getpid()
-        return _member(self._local.archive, (self._prefix + name).replace("/", self._separator))
+        local = self._local
+        if getattr(local, "process", None) != os.getpid():
+            local.archive, local.process = zipfile.ZipFile(self.path), os.getpid()
+            local.members = _members(local.archive)
+        return local.archive, local.members[self._prefix + name]
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> io.BytesIO:
-    """The content of a member, of which no more is unpacked than the zip declares."""
-    info = archive.getinfo(name)
-    if info.file_size > LARGEST:
-        raise ValueError(f"it has {info.file_size:,} bytes, at most {LARGEST:,} are read")
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """What the zip holds, by names with slashes; of members with one name, the last. Folders end in a slash."""
+    return {_zip_name(member).replace("\\", "/").removeprefix("./"): member for member in archive.infolist()}
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    if member.flag_bits & _UTF8_NAME or member.filename.isascii():
+        return member.filename
+    # Info-ZIP and macOS write UTF-8 without saying so; zipfile takes it for code page 437.
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
+
+
+def _check_packing(info: zipfile.ZipInfo) -> None:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # zipfile unpacks these without a bound: 45 bytes of bzip2 can hold 46 MB.
         packing = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}.get(
             info.compress_type, f"method {info.compress_type}"
         )
         raise ValueError(f"it is packed by {packing}, stored and deflated files are read")
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> io.BytesIO:
+    """The content of a member, of which no more is unpacked than the zip declares."""
+    if info.file_size > LARGEST:
+        raise ValueError(f"it has {info.file_size:,} bytes, at most {LARGEST:,} are read")
+    _check_packing(info)
     content = io.BytesIO()
     with archive.open(info) as file:
         while part := file.read(1 << 20):
@@ -224,12 +274,4 @@ def _checksum(path: Path, whole: bool) -> int:
 
 
 def _visible(name: str) -> bool:
-    return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-def _common_folder(files: Sequence[str]) -> str:
-    """The single top folder of a zip that was made of a folder instead of its contents, with a slash, or ""."""
-    tops = {name.split("/")[0] for name in files if _visible(name)}
-    if len(tops) == 1 and not tops & {"train", "val"}:
-        return f"{tops.pop()}/"
-    return ""
+    return not name.startswith((".", "__MACOSX"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+import zipfile
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from alexnet_kernels.training.devices import autocast
 from alexnet_kernels.training.header import Header
 from alexnet_kernels.training.loader import ImageLoader
 from alexnet_kernels.training.prefetch import CudaCopies, Prefetcher
+from alexnet_kernels.training.reading import USUAL, Reading
 from alexnet_kernels.training.settings import PURE, Settings
 from alexnet_kernels.training.shards import ShardSet
 
@@ -38,19 +40,22 @@ def throughput(
     seconds: float = 5.0,
     bad_images: str = "refuse",
     in_memory: int = datasets.IN_MEMORY,
+    reading: Reading = USUAL,
 ) -> dict[str, Any]:
     """Measure the parts of training, each by itself, and all together as in `train`.
 
     Args:
-        settings, data, workers, bad_images, in_memory: as for `RunSpec`.
+        settings, data, workers, bad_images, in_memory, reading: as for `RunSpec`.
         device: the network's device.
         seconds: duration of each measurement.
 
     Returns:
         read, copy, augment, step: images per second of reading, copying to the device (None on the CPU), augmentation
-        and the network's training step. input: of reading followed by augmentation. together: of all, with reading and
-        copying ahead as in training. binds, limit: see `binding`. data, images, prepared (whether by `prepare`),
-        in_memory, workers, device, precision, batch_size, image_size, parameters: what was measured.
+        and the network's training step. fetch: of this process's reading of the files without decoding them, None for a
+        set that is prepared or held in memory. input: of reading followed by augmentation. together: of all, with
+        reading and copying ahead as in training. binds, limit: see `binding`. data, images, prepared (whether by
+        `prepare`), stored_size, in_memory, workers, device, precision, batch_size, image_size, parameters: what was
+        measured.
 
     Raises:
         InputError: images that can't be used.
@@ -59,7 +64,12 @@ def throughput(
     settings = precision.resolve(settings, device)
     path = data or datasets.SHIPPED
     (train_set,) = datasets.open_data(
-        path, stored_size(settings.image_size), ("train",), bad_images=bad_images, in_memory=in_memory
+        path,
+        stored_size(settings.image_size),
+        ("train",),
+        bad_images=bad_images,
+        in_memory=in_memory,
+        reading=reading,
     )
     image_set.check_stored_size(train_set, settings.image_size, path)
     statistics = train_set.statistics or Statistics.of(train_set.sample(1000))
@@ -104,6 +114,10 @@ def throughput(
 
     with closing(read()) as batches:
         rates: dict[str, float | None] = {"read": _rate(lambda: len(next(batches)["labels"]), seconds, sync)}
+    rates["fetch"] = None
+    if isinstance(train_set, image_set.ImageSet) and train_set.pixels is None:
+        names = itertools.cycle(train_set.files)
+        rates["fetch"] = _rate(lambda: _fetch(train_set, next(names)), seconds, sync)
     rates["copy"] = None
     if cuda:
         with closing(Prefetcher(CudaCopies(device)).iterate(itertools.repeat(batch))) as batches:
@@ -127,6 +141,7 @@ def throughput(
         "device": str(device),
         "precision": settings.precision,
         "batch_size": settings.batch_size,
+        "stored_size": train_set.size,
         "image_size": settings.image_size,
         "parameters": count_parameters(model),
     }
@@ -145,6 +160,13 @@ def binding(rates: Mapping[str, Any]) -> tuple[str, float]:
     stages = {"read": rates["read"], "copy": rates["copy"], "step": stepping}
     binds = min(stages, key=lambda name: stages[name])
     return binds, stages[binds]
+
+
+def _fetch(images: image_set.ImageSet, name: str) -> int:
+    # A file that can't be read counts as what it is when it is decoded.
+    with suppress(OSError, ValueError, RuntimeError, zipfile.BadZipFile):
+        images.source.open(name)
+    return 1
 
 
 def _rate(work: Callable[[], int], seconds: float, sync: Callable[[], None]) -> float:
