@@ -215,16 +215,21 @@ COMMANDS = [
         "evaluate run --data x.zip --confusion x.csv",
         "predict x.ckpt x.png",
         "predict x.safetensors x.png --picture new.png",
+        "extract x.ckpt --layers fc8 --out new",
+        "extract run --data x.zip --layers fc8 --out new",
         "convert x.ckpt new.safetensors",
         "convert run x.safetensors",
         "prepare x.zip new",
         "prepare tree new --bad-images refuse --workers 1",
+        "prepare tree new --val-labels x.csv",
+        "train --data tree --val-labels numbers.txt --synsets x.csv",
+        "train --data tree --val-labels numbers.txt --synsets x.mat",
         "throughput --data x.zip",
         "throughput --recipe x.yaml",
         "bench --compare x.json x.json",
     )
 ]
-NO_PATHS = {"device", "only", "op", "what", "splits"}
+NO_PATHS = {"device", "layers", "only", "op", "part", "split", "splits", "what"}
 """Texts that name no file."""
 WRITTEN = {"bench --out"}
 """Files that are written and never read."""
@@ -235,6 +240,7 @@ def test_commands(arguments: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     Path("run").mkdir()
+    Path("numbers.txt").write_text("1\n2\n")
     for content in CONTENTS.values():
         for name in (
             "x.zip",
@@ -244,6 +250,7 @@ def test_commands(arguments: list[str], tmp_path: Path, monkeypatch: pytest.Monk
             "x.png",
             "x.csv",
             "x.json",
+            "x.mat",
             "run/best.ckpt",
             "run/last.ckpt",
         ):

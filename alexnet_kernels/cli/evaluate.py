@@ -9,16 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alexnet_kernels._errors import printable, require
+from alexnet_kernels._errors import require
 from alexnet_kernels._files import output_path, write_atomically, write_errors
 from alexnet_kernels.cli.arguments import (
     CHECKPOINT,
     PROGRAM,
     add_bad_images,
     add_device,
+    add_reading,
+    cell,
     path,
     positive,
+    reading_of,
     say,
+    say_notes,
     use_backend,
 )
 from alexnet_kernels.training import checkpoint
@@ -46,6 +50,7 @@ def add_parser(commands: Any) -> None:
     add("--confusion", type=path, metavar="PATH", help="write the confusion matrix, a .csv or .png file")
     add("--json", action="store_true", help="print all figures as JSON")
     add_bad_images(parser)
+    add_reading(parser, "val_split", "val_labels", "synsets", "empty_classes")
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -55,26 +60,36 @@ def run(options: argparse.Namespace) -> int:
     table = options.per_class and not options.json
     picture = options.confusion is not None and options.confusion.lower().endswith(".png")
     require(f"{PROGRAM} evaluate", "PIL", "torchmetrics", *["rich"] * table, *["matplotlib"] * picture)
-    from alexnet_kernels.training import inference
+    from alexnet_kernels.training import datasets, inference
+    from alexnet_kernels.training.reading import Reading
 
     if options.confusion is not None:
         output_path(options.confusion, ".csv", ".png", option="--confusion")
     network = checkpoint.load_network(options.checkpoint, pick_device(options.device))
+    say_notes(network.notes, quiet=options.json)
     data = options.data or network.header.data or None
+    given = reading_of(options)
+    reading = Reading(**given) if options.data else datasets.reading_again(network.header.reading, given, data)
     crops = 10 if options.ten_crop else 1
     result = inference.evaluate(
-        network, data, crops=crops, batch_size=options.batch_size, bad_images=options.bad_images
+        network, data, crops=crops, batch_size=options.batch_size, bad_images=options.bad_images, reading=reading
     )
     if options.confusion is not None:
         _write_confusion(result["confusion"], network.header.classes, Path(options.confusion))
     if options.json:
         print(json.dumps({**result, "crops": crops}))
         return 0
+    if result.get("by_order"):
+        say("note: the set's class names are not the network's: its classes are taken in their order")
     if skipped := result["skipped"]:
         say(f"left out {len(skipped)} unreadable images: {'; '.join(skipped[:5])}")
+    if ignored := result.get("ignored"):
+        say(f"ignored {ignored} files that are hidden, in no class or not taken for images")
+    for note in result.get("notes", ()):
+        say(note)
     print(
         f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  of {result['images']} images, "
-        f"{crops} crop{'s' * (crops > 1)}, preset {network.header.settings.preset}"
+        f"{crops} crop{'s' * (crops > 1)}, preset {network.model.preset}"
     )
     if table:
         _print_classes(result["per_class"], result["confusion"])
@@ -113,11 +128,11 @@ def _print_classes(per_class: dict[str, dict[str, Any]], confusion: list[list[in
         most = max(wrong)
         other = f"{names[wrong.index(most)]} ({most})" if most else ""
         table.add_row(
-            Text(printable(names[i])),
+            Text(cell(names[i])),
             str(row["images"]),
             f"{row['top1']:.1%}",
             f"{row['top5']:.1%}",
-            Text(printable(other)),
+            Text(cell(other)),
         )
     Console().print(table)
     if len(shown) < len(classes):

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alexnet_kernels._errors import InputError, printable, require
+from alexnet_kernels._errors import InputError, require
 from alexnet_kernels._files import output_path, write_errors
-from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_device, path, use_backend
+from alexnet_kernels.cli.arguments import CHECKPOINT, PROGRAM, add_device, cell, path, say_notes, use_backend
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.devices import pick_device
 
@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from alexnet_kernels.training import inference
 
     network = checkpoint.load_network(options.checkpoint, pick_device(options.device))
+    say_notes(network.notes, quiet=options.json)
     crops = 10 if options.ten_crop else 1
     results = inference.predict(network, options.images, crops=crops)
     if options.picture is not None:
@@ -79,7 +80,5 @@ def _print_table(images: list[str], results: list[list[tuple[str, float]]]) -> N
     for image, result in zip(images, results, strict=True):
         for i, (name, p) in enumerate(result):
             last = i + 1 == len(result)
-            table.add_row(
-                Text(printable(image) if i == 0 else ""), Text(printable(name)), f"{p:6.1%}", end_section=last
-            )
+            table.add_row(Text(cell(image) if i == 0 else ""), Text(cell(name)), f"{p:6.1%}", end_section=last)
     Console().print(table)

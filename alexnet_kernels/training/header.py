@@ -11,9 +11,13 @@ import numpy as np
 import torch
 
 from alexnet_kernels._errors import InputError
+from alexnet_kernels._files import local_path, portable_path
 from alexnet_kernels._version import __version__
-from alexnet_kernels.models import AlexNet
+from alexnet_kernels.models import AlexNet, model_of
+from alexnet_kernels.models.config import description_of
+from alexnet_kernels.models.formats.file_weights import Preprocessing
 from alexnet_kernels.training.augmentation import Crops, Statistics
+from alexnet_kernels.training.reading import USUAL, Reading
 from alexnet_kernels.training.settings import Settings
 
 __all__ = ["FORMAT", "KEY", "Header", "History", "from_dict", "from_json", "to_dict", "to_json"]
@@ -38,22 +42,43 @@ class Header:
     training images' names."""
     stored_size: int
     """Side of the stored squares, in pixels."""
+    reading: Reading = USUAL
+    """How the splits of the image set are read."""
+    origin: dict[str, Any] | None = None
+    """Of weights that no run of this package trained: "format", that of their file, and "config", the network as of
+    `models.config_of`. Then the settings are made up, but for what evaluation takes from them."""
 
     def model(self, device: torch.device | str | None = None) -> AlexNet:
         """The network with new initial values."""
+        if self.origin is not None:
+            return model_of(self.origin["config"], device=device)
         settings = self.settings
-        return AlexNet(len(self.classes), settings.network(), settings.dropout, settings.width, device=device)
+        model = AlexNet(len(self.classes), settings.network(), settings.dropout, settings.width, device=device)
+        model.classes, model.preprocessing = tuple(self.classes), self.preprocessing()
+        return model
+
+    def preprocessing(self) -> Preprocessing:
+        """What `crops` makes of pixels."""
+        statistics = self.statistics
+        mean = statistics.mean_image if self.settings.mean == "image" else torch.tensor(statistics.mean)
+        return Preprocessing(mean, self._std(), self.stored_size)
+
+    def _std(self) -> torch.Tensor | None:
+        """By channel, what images are divided by. The paper's initial values assume pixels of 0..255, torch's and He's
+        a variance of 1.
+        """
+        if self.origin is not None:
+            said = description_of(self.origin["config"]).preprocessing
+            return None if said is None else said.std
+        initialization = self.settings.network().initialization
+        if initialization is None or initialization.weight_std is None:
+            return torch.tensor(self.statistics.std).clamp(min=1.0)
+        return None
 
     def crops(self, dtype: torch.dtype = torch.float32) -> Crops:
-        """The conversion of stored images to the network's input, of `dtype`.
-
-        The paper's initial values assume pixels of 0..255, torch's and He's a variance of 1.
-        """
-        settings, statistics = self.settings, self.statistics
-        initialization = settings.network().initialization
-        scale = None
-        if initialization is None or initialization.weight_std is None:
-            scale = 1 / torch.tensor(statistics.std).clamp(min=1.0)
+        """The conversion of stored images to the network's input, of `dtype`."""
+        settings, statistics, std = self.settings, self.statistics, self._std()
+        scale = None if std is None else 1 / std
         mean, shift = settings.mean, settings.color_shift
         return Crops(settings.image_size, statistics, mean, scale, shift, settings.seed, dtype)
 
@@ -76,6 +101,7 @@ def to_dict(header: Header, history: History) -> dict[str, Any]:
     """Both parts as one dict of plain types and one tensor, the mean image."""
     return {
         **asdict(header),
+        "data": portable_path(header.data),
         "history": list(history.epochs),
         "layers": list(history.layers),
         "format": FORMAT,
@@ -104,9 +130,23 @@ def from_dict(values: dict[str, Any]) -> tuple[Header, History]:
         settings,
         [str(name) for name in values["classes"]],
         _statistics(values["statistics"], values["stored_size"]),
-        *(values[name] for name in ("data", "train_images", "fingerprint", "stored_size")),
+        local_path(values["data"]),
+        **{name: values[name] for name in ("train_images", "fingerprint", "stored_size")},
+        reading=Reading.from_dict(values.get("reading", {})),
+        origin=_origin(values.get("origin"), len(values["classes"])),
     )
     return header, History(*(_rows(name, values[name]) for name in ("history", "layers")))
+
+
+def _origin(values: Any, classes: int) -> dict[str, Any] | None:
+    """Raises InputError or TypeError unless it describes a network with that many classes."""
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("format"), str):
+        raise TypeError("its origin has no format")
+    if (found := description_of(values.get("config")).arguments["num_classes"]) != classes:
+        raise ValueError(f"its network has {found} outputs for {classes} classes")
+    return {"format": values["format"], "config": values["config"]}
 
 
 def _statistics(values: dict[str, Any], size: int) -> Statistics:

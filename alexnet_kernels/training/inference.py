@@ -16,6 +16,7 @@ from alexnet_kernels.capture import CapturedForward
 from alexnet_kernels.training import datasets, decoding, image_set
 from alexnet_kernels.training.checkpoint import Network
 from alexnet_kernels.training.precision import InPrecision
+from alexnet_kernels.training.reading import USUAL, Reading
 
 __all__ = [
     "centre",
@@ -86,6 +87,7 @@ def evaluate(
     crops: int = 1,
     batch_size: int = _BATCH,
     bad_images: str = "refuse",
+    reading: Reading = USUAL,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy on the val split of an image set.
@@ -96,12 +98,15 @@ def evaluate(
         crops: 1 (the centre) or 10.
         batch_size: images per batch.
         bad_images: "refuse" unreadable images with an error, or "skip" them.
+        reading: the name of the split, the labels of a flat one; with empty_classes "skip" it may lack classes.
         progress: called with the number of images done since its last call.
 
     Returns:
-        top1, top5: accuracies from 0 to 1. images: images evaluated. seconds. skipped: unreadable files. confusion:
-        list [true class][predicted class] of numbers of images. per_class: {images, top1, top5} for each class's name,
-        with None for the accuracies of a class without images.
+        top1, top5: accuracies from 0 to 1. images: images evaluated. seconds. skipped: unreadable files. ignored: how
+        many files are not taken for images. notes: how the split was found, if a user should know. confusion: list
+        [true class][predicted class] of numbers of images. per_class: {images, top1, top5} for each class's name, with
+        None for the accuracies of a class without images. by_order: True if the set's class names are others, and the
+        network, which was trained elsewhere, is taken to number the classes in their order.
 
     Raises:
         InputError: unreadable images, or images of other classes or another size than the network's.
@@ -110,9 +115,15 @@ def evaluate(
     from alexnet_kernels.training.metrics import accuracies, confusion
 
     classes = network.header.classes
+    if data is None and network.header.origin is not None:
+        raise InputError("the weights were trained elsewhere and name no images: give --data")
     path = data or datasets.SHIPPED
-    (val_set,) = datasets.open_data(path, network.header.stored_size, ("val",), bad_images=bad_images)
-    if val_set.classes != classes:
+    (val_set,) = datasets.open_data(path, network.header.stored_size, ("val",), bad_images=bad_images, reading=reading)
+    if reading.empty_classes == "skip" and isinstance(val_set, image_set.ImageSet):
+        val_set.relabel(classes if set(val_set.classes) <= set(classes) else val_set.classes)
+    # Other programs number the folders' names in their order, whatever the classes are called.
+    by_order = val_set.classes != classes and network.header.origin is not None and len(val_set.classes) == len(classes)
+    if val_set.classes != classes and not by_order:
         theirs, ours = set(val_set.classes), set(classes)
         differing = sorted(theirs ^ ours)
         raise InputError(
@@ -158,8 +169,11 @@ def evaluate(
         "images": count,
         "seconds": seconds,
         "skipped": bad,
+        "ignored": len(val_set.ignored),
+        "notes": [val_set.note] if val_set.note else [],
         "confusion": rows,
         "per_class": per_class,
+        **({"by_order": True} if by_order else {}),
     }
 
 
