@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import alexnet_kernels
-from alexnet_kernels import AlexNet, unfuse
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -69,11 +68,13 @@ def test_fine_tune(tmp_path: Path) -> None:
 def test_lpips_distance() -> None:
     printed = run(EXAMPLES / "lpips_distance.py", "--baseline", "--size", "64", "--device", "cpu")
     assert "unweighted baseline, not LPIPS" in printed
-    pairs = [(float(a), float(b)) for a, b in re.findall(r"distance (\S+), fused (\S+)", printed)]
-    assert pairs[0] == (0, 0)
-    assert [a for a, _ in pairs] == sorted(a for a, _ in pairs)
-    assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=1e-3)
-    assert "distances and gradients agree" in printed
+    assert "random filters, not LPIPS" in printed
+    distances = [float(a) for a in re.findall(r"distance (\S+)", printed)]
+    assert distances[0] == 0
+    assert distances == sorted(distances)
+    rows = [row.split() for row in re.search(r"all pairs: (.*)", printed)[1].split(";")]
+    assert [float(row[i]) for i, row in enumerate(rows)] == pytest.approx(distances, abs=1e-3)
+    assert "lpips agrees" in printed or "lpips is not installed" in printed
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
@@ -90,27 +91,37 @@ def test_two_towers(plan: str) -> None:
     assert int(held.replace(",", "")) < int(whole.replace(",", ""))
 
 
-def test_extract_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rsa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("PIL", reason="needs Pillow, of the extra `train`")
-    weights, out = tmp_path / "alexnet.pth", tmp_path / "features.npz"
-    model = AlexNet(preset="torchvision")
-    torch.save(model.state_dict(), weights)
-    small = ("--weights", weights, "--size", "64", "--limit", "1", "--device", "cpu")
-    printed = run(EXAMPLES / "extract_features.py", *small, "--out", out)
-    assert "features.12: 10 x 256" in printed
-    assert "classifier.5: 10 x 4096" in printed
+    pytest.importorskip("matplotlib", reason="of the extra `train`")
+    out = tmp_path / "rsa.png"
+    small = ("--images", "2", "--size", "64", "--width", "0.1", "--permutations", "20")
+    printed = run(EXAMPLES / "rsa.py", *small, "--out", out)
+    assert "20 images of 10 categories, random weights" in printed
+    assert len(re.findall(r"^(?:pool|relu)\d +-?\d\.\d{3} +-?\d\.\d{3} +\d\.\d{3}$", printed, re.MULTILINE)) == 7
+    assert re.search(r"^pool1 +1\.000 ", printed, re.MULTILINE)
+    assert out.stat().st_size > 1000
 
     monkeypatch.syspath_prepend(EXAMPLES)
-    from images import MEAN, STD, load_images
+    import rsa
 
-    images, labels, classes, names = load_images(None, "val", 64, 1)
-    pixels = (images - MEAN) / STD
-    with torch.no_grad():
-        maps = unfuse(model.eval()).features(pixels.permute(0, 3, 1, 2))
-        hidden = model.classifier[:6](model.avgpool(maps).flatten(1))
-    with np.load(out) as arrays:
-        assert arrays["labels"].tolist() == labels.tolist() == list(range(10))
-        assert arrays["names"].tolist() == names
-        assert arrays["classes"].tolist() == classes
-        np.testing.assert_allclose(arrays["features.12"], maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(arrays["classifier.5"], hidden, rtol=1e-4, atol=1e-5)
+    x = np.array([[1.0, 2, 3, 4], [2, 4, 6, 8.1], [4, 3, 2, 1]])
+    np.testing.assert_allclose(rsa.rdm(x), 1 - np.corrcoef(x), atol=1e-12)
+    a, b = np.array([1.0, 2, 2, 3]), np.array([0.0, 0, 1, 1])
+    assert rsa.ranks(a).tolist() == [1, 2.5, 2.5, 4]
+    assert rsa.spearman(a, b) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1.5, 1.5, 3.5, 3.5])[0, 1])
+    assert rsa.kendall_tau_a(a, b) == pytest.approx(3 / 6)
+    category = np.kron(1 - np.eye(3), np.ones((4, 4)))
+    assert rsa.permutation_p(category, category, 50, 0) == pytest.approx(1 / 51)
+
+
+def test_brainscore_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL", reason="needs Pillow, of the extra `train`")
+    monkeypatch.delenv("ALEXNET_CHECKPOINT", raising=False)
+    printed = run(EXAMPLES / "brainscore_model.py")
+    # The layers of Brain-Score's own alexnet, which is torchvision's.
+    layers = "features.2 features.5 features.7 features.9 features.12 classifier.2 classifier.5"
+    assert f"layers {layers}" in printed
+    assert "features.12: 10 x 256 x 6 x 6" in printed
+    assert "logits: 10 x 1000" in printed
+    assert "brainscore_vision" in printed

@@ -28,7 +28,9 @@ from alexnet_kernels.training import checkpoint, inference, prepare, run, throug
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ("train", "evaluate", "predict", "convert", "prepare", "bench", "throughput", "tune", "info")
+COMMANDS = (
+    "train", "evaluate", "predict", "extract", "convert", "prepare", "bench", "throughput", "tune", "info",
+)  # fmt: skip
 NUMBERS = (
     "", "0", "-1", "1e999", "nan", "inf", "1" * 5000, "99999999999999999999", "0x10", "1_0", "٣", "²", " 4", "1e-320",
     "2147483648", "1,,2", ",", "1h1h", "h", "None", "--", "\x1b[2J", "a\nb", "\udce9",
@@ -68,6 +70,7 @@ def base(command: str, root: Path) -> list[str]:
         "train": [*data, *small, "--width", "0.04", "--epochs", "1", "--precision", "32", "--lr", "0.01"],
         "evaluate": [str(root / "run"), *data],
         "predict": [str(root / "run"), str(next((root / "tree").rglob("*.png"), ""))],
+        "extract": [str(root / "run"), *data, "--layers", "fc8", "--out", "out", "--workers", "0"],
         "convert": [str(root / "run"), "out.safetensors"],
         "prepare": [str(root / "tree"), "out", "--size", "32", "--workers", "1"],
         "bench": ["--list"],

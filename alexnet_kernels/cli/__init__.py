@@ -1,4 +1,4 @@
-"""The command `alexnet-kernels`: train, evaluate, predict, convert, prepare, bench, throughput, tune, info.
+"""The command `alexnet-kernels`: train, evaluate, predict, extract, convert, prepare, bench, throughput, tune, info.
 
 Exit status: 0; 1 for a run that failed; 2 for invalid arguments or input; 130 for a run that was interrupted.
 
@@ -20,12 +20,24 @@ import torch
 
 from alexnet_kernels._errors import InputError, MissingPackage, RunError, out_of_memory, printable
 from alexnet_kernels._version import __version__
-from alexnet_kernels.cli import bench, convert, evaluate, info, predict, prepare, process, throughput, train, tune
+from alexnet_kernels.cli import (
+    bench,
+    convert,
+    evaluate,
+    extract,
+    info,
+    predict,
+    prepare,
+    process,
+    throughput,
+    train,
+    tune,
+)
 from alexnet_kernels.cli.arguments import PROGRAM
 
 __all__ = ["main"]
 
-_COMMANDS = (train, evaluate, predict, convert, prepare, bench, throughput, tune, info)
+_COMMANDS = (train, evaluate, predict, extract, convert, prepare, bench, throughput, tune, info)
 _MEMORY = ("batch_size", "image_size", "width", "size")
 """Options by which a command takes less memory."""
 
