@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import os
 import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,12 +18,32 @@ from alexnet_kernels._errors import InputError, RunError
 __all__ = [
     "atomic_file",
     "link_atomically",
+    "local_path",
     "output_path",
+    "portable_path",
     "read_bounded",
+    "read_head",
     "remove_temporaries",
     "write_atomically",
+    "write_csv",
     "write_errors",
 ]
+
+
+_IS_UTF8 = sys.getfilesystemencoding().lower() in ("utf-8", "utf8")
+
+
+def portable_path(path: str) -> str:
+    """A path of this process as UTF-8, which it is already unless the locale says otherwise.
+
+    Bytes that are not UTF-8 are surrogates, as of the error handler surrogateescape.
+    """
+    return path if _IS_UTF8 else os.fsencode(path).decode(errors="surrogateescape")
+
+
+def local_path(path: str) -> str:
+    """Inverse of `portable_path`: a path that a process of another locale may have recorded."""
+    return path if _IS_UTF8 else os.fsdecode(path.encode(errors="surrogateescape"))
 
 
 class _WrittenFile(io.FileIO):
@@ -76,6 +98,17 @@ def write_atomically(path: str | Path, text: str) -> None:
         file.write(text.encode(errors="backslashreplace"))
 
 
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write the rows, whose keys are the first row's, to `path` by `atomic_file`. Without rows, nothing is written."""
+    if not rows:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
 def read_bounded(path: str | Path, limit: int) -> bytes:
     """The content of a file of up to `limit` bytes. ValueError if it is larger, or a pipe, a device or a folder."""
     with open(path, "rb", buffering=0, opener=_open_at_once) as file:
@@ -89,6 +122,14 @@ def read_bounded(path: str | Path, limit: int) -> bytes:
     if len(content) > state.st_size:
         raise ValueError("it grew while it was read")
     return content
+
+
+def read_head(path: str | Path, count: int) -> bytes:
+    """The first bytes of a file, up to `count`. ValueError for a pipe, a device or a folder."""
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        return file.read(count)
 
 
 def _open_at_once(path: str, flags: int) -> int:

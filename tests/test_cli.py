@@ -331,7 +331,7 @@ class TestEvaluate:
         cut.write_bytes((run / "best.ckpt").read_bytes()[:1000])
         fails(capsys, ["evaluate", str(cut)], "not a readable checkpoint")
         torch.save([1, 2], tmp_path / "list.ckpt")
-        fails(capsys, ["evaluate", str(tmp_path / "list.ckpt")], "not a checkpoint of `alexnet-kernels train`")
+        fails(capsys, ["evaluate", str(tmp_path / "list.ckpt")], "holds a list, not a state dict")
 
 
 class TestPredict:
@@ -369,7 +369,7 @@ class TestThroughput:
         assert all(int(rate.replace(",", "")) > 0 for rate, _ in rates)
         assert "training step of preset batchnorm" in out
         line = out.splitlines()[-1]
-        assert re.fullmatch(r"reading, .* share the CPU's cores, .* add up: [\d,]+ images/s, \d+% of .* step", line)
+        assert re.fullmatch(r"reading, .* share the CPU's cores, .* add up: [\d,]+ images/s; reading \d+%, .*", line)
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["throughput", *self.ARGUMENTS, "--json"]) == 0
@@ -383,16 +383,25 @@ class TestThroughput:
     @pytest.mark.parametrize(
         ("changes", "line"),
         [
-            ({}, "stepping binds: 5,000 images/s; reading has 3.1 times that, copying has 4.0 times that"),
             (
-                {"read": 1000.0},
-                "reading binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; try "
+                {"prepared": True},
+                "stepping binds: 5,000 images/s; reading has 3.1 times that, copying has 4.0 times that; the images "
+                "keep up",
+            ),
+            (
+                {"read": 1000.0, "fetch": 900.0},
+                "decoding binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; try "
+                "`alexnet-kernels prepare`, or more --workers than 8",
+            ),
+            (
+                {"read": 1000.0, "fetch": 200.0},
+                "reading files binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; try "
                 "`alexnet-kernels prepare`, or more --workers than 8",
             ),
             (
                 {"read": 1000.0, "prepared": True},
-                "reading binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; try more "
-                "--workers than 8",
+                "reading binds: 1,000 images/s; copying has 20.0 times that, stepping has 5.0 times that; that is "
+                "0.2 GB/s: put the set on a faster disk or in memory, or try more --workers than 8",
             ),
             (
                 {"read": 1000.0, "in_memory": True},
@@ -401,7 +410,8 @@ class TestThroughput:
             ),
             (
                 {"copy": 2500.0},
-                "copying binds: 2,500 images/s; reading has 6.2 times that, stepping has 2.0 times that",
+                "copying binds: 2,500 images/s; reading has 6.2 times that, stepping has 2.0 times that; the "
+                "GPU's PCIe link, or the memory that is copied from, is slow",
             ),
         ],
     )
@@ -409,7 +419,7 @@ class TestThroughput:
         """A step of 6,000 images/s and augmentation of 30,000 make 5,000."""
         rates = {"read": 15500.0, "copy": 20000.0, "augment": 30000.0, "step": 6000.0} | changes
         binds, limit = binding(rates)
-        facts = {"prepared": False, "in_memory": False, "workers": 8} | changes
+        facts = {"prepared": False, "in_memory": False, "workers": 8, "stored_size": 256, "fetch": None} | changes
         assert verdict({**rates, **facts, "binds": binds, "limit": limit}) == line
 
     def test_mistakes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from alexnet_kernels import AlexNet, parallel
 from alexnet_kernels._errors import InputError
 from alexnet_kernels._files import atomic_file
 from alexnet_kernels._lock import locked
-from alexnet_kernels.models.weights import load_weights
+from alexnet_kernels.models.weights import read_weights
 from alexnet_kernels.training import checkpoint, pictures
 from alexnet_kernels.training.callbacks import checkpoint as checkpoint_callback
 from alexnet_kernels.training.metrics import EpochMetrics
@@ -232,7 +232,7 @@ class TestDamage:
         path = tmp_path / "x.safetensors"
         checkpoint.export(checkpoint.load_network(run), path)
         self.check(path, lambda: checkpoint.load_network(path).model.state_dict())
-        self.check(path, lambda: load_weights(path, False)[0])
+        self.check(path, lambda: read_weights(path)[0].tensors)
 
     @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
     def test_folder_of_a_split_model(self, tmp_path: Path) -> None:
@@ -250,8 +250,9 @@ class TestDamage:
     def test_files_of_others_need_no_checksum(self, tmp_path: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
-        assert torch.equal(load_weights(tmp_path / "x.safetensors", False)[0]["x"], torch.ones(3))
+        save_file({"features.0.weight": torch.ones(3)}, tmp_path / "x.safetensors")
+        found, _ = read_weights(tmp_path / "x.safetensors")
+        assert torch.equal(found.tensors["features.0.weight"], torch.ones(3))
 
 
 def test_a_damaged_last_checkpoint_is_named(copy: Path) -> None:

@@ -25,12 +25,13 @@ def add_parser(commands: Any) -> None:
         "bench",
         help="time every op and network against its baselines",
         description="Times every op at AlexNet's layers, and whole networks, against PyTorch's operators, "
-        "torch.compile, torchvision, ONNX Runtime and other installed packages, and problems of KernelBench by "
-        "torch.compile with this package's backend, after checking that all results "
+        "torch.compile, torchvision, ONNX Runtime and other installed packages, problems of KernelBench by "
+        "torch.compile with this package's backend, and LPIPS against the packages lpips and torchmetrics, after "
+        "checking that all results "
         "agree. The exit status is 1 if one of this package's ops or networks is wrong or fails.",
     )
     add = parser.add_argument
-    add("what", nargs="*", metavar="ops|nets|suite", help="(default: all)")
+    add("what", nargs="*", metavar="ops|nets|suite|lpips", help="(default: all)")
     add("--only", metavar="REGEX", help="rows whose name matches; --list prints the names")
     add("--list", action="store_true", help="print the rows and their variants, and measure nothing")
     add("--batches", type=numbers, metavar="N,N", help="batch sizes (default: 1,32; on a GPU 1,32,128,256,1024)")

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alexnet_kernels import _library
-from alexnet_kernels._errors import InputError, printable, require
+from alexnet_kernels._errors import InputError, RunError, printable, require
+from alexnet_kernels._files import write_errors
 from alexnet_kernels.cli.arguments import (
     PROGRAM,
     add_bad_images,
     add_device,
+    add_reading,
     count,
     duration,
     elapsed,
     numbers,
     path,
     positive,
+    reading_of,
     use_backend,
     workers_of,
 )
@@ -63,8 +66,10 @@ def add_parser(commands: Any) -> None:
         help="a folder that `prepare` wrote, or a folder or zip with train/<class>/ and val/<class>/ "
         "images")  # fmt: skip
     add_bad_images(parser)
+    add_reading(parser)
     add("--workers", type=count, metavar="N",
-        help="processes that read a set too large for memory (default: one per core, up to 8)")  # fmt: skip
+        help="processes that read a set too large for memory, threads for a prepared set (default: one per core, "
+        "up to 8)")  # fmt: skip
     add("--out", type=path, metavar="FOLDER", help="new folder for the run (default: the next free runs/<preset>-<n>)")
     add(
         "--resume",
@@ -72,6 +77,9 @@ def add_parser(commands: Any) -> None:
         metavar="RUN",
         help="resume from a run's folder or checkpoint, in its folder, with its settings",
     )
+    add("--seeds", type=positive, metavar="N",
+        help="the same run with N seeds, from --seed on: one after the other, or one a GPU; mean and spread of every "
+        "figure")  # fmt: skip
     add("--max-time", type=duration, metavar="TIME", help="stop after, say, 90s, 10m or 1h30m; can be resumed")
     add("--save-every", type=positive, default=1000, metavar="N",
         help="steps between checkpoints inside an epoch (default: 1000; one also after each epoch)")  # fmt: skip
@@ -137,6 +145,8 @@ def run(options: argparse.Namespace) -> int:
     use_backend(options)
     require(f"{PROGRAM} train", "PIL", "rich", "matplotlib", "torchmetrics", "yaml", "tensorboard", "lightning")
     parallel = _parallel(options)
+    if options.seeds is not None or (options.resume is not None and _is_of_seeds(options.resume)):
+        return _run_seeds(options)
     if parallel is not None and "RANK" not in os.environ:
         return _launch(options, parallel)
     from rich.console import Console
@@ -155,25 +165,86 @@ def run(options: argparse.Namespace) -> int:
 def _spec(options: argparse.Namespace, parallel: ParallelConfig | None) -> RunSpec:
     from alexnet_kernels.training.spec import new_run, resumed_run
 
-    given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
-    common: dict[str, Any] = {
+    common = {**_common(options), "parallel": parallel}
+    if options.resume is None:
+        return new_run(_settings(options, parallel is not None), options.data, options.out, **common)
+    _refuse_with_resume(options)
+    return resumed_run(options.resume, _given(options), options.data, **common)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+
+
+def _settings(options: argparse.Namespace, parallel: bool) -> Settings:
+    recipe = options.recipe or default_recipe(options.data is None, options.preset, parallel)
+    return settings_of(recipe, **_given(options))
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `RunSpec`."""
+    return {
         "device": options.device,
         "workers": workers_of(options),
         "max_seconds": options.max_time,
         "save_every": options.save_every,
         "log_every": options.log_every,
         "bad_images": options.bad_images,
+        "reading": reading_of(options),
         "graph": not options.no_graph,
-        "parallel": parallel,
     }
-    if options.resume is None:
-        recipe = options.recipe or default_recipe(options.data is None, options.preset, parallel is not None)
-        return new_run(settings_of(recipe, **given), options.data, options.out, **common)
+
+
+def _refuse_with_resume(options: argparse.Namespace) -> None:
     if options.out is not None:
         raise InputError("--out can't be used with --resume, which continues in the run's own folder")
     if options.recipe is not None:
         raise InputError("--recipe can't be used with --resume, which continues with the run's own settings")
-    return resumed_run(options.resume, given, options.data, **common)
+
+
+def _is_of_seeds(folder: str) -> bool:
+    from alexnet_kernels.training.seeds import INDEX
+
+    return os.path.isfile(os.path.join(folder, INDEX))
+
+
+def _run_seeds(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from alexnet_kernels.cli import seeds
+    from alexnet_kernels.training.run_folder import lock
+    from alexnet_kernels.training.seeds import SeedRuns
+
+    if options.parallel is not None:
+        raise InputError("--seeds can't be used with --parallel: start a run for each --seed")
+    console, devices = Console(), seeds.devices_of(options.device)
+    if options.resume is None:
+        runs = SeedRuns.create(_settings(options, False), options.seeds, options.data, options.out, reading_of(options))
+    else:
+        _refuse_with_resume(options)
+        runs = SeedRuns.read(options.resume).extended(options.seeds)
+        runs.check(_given(options))
+    with lock(runs.folder):
+        if options.resume is not None and options.seeds is not None:
+            with write_errors(runs.folder):
+                runs.write_index()
+        try:
+            if len(devices) > 1:
+                status = seeds.run_side_by_side(runs, devices, options, console)
+            else:
+                status = seeds.run_in_turn(runs, {**_common(options), "data": options.data}, _given(options), console)
+        finally:
+            if options.resume is None:
+                runs.remove_if_unused()
+        figures = runs.figures()
+        if figures:
+            with write_errors(runs.folder):
+                runs.write_figures(figures)
+            seeds.summarize(runs, figures, console)
+    if status == seeds.FAILED:
+        failed = len(runs.seeds) - len(figures)
+        raise RunError(f"{failed} of {len(runs.seeds)} seeds have not finished; {seeds.resume_hint(runs)}")
+    return status
 
 
 def _parallel(options: argparse.Namespace) -> ParallelConfig | None:
@@ -204,7 +275,7 @@ def _print_summary(result: Result, console: Any, parallel: ParallelConfig | None
     if result.skipped:
         say(f"left out {len(result.skipped)} unreadable images: {'; '.join(result.skipped[:5])}")
     if result.ignored:
-        say(f"ignored {result.ignored} files that are not taken for images")
+        say(f"ignored {result.ignored} files that are hidden, in no class or not taken for images")
     if result.best:
         best, last = result.best, result.history[-1]
         say(

@@ -3,7 +3,9 @@
 | module | |
 |---|---|
 | `settings` | what the result of a run depends on, recipes, the learning rate |
-| `source`, `decoding` | files of a folder or zip; image files as tensors |
+| `source`, `formats` | files of a folder or zip; which of them are images |
+| `decoding`, `repair` | image files as tensors; the same without damaged metadata |
+| `reading`, `labels` | names and places of splits, empty classes; files of labels |
 | `image_set`, `shards`, `datasets` | image sets in a tree or zip, and prepared ones; opening either |
 | `prepare`, `shard_writer` | writing prepared image sets |
 | `augmentation` | the paper's crops, mirroring and colour shifts; statistics of a training set |
@@ -13,6 +15,7 @@
 | `module`, `callbacks` | the LightningModule; checkpoints, stopping, CSV, TensorBoard, progress |
 | `distributed` | training in several processes |
 | `spec`, `run`, `run_pictures` | one run: its specification, the run, the pictures it leaves |
+| `seeds` | the same run with several seeds, mean and spread |
 | `devices`, `precision` | picking a device, copies, autocast; bfloat16 with float32 masters |
 | `inference` | accuracy, predictions and features of a trained network |
 | `pictures` | drawing of filters, curves, predictions, neighbours, confusion |

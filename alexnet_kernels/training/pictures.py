@@ -64,16 +64,22 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 @_DEFAULTS
-def curves(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Write loss and error over the epochs as a PNG."""
+def curves(history: Sequence[dict[str, float]], path: Path, spread: Sequence[dict[str, float]] | None = None) -> None:
+    """Write loss and error over the epochs as a PNG. spread: rows of the half widths of the bands around the curves."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for split, dashes in (("train", "--"), ("val", "-")):
-        left.plot(epochs, [row[f"{split}_loss"] for row in history], dashes, marker=".", label=split)
-        for name, colour in (("top1", "C0"), ("top5", "C1")):
-            error = [100 * (1 - row[f"{split}_{name}"]) for row in history]
-            right.plot(epochs, error, dashes, color=colour, marker=".", label=f"{split} {name[:3]}-{name[3:]}")
+    for split, dashes, colour in (("train", "--", "C0"), ("val", "-", "C1")):
+        lines = [(left, f"{split}_loss", colour, split)]
+        for i, name in enumerate(("top1", "top5")):
+            lines.append((right, f"{split}_{name}", f"C{i}", f"{split} {name[:3]}-{name[3:]}"))
+        for axes, key, shade, label in lines:
+            values = np.array([row[key] for row in history])
+            drawn = values if axes is left else 100 * (1 - values)
+            axes.plot(epochs, drawn, dashes, color=shade, marker=".", label=label)
+            if spread is not None:
+                half = (1 if axes is left else 100) * np.array([row[key] for row in spread])
+                axes.fill_between(epochs, drawn - half, drawn + half, color=shade, alpha=0.15, linewidth=0)
     left.set(xlabel="epoch", ylabel="cross-entropy")
     right.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
     for axes in (left, right):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from alexnet_kernels._errors import InputError, shortened
 from alexnet_kernels._files import write_atomically
-from alexnet_kernels.models import PRESETS, Initialization, Pool, Preset
+from alexnet_kernels.models import PRESETS, Preset
+from alexnet_kernels.models.presets import variant
 
 __all__ = [
     "PRECISIONS",
@@ -143,22 +144,7 @@ class Settings:
 
     def network(self) -> Preset:
         """The preset with the activation, pooling, normalisation and initial values of these settings."""
-        spec = PRESETS[self.preset]
-        if self.norm == "none":
-            kept = [" ".join(w for w in layer.split() if "norm" not in w) for layer in spec.layers]
-            a, b, c, d, e = kept
-            spec = replace(spec, layers=(a, b, c, d, e), norm=None, map_norm=None)
-        if self.pooling != "preset":
-            size = 3 if self.pooling == "overlapping" else 2
-            spec = replace(spec, pools=tuple(pool and Pool(size, 2, pool.ceil_mode) for pool in spec.pools))
-        if self.init == "he":
-            biases = (0.0,) * 8 if spec.initialization is None else spec.initialization.bias
-            spec = replace(spec, initialization=Initialization(None, biases))
-        if self.activation == "tanh":
-            spec = replace(spec, activation="tanh")
-            if spec.initialization is not None:
-                spec = replace(spec, initialization=replace(spec.initialization, bias=(0.0,) * 8))
-        return spec
+        return variant(self.preset, activation=self.activation, pooling=self.pooling, norm=self.norm, init=self.init)
 
     def lr_at(self, step: int, steps_per_epoch: int, errors: Sequence[float]) -> float:
         """The learning rate of a step, counted from 0. errors: validation error after each epoch so far."""

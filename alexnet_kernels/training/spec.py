@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from alexnet_kernels._errors import InputError
@@ -12,10 +13,11 @@ from alexnet_kernels.training import checkpoint, datasets
 from alexnet_kernels.training.distributed.config import ParallelConfig
 from alexnet_kernels.training.distributed.environment import attempt
 from alexnet_kernels.training.header import Header, History
+from alexnet_kernels.training.reading import USUAL, Reading
 from alexnet_kernels.training.run_folder import is_complete
 from alexnet_kernels.training.settings import Settings
 
-__all__ = ["ResumePoint", "RunSpec", "new_run", "resumed_run"]
+__all__ = ["ResumePoint", "RunSpec", "is_finished", "new_run", "resumed_run"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class RunSpec:
     device: str = "auto"
     """auto (CUDA if available), cpu, cuda or cuda:<n>."""
     workers: int = 0
-    """Processes that read images, if the set is too large to be held in memory."""
+    """Processes that read images, threads for a prepared set, if the set is too large to be held in memory."""
     max_seconds: float | None = None
     """Stop after the step that passes this time."""
     save_every: int = 1000
@@ -50,6 +52,8 @@ class RunSpec:
     """Seconds between two lines of progress inside an epoch, if the output is not a terminal; 0 for none."""
     bad_images: str = "refuse"
     """"refuse" unreadable images with an error, or "skip" them."""
+    reading: Reading = USUAL
+    """Names of the splits, what becomes of empty classes, and the labels of a flat split."""
     graph: bool = True
     """Whether one GPU runs the training step as one CUDA graph. The weights are bitwise the same."""
     in_memory: int = datasets.IN_MEMORY
@@ -73,19 +77,41 @@ _PARTS: dict[str, type] = {
 
 
 def new_run(
-    settings: Settings, data: str | Path | None = None, out: str | Path | None = None, **options: Any
+    settings: Settings,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    reading: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
 ) -> RunSpec:
     """A new run in the folder `out`, which must not exist; None for the next free runs/<preset>-<n>.
 
     If torchrun has restarted the processes after a failure and `out` has a checkpoint, the run is resumed from it.
+    reading: fields of `Reading`. options: fields of `RunSpec`.
     """
     if options.get("parallel") is not None and out is not None and attempt() and (Path(out) / "last.ckpt").exists():
-        return resumed_run(out, {"accumulate": settings.accumulate}, data, **options)
-    return RunSpec(settings=settings, data=data, out=None if out is None else Path(out), **options)
+        return resumed_run(out, {"accumulate": settings.accumulate}, data, reading=reading, **options)
+    return RunSpec(
+        settings=settings,
+        data=data,
+        out=None if out is None else Path(out),
+        reading=Reading(**reading),
+        **options,
+    )
+
+
+def is_finished(saved: checkpoint.Checkpoint, path: Path) -> bool:
+    """Whether the run of the checkpoint, which was read from `path`, has ended and left all its files."""
+    return len(saved.history.epochs) >= saved.header.settings.epochs and is_complete(path)
 
 
 def resumed_run(
-    path: str | Path, settings: Mapping[str, Any] | None = None, data: str | Path | None = None, **options: Any
+    path: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    data: str | Path | None = None,
+    *,
+    reading: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
 ) -> RunSpec:
     """A run that continues from a checkpoint, or from last.ckpt in a run's folder, in that folder.
 
@@ -96,6 +122,7 @@ def resumed_run(
         path: the checkpoint or the folder. Its header is read here, once.
         settings: settings that were given again. Only `accumulate` may differ from the checkpoint's.
         data: the same images at another path; None for the path in the checkpoint.
+        reading: fields of `Reading` that differ from the checkpoint's, as the path of a file that has moved.
         options: fields of `RunSpec`.
 
     Raises:
@@ -117,12 +144,13 @@ def resumed_run(
             raise InputError(
                 f"{option} {value} can't be used with --resume: {path} was begun with {getattr(own, name)}"
             )
-    if len(resume.history.epochs) >= own.epochs and is_complete(path):
+    if is_finished(saved, path):
         raise InputError(f"{path} has finished its {own.epochs} epochs: there is nothing to resume")
     return RunSpec(
         settings=replace(own, accumulate=given.get("accumulate", own.accumulate)),
         data=data if data is not None else resume.header.data or None,
         out=path.parent,
         resume=resume,
+        reading=datasets.reading_again(resume.header.reading, reading, data),
         **options,
     )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from alexnet_kernels._files import write_atomically
+from alexnet_kernels._files import write_csv
 from alexnet_kernels.training.header import History
 from alexnet_kernels.training.module import Classifier
 
@@ -37,15 +34,5 @@ class CSVCallback(Checkpoint):
 
 def write_history(history: History, folder: Path) -> None:
     """Write metrics.csv and layers.csv."""
-    _write(history.epochs, folder / "metrics.csv")
-    _write(history.layers, folder / "layers.csv")
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    if not rows:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_csv(history.epochs, folder / "metrics.csv")
+    write_csv(history.layers, folder / "layers.csv")
