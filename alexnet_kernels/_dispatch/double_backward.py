@@ -22,7 +22,8 @@ def double_backward(
     with torch.enable_grad():
 
         def leaf(t: Tensor) -> Tensor:
-            return t if create_graph and t.requires_grad else t.detach().requires_grad_()
+            # An alias: `grad` may be a function of the inputs, and each has its own derivative.
+            return t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()
 
         def wide(t: Tensor) -> Tensor:
             return t.float() if t.dtype in LOW_PRECISION else t

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from contract import check_op
@@ -78,3 +80,21 @@ def test_onnx_cases(device, backend):
             backend=backend,
         )
         torch.testing.assert_close(out.cpu(), torch.from_numpy(outputs[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_that_are_differentiated_again() -> None:
+    """The gradient that backward gets is a function of the input, too."""
+
+    def derivatives(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        x = torch.linspace(-2, 2, 54, dtype=torch.float64).reshape(1, 6, 3, 3).requires_grad_()
+        found, value = [], function(x, **STRONG).pow(3).sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            found.append(gradient.detach())
+            value = gradient.sin().sum()
+        return found
+
+    for actual, expected in zip(
+        derivatives(local_response_norm), derivatives(reference.local_response_norm), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
