@@ -46,9 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each row, direction and variant."""
-    (kind,) = {"test_ops": ["ops"], "test_nets": ["nets"], "test_suite": ["suite"]}[
-        metafunc.module.__name__.rpartition(".")[2]
-    ]
+    kinds = {"test_ops": "ops", "test_nets": "nets", "test_suite": "suite", "test_lpips_rows": "lpips"}
+    kind = kinds[metafunc.module.__name__.rpartition(".")[2]]
     config = metafunc.config
     device = torch.device(config.getoption("--device"))
     batches = config.getoption("--batches")

@@ -20,6 +20,7 @@ import alexnet_kernels
 from alexnet_kernels import AlexNet, _library, backends
 from alexnet_kernels.bench import baselines, cases, op_row, optimizer_row, roofline, rows, tables, timing
 from alexnet_kernels.bench import report as bench_report
+from alexnet_kernels.bench.lpips_row import KEPT, PAIRS, LpipsRow
 from alexnet_kernels.bench.machine import cache_bytes
 from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
@@ -439,6 +440,19 @@ class TestSuite:
         result = timed(SuiteRow(problem, 2, compile=()))
         assert result["wrong"] == {FUSED: "it differs from eager by more than atol = rtol = 0.01"}
         assert result["tolerances"] == {"eager": 0.01}
+
+
+class TestLpips:
+    @pytest.mark.parametrize("kind", ["", KEPT, PAIRS])
+    def test_a_row_is_checked_and_timed(self, kind: str) -> None:
+        row = LpipsRow(2, 32, kind=kind)
+        result = timed(row)
+        assert result["wrong"] == result["errors"] == {}
+        for direction in row.directions:
+            assert list(result[direction]["times"]) == row.variants(CPU)
+        assert is_ours("LPIPS")
+        assert is_ours("fused lpips")
+        assert not is_ours("lpips")
 
 
 class TestRows:

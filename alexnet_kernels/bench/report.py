@@ -35,7 +35,9 @@ def new_report(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "kind": device.type,
         "machine": machine.facts(device),
-        "peers": {name: machine.version(name) for name in ("torchvision", "onnxruntime", "tensorrt")},
+        "peers": {
+            name: machine.version(name) for name in ("torchvision", "onnxruntime", "tensorrt", "lpips", "torchmetrics")
+        },
         "ceilings": {},
         "ops": {},
         "nets": {},

@@ -18,6 +18,9 @@ ONE_GRAPH = ", one graph"
 OUR_NETS = ("auto", f"auto{ONE_GRAPH}", "auto, pure bf16", f"auto, pure bf16{ONE_GRAPH}", WITHOUT_MASTERS, "triton")
 FUSED = "compiled by alexnet_kernels"
 """torch.compile with the backend of `alexnet_kernels.interop`."""
+LPIPS_OURS = "LPIPS"
+LPIPS_FUSED = "fused {}"
+"""The package lpips or torchmetrics after `fuse`."""
 DIRECTIONS = ("forward", "backward", "forward and backward", "step", "inference", "training step")
 PURPOSES = DIRECTIONS[-2:]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -109,7 +112,8 @@ class Row(Protocol):
 
 def is_ours(variant: str) -> bool:
     """Whether the variant is this package's; the others are baselines."""
-    return variant in ("cpu", "cuda", FUSED, *OUR_NETS) or variant.startswith("cuda, ")
+    names = "cpu", "cuda", FUSED, LPIPS_OURS, *OUR_NETS
+    return variant in names or variant.startswith(("cuda, ", LPIPS_FUSED.format("")))
 
 
 def our_backends(op: str, device: torch.device) -> dict[str, str | None]:

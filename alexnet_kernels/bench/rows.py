@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alexnet_kernels.bench.cases import Case, cases
+from alexnet_kernels.bench.lpips_row import lpips_rows
 from alexnet_kernels.bench.network_row import NetRow
 from alexnet_kernels.bench.op_row import OpRow
 from alexnet_kernels.bench.optimizer_row import SgdRow
@@ -19,7 +20,7 @@ from alexnet_kernels.bench.suite_row import suite_rows
 from alexnet_kernels.models import PRESETS
 from alexnet_kernels.op_info._record import OVERHEAD
 
-KINDS = ("ops", "nets", "suite")
+KINDS = ("ops", "nets", "suite", "lpips")
 BATCHES = {"cpu": (1, 32), "cuda": (1, 32, 128, 256, 1024)}
 REFERENCE = {"cpu": 32, "cuda": 128}
 """The batch size at which compiled baselines are measured as well."""
@@ -33,7 +34,7 @@ def rows(
 ) -> list[Row]:
     """All rows, the most important first. `smoke`: small rows of every op, network and baseline.
 
-    batches: of ops and networks; problems of a suite have the suite's.
+    batches: of ops and networks; problems of a suite have the suite's, rows of LPIPS their own.
     """
     kind = device.type
     reference = SMOKE if smoke else REFERENCE[kind]
@@ -45,6 +46,8 @@ def rows(
         found += _nets(chosen, reference, smoke)
     if "suite" in kinds:
         found += suite_rows(PROBLEMS, device, 1 if smoke else None)
+    if "lpips" in kinds:
+        found += lpips_rows(smoke)
     return found
 
 

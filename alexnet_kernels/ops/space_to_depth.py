@@ -24,11 +24,16 @@ def space_to_depth(
         (extent + 2 * pad - kernel) // block + tap
         for extent, pad, kernel, tap in zip(input.shape[2:], padding, weight.shape[2:], taps, strict=True)
     ]
+    return kernels.space_to_depth(input, block, padding, size, dtype), weight_by_depth(weight, block)
+
+
+def weight_by_depth(weight: Tensor, block: int) -> Tensor:
+    """The weight [K, C, R, S] of a convolution with stride `block` as that of stride 1 on block^2 as many channels."""
+    taps = [-(-kernel // block) for kernel in weight.shape[2:]]
     rows, columns = (tap * block - kernel for tap, kernel in zip(taps, weight.shape[2:], strict=True))
     blocks = F.pad(weight, (0, columns, 0, rows)).unflatten(3, (taps[1], block)).unflatten(2, (taps[0], block))
     # [K, C, taps, block, taps, block] -> [K, block, block, C, taps, taps]
-    weight = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
-    return kernels.space_to_depth(input, block, padding, size, dtype), weight
+    return blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
 
 
 def _fake_space_to_depth(input: Tensor, block: int, padding, size, dtype: torch.dtype) -> Tensor:
