@@ -5,10 +5,9 @@
     python examples/fine_tune.py --size 64 --width 0.5              # the package's images, from random weights
 
 FOLDER holds `train/<class>/<image>` and `val/<class>/<image>`, read into memory. --weights takes what
-`alexnet_kernels.alexnet` takes: a .pt, .pth, .safetensors or .npz state_dict, or the name of torchvision's weights. A
-checkpoint of `alexnet-kernels train` becomes one by `alexnet-kernels convert`. Pixels are normalised as
-torchvision's weights expect. Without --weights the network is trained from scratch: accuracy then shows that the script
-works, not what fine-tuning reaches.
+`alexnet_kernels.alexnet` takes: a file of weights (docs/weights.md) or the name of torchvision's. Pixels are normalised
+as torchvision's weights expect. Without --weights the network is trained from scratch: accuracy then shows that the
+script works, not what fine-tuning reaches.
 """
 
 from __future__ import annotations

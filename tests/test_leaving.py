@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alexnet_kernels import AlexNet, _library, alexnet, fuse, ops, use_backend
-from alexnet_kernels.models import ONNX_ZOO, PRESETS
+from alexnet_kernels.models import ONNX_ZOO, PRESETS, read_weights
+from alexnet_kernels.models import weights as weights_module
 from alexnet_kernels.nn import Dropout, FusedSequential, LocalResponseNorm, WithinMapResponseNorm
 
 pytestmark = [
@@ -500,9 +501,9 @@ def _after_pools(model: AlexNet, x: Tensor) -> list[Tensor]:
 
 class TestSignatures:
     def test_pretrained(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        models = pytest.importorskip("torchvision").models
         state = alexnet(width=0.05).state_dict()
-        monkeypatch.setattr(models.AlexNet_Weights, "get_state_dict", lambda self, **_: state)
+        found = read_weights(state)[0]
+        monkeypatch.setattr(weights_module, "_torchvision", lambda url, name, progress: found)
         for arguments in ({"pretrained": True}, {"weights": True}):
             with pytest.warns(UserWarning, match="deprecated, as in torchvision: write weights='IMAGENET1K_V1'"):
                 model = alexnet(width=0.05, **arguments)

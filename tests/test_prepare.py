@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -424,8 +425,10 @@ class TestGoingOn:
         def progress(done: int, total: int) -> None:
             for line in Path("/proc/self/task").glob("*/children"):
                 for child in line.read_text().split():
-                    if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                        os.kill(int(child), signal.SIGKILL)
+                    # One that was killed before may be gone by now.
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                            os.kill(int(child), signal.SIGKILL)
 
         with pytest.raises(RunError, match="a process that reads images was killed"):
             module.prepare(tree, tmp_path / "set", size=SIZE, shard_images=5, workers=2, progress=progress)

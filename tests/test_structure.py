@@ -25,14 +25,25 @@ LAYERS = (
     ("op_info", "nn", "optim"),
     ("capture", "interop"),
     ("models",),
-    ("parallel",),
+    ("lpips", "parallel"),
     ("training", "bench"),
+    ("features",),
     ("gpu_check",),
     ("cli",),
     ("__init__", "__main__"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
-OPTIONAL = {"lightning", "torchmetrics", "PIL", "matplotlib", "rich", "safetensors", "yaml", "triton"}
+OPTIONAL = {
+    "huggingface_hub",
+    "lightning",
+    "torchmetrics",
+    "PIL",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "yaml",
+    "triton",
+}
 SOURCES = (".py", ".cpp", ".cu", ".h", ".cuh", ".md", ".sh", ".toml", ".yaml")
 # Not written by hand, or a history.
 EXEMPT = ("CHANGELOG.md", "benchmarks/results/", "build/")
