@@ -20,6 +20,7 @@ from runs import assert_same, figures, shipped_images, train
 from alexnet_kernels._errors import InputError
 from alexnet_kernels.cli import main, seeds
 from alexnet_kernels.training import module
+from alexnet_kernels.training.header import History
 from alexnet_kernels.training.run_folder import lock
 from alexnet_kernels.training.seeds import SeedRuns, epoch_rows, summary_rows
 from alexnet_kernels.training.settings import save_recipe, settings_of
@@ -211,7 +212,7 @@ def test_what_is_left_of_a_seed(tmp_path: Path) -> None:
 
 def test_mean_and_spread() -> None:
     rows = {
-        s: [{"epoch": 1, "val_top1": 0.5 + 0.1 * s, "x": float(s)}, {"epoch": 2, "val_top1": 0.4, "x": 0.0}]
+        s: History([{"epoch": 1, "val_top1": 0.5 + 0.1 * s, "x": float(s)}, {"epoch": 2, "val_top1": 0.4, "x": 0.0}])
         for s in (0, 1, 3)
     }
     best = {row["figure"]: row for row in summary_rows(rows) if row["epoch"] == "best"}
@@ -219,7 +220,7 @@ def test_mean_and_spread() -> None:
     assert (best["x"]["mean"], best["x"]["min"], best["x"]["max"], best["x"]["runs"]) == (pytest.approx(4 / 3), 0, 3, 3)
     assert best["x"]["std"] == pytest.approx((7 / 3) ** 0.5)  # deviations -4/3, -1/3, 5/3; their squares' sum 42/9
     assert last["val_top1"]["std"] == 0
-    epochs = epoch_rows({**rows, 4: rows[0][:1]})
+    epochs = epoch_rows({**rows, 4: History(rows[0].epochs[:1])})
     assert [row["runs"] for row in epochs] == [4, 3]
     assert epochs[0]["x_mean"] == 1.0
     assert summary_rows({0: rows[0]})[0]["std"] != summary_rows({0: rows[0]})[0]["std"]  # nan: one seed has no spread

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from alexnet_kernels._errors import RunError, printable
-from alexnet_kernels.cli.arguments import PROGRAM, elapsed, reading_of, workers_of
+from alexnet_kernels._errors import RunError
+from alexnet_kernels.cli.arguments import PROGRAM, elapsed, reading_of, say, workers_of
 from alexnet_kernels.training.devices import pick_device
 from alexnet_kernels.training.run import train
 from alexnet_kernels.training.seeds import Figures, SeedRuns, summary_rows
@@ -41,34 +41,31 @@ def devices_of(name: str) -> list[str]:
 def run_in_turn(runs: SeedRuns, options: Mapping[str, Any], given: Mapping[str, Any], console: Console) -> int:
     """Train the unfinished seeds in this process. Returns the exit status, of which 1 means that a seed failed.
 
-    The other seeds go on. options: fields of `RunSpec`. given: settings given again.
+    The other seeds go on. options: `data` and fields of `RunSpec`. given: settings given again.
     """
     began, status, left = time.monotonic(), 0, runs.unfinished()
-    options, limit = dict(options), options.get("max_seconds")
-    data = options.pop("data", None)
+    limit = options.get("max_seconds")
     for i, seed in enumerate(left):
-        if limit is not None:
-            options["max_seconds"] = max(0.0, limit - (time.monotonic() - began))
-        _say(console, f"seed {seed}, {i + 1} of {len(left)}")
+        rest = None if limit is None else max(0.0, limit - (time.monotonic() - began))
+        say(f"seed {seed}, {i + 1} of {len(left)}")
         try:
-            result = train(runs.spec(seed, given, data, **options), console)
+            result = train(runs.spec(seed, given, **{**options, "max_seconds": rest}), console)
         except RunError as error:
             status = FAILED
-            _say(console, f"seed {seed} failed: {error}")
+            say(f"seed {seed} failed: {error}")
             continue
         if result.stopped is not None:
-            _say(console, f"{result.stopped}; {resume_hint(runs)}")
+            say(f"{result.stopped}; {resume_hint(runs)}")
             return _INTERRUPTED if result.stopped == "interrupted" else status
         best = result.best
-        _say(
-            console,
+        say(
             f"seed {seed}: top-1 {best['val_top1']:.1%}  top-5 {best['val_top5']:.1%}, epoch {best['epoch']}; "
             f"{elapsed(result.seconds)}",
         )
     return status
 
 
-def run_side_by_side(runs: SeedRuns, devices: Sequence[str], options: argparse.Namespace, console: Console) -> int:
+def run_side_by_side(runs: SeedRuns, devices: Sequence[str], options: argparse.Namespace) -> int:
     """Train the unfinished seeds in processes of their own, one at a time on each device. Returns as `run_in_turn`.
 
     Each line that a process prints is shown with its seed before it. SIGINT and SIGTERM are forwarded; then no more
@@ -92,7 +89,7 @@ def run_side_by_side(runs: SeedRuns, devices: Sequence[str], options: argparse.N
         assert child.stdout is not None
         for line in child.stdout:
             with lines:
-                _say(console, f"seed {seed}: {line.rstrip()}")
+                say(f"seed {seed}: {line.rstrip()}")
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -131,12 +128,12 @@ def run_side_by_side(runs: SeedRuns, devices: Sequence[str], options: argparse.N
         for number, handler in before.items():
             signal.signal(number, handler)
     if interrupted:
-        _say(console, f"interrupted; {resume_hint(runs)}")
+        say(f"interrupted; {resume_hint(runs)}")
         return _INTERRUPTED
     if any(statuses):
         return FAILED
     if runs.unfinished():
-        _say(console, f"out of time; {resume_hint(runs)}")
+        say(f"out of time; {resume_hint(runs)}")
     return 0
 
 
@@ -188,8 +185,4 @@ def summarize(runs: SeedRuns, figures: Figures, console: Console) -> None:
         ("epochs.csv", "mean and standard deviation after each epoch"),
         ("curves.png", "loss and error, one standard deviation on either side"),
     ):
-        _say(console, f"  {runs.folder / name}  {what}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
+        say(f"  {runs.folder / name}  {what}")

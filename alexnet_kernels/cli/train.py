@@ -214,6 +214,7 @@ def _run_seeds(options: argparse.Namespace) -> int:
     from alexnet_kernels.cli import seeds
     from alexnet_kernels.training.run_folder import lock
     from alexnet_kernels.training.seeds import SeedRuns
+    from alexnet_kernels.training.spec import check_given
 
     if options.parallel is not None:
         raise InputError("--seeds can't be used with --parallel: start a run for each --seed")
@@ -223,14 +224,14 @@ def _run_seeds(options: argparse.Namespace) -> int:
     else:
         _refuse_with_resume(options)
         runs = SeedRuns.read(options.resume).extended(options.seeds)
-        runs.check(_given(options))
+        check_given(_given(options), runs.settings, runs.folder)
     with lock(runs.folder):
         if options.resume is not None and options.seeds is not None:
             with write_errors(runs.folder):
                 runs.write_index()
         try:
             if len(devices) > 1:
-                status = seeds.run_side_by_side(runs, devices, options, console)
+                status = seeds.run_side_by_side(runs, devices, options)
             else:
                 status = seeds.run_in_turn(runs, {**_common(options), "data": options.data}, _given(options), console)
         finally:

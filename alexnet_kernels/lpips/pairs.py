@@ -40,11 +40,12 @@ class Pairs:
         self, features: Callable[[Tensor], ImageFeatures], linear: list[Tensor], memory: float, exact: bool
     ) -> None:
         self.features, self.linear, self.memory, self.exact = features, linear, memory, exact
+        self._image_bytes = 1
 
     def distances(self, x: Operand, y: Operand | None) -> Tensor:
         """[M, N] of x and y, or [M, M] of x."""
         others = x if y is None else y
-        one = self._bytes(x)
+        one = self._image_bytes = self._bytes(x)
         # Half of the memory is for x's features, a quarter each for y's and for what is computed.
         rows = max(1, int(self.memory / 2 / one))
         columns = rows if y is None and rows >= len(x) else max(1, int(self.memory / 4 / one))
@@ -73,7 +74,7 @@ class Pairs:
         if isinstance(x, ImageFeatures):
             return x[first:end]
         end = min(end, len(x))
-        each = min(MOST_IMAGES, max(1, int(self.memory / 4 / ACTIVATIONS / self._bytes(x))))
+        each = min(MOST_IMAGES, max(1, int(self.memory / 4 / ACTIVATIONS / self._image_bytes)))
         parts = [self.features(x[begin : min(end, begin + each)]) for begin in range(first, end, each)]
         if len(parts) == 1:
             return parts[0]

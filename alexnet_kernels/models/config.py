@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alexnet_kernels._errors import InputError, shortened
 from alexnet_kernels._version import __version__
 from alexnet_kernels.models.formats.file_weights import Preprocessing
+from alexnet_kernels.models.keys import listed
 from alexnet_kernels.models.presets import PRESETS, Initialization, Pool, Preset, ResponseNorm
 from alexnet_kernels.nn import Dropout
 
@@ -129,7 +130,7 @@ def description_of(config: Any) -> Description:
     version = config.get(_VERSION)
     if unknown := [key for key in config if key not in _KEYS]:
         by = f"it was written by version {shortened(version)}, this is {__version__}" if version else "it is another's"
-        raise InputError(f"the config has the unknown keys {_listed(unknown)}: {by}")
+        raise InputError(f"the config has the unknown keys {listed(unknown)}: {by}")
     if "preset" not in config:
         raise InputError("the config names no preset: it was not written by AlexNet.save_pretrained")
     preset = _preset(config["preset"])
@@ -150,10 +151,6 @@ def description_of(config: Any) -> Description:
         "conv1_padding": None if padding is None else _padding(padding),
     }
     return Description(arguments, _classes(config.get("classes"), num_classes), _preprocessing(config))
-
-
-def _listed(names: Sequence[Any]) -> str:
-    return ", ".join(shortened(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _kind(value: Any) -> str:
@@ -202,10 +199,10 @@ def _known(name: str, kind: type, values: Any) -> Mapping[str, Any]:
         raise InputError(f"the config's {name} is {_kind(values)}, not an object")
     names = [field.name for field in fields(kind)]
     if unknown := [key for key in values if key not in names]:
-        raise InputError(f"the config's {name} has the unknown keys {_listed(unknown)}")
+        raise InputError(f"the config's {name} has the unknown keys {listed(unknown)}")
     defaults = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
     if missing := [key for key in names if key not in values and key not in defaults]:
-        raise InputError(f"the config's {name} has no {_listed(missing)}")
+        raise InputError(f"the config's {name} has no {listed(missing)}")
     return {**defaults, **values}
 
 

@@ -196,22 +196,21 @@ def save_pretrained(model: Any, folder: str | Path, *, overwrite: bool, push: bo
     folder = Path(folder)
     if not overwrite and (found := [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]):
         raise InputError(f"{folder / found[0]} exists: name another folder, or pass overwrite=True")
-    return _hub_model(model).save_pretrained(folder, push_to_hub=push, **_with_card(model, options))
+    hub = _hub_model(model)
+    return hub.save_pretrained(folder, push_to_hub=push, **_with_card(hub.values, options.get("repo_id"), options))
 
 
 def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
     """`AlexNet.push_to_hub`."""
-    return _hub_model(model).push_to_hub(repo_id, **_with_card(model, {"repo_id": repo_id, **options}, False))
+    hub = _hub_model(model)
+    return hub.push_to_hub(repo_id, **_with_card(hub.values, repo_id, options))
 
 
-def _with_card(model: Any, options: dict[str, Any], with_id: bool = True) -> dict[str, Any]:
-    config = config_of(model)
+def _with_card(config: Mapping[str, Any], repo_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the values of the model card."""
     preset = config["preset"] if isinstance(config["preset"], str) else config["preset"]["name"]
-    card = {"preset": preset, "num_classes": config["num_classes"], "repo_id": options.get("repo_id")}
-    options["model_card_kwargs"] = {**card, **(options.get("model_card_kwargs") or {})}
-    if not with_id:
-        del options["repo_id"]
-    return options
+    card = {"preset": preset, "num_classes": config["num_classes"], "repo_id": repo_id}
+    return {**options, "model_card_kwargs": {**card, **(options.get("model_card_kwargs") or {})}}
 
 
 def _hub_model(model: Any) -> Any:

@@ -95,7 +95,8 @@ def _classes(found: FileWeights, outputs: int) -> tuple[tuple[str, ...], str]:
 
 
 def _header(model: AlexNet, format: str, notes: list[str]) -> Header:
-    spec, said = model._spec, model.preprocessing or usual(model._spec)
+    spec, said = model._spec, model.preprocessing
+    assert said is not None  # as `read_foreign` has set it
     side = max(said.resize or stored_size(spec.input_size), model.input_size)
     if side > _LARGEST:
         raise InputError(f"its images are of {side} x {side} pixels, more than {_LARGEST}")

@@ -24,10 +24,11 @@ from alexnet_kernels._errors import InputError, shortened
 from alexnet_kernels._files import local_path, portable_path, read_bounded, write_atomically, write_csv
 from alexnet_kernels.training import checkpoint
 from alexnet_kernels.training.datasets import reading_again
+from alexnet_kernels.training.header import History
 from alexnet_kernels.training.reading import USUAL, Reading
 from alexnet_kernels.training.run_folder import RECIPE, lock, new_folder, refuse_existing
 from alexnet_kernels.training.settings import Settings, save_recipe, settings_of
-from alexnet_kernels.training.spec import RunSpec, is_finished, new_run, resumed_run
+from alexnet_kernels.training.spec import RunSpec, check_given, is_finished, new_run, resumed_run
 
 __all__ = ["INDEX", "MOST", "Figures", "SeedRuns", "epoch_rows", "summary_rows"]
 
@@ -39,8 +40,8 @@ _FORMAT = 1
 _LARGEST = 1 << 20
 _COUNTS = ("epoch", "step")
 
-Figures = Mapping[int, Sequence[Mapping[str, float]]]
-"""The rows of each seed's finished epochs, see `History`."""
+Figures = Mapping[int, History]
+"""The history of each seed."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,6 @@ class SeedRuns:
         replace(self.settings, seed=more[-1])
         return replace(self, seeds=(*self.seeds, *more))
 
-    def check(self, given: Mapping[str, Any]) -> None:
-        """InputError if a setting that is given again differs from the folder's and would change the results."""
-        for name, value in given.items():
-            own = getattr(self.settings, name)
-            if value != own and name != "accumulate" and (name, value) != ("precision", "auto"):
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option} {value} can't be used with --resume: {self.folder} was begun with {own}")
-
     def remove_if_unused(self) -> None:
         """Remove a folder in which no run has begun, as after an error in the settings."""
         if not any(self.folder_of(seed).exists() for seed in self.seeds):
@@ -158,7 +151,7 @@ class SeedRuns:
         folder = self.folder_of(seed)
         if (folder / "last.ckpt").is_file():
             return resumed_run(folder, {**given, "seed": seed}, data, reading=reading, **options)
-        self.check(given)
+        check_given(given, self.settings, self.folder)
         if folder.is_dir():
             if any(folder.glob("*.ckpt")):
                 raise InputError(f"{folder} has no last.ckpt to resume from: remove it to train the seed again")
@@ -176,9 +169,9 @@ class SeedRuns:
         for seed in self.seeds:
             path = self.folder_of(seed) / "last.ckpt"
             if path.is_file():
-                epochs = checkpoint.load(path, mmap=True).history.epochs
-                if len(epochs) >= self.settings.epochs:
-                    found[seed] = epochs
+                history = checkpoint.load(path, mmap=True).history
+                if len(history.epochs) >= self.settings.epochs:
+                    found[seed] = history
         return found
 
     def write_figures(self, figures: Figures) -> None:
@@ -188,17 +181,13 @@ class SeedRuns:
 
         if not figures:
             return
-        write_csv([{"seed": seed, **_best(rows)} for seed, rows in figures.items()], self.folder / "seeds.csv")
+        write_csv([{"seed": seed, **history.best()} for seed, history in figures.items()], self.folder / "seeds.csv")
         write_csv(summary_rows(figures), self.folder / "summary.csv")
         rows = epoch_rows(figures)
         write_csv(rows, self.folder / "epochs.csv")
         curves = [{name.removesuffix("_mean"): value for name, value in row.items()} for row in rows]
         spread = [{name.removesuffix("_std"): value for name, value in row.items()} for row in rows]
         pictures.curves(curves, self.folder / "curves.png", spread)
-
-
-def _best(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    return max(rows, key=lambda row: row["val_top1"])
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -214,7 +203,7 @@ def summary_rows(figures: Figures) -> list[dict[str, Any]]:
     """
     rows = []
     for epoch in ("best", "last"):
-        chosen = [_best(history) if epoch == "best" else history[-1] for history in figures.values()]
+        chosen = [history.best() if epoch == "best" else history.epochs[-1] for history in figures.values()]
         for name in chosen[0] if chosen else ():
             values = [row[name] for row in chosen]
             mean, std = statistics.fmean(values), _spread(values)
@@ -226,8 +215,9 @@ def summary_rows(figures: Figures) -> list[dict[str, Any]]:
 def epoch_rows(figures: Figures) -> list[dict[str, float]]:
     """A row for each epoch: the runs that finished it, and <figure>_mean and <figure>_std of each figure."""
     rows = []
-    for i in range(max(map(len, figures.values()), default=0)):
-        reached = [history[i] for history in figures.values() if len(history) > i]
+    histories = [history.epochs for history in figures.values()]
+    for i in range(max(map(len, histories), default=0)):
+        reached = [history[i] for history in histories if len(history) > i]
         row: dict[str, float] = {"epoch": reached[0]["epoch"], "runs": len(reached)}
         for name in reached[0]:
             if name not in _COUNTS:

@@ -17,7 +17,7 @@ from alexnet_kernels.training.reading import USUAL, Reading
 from alexnet_kernels.training.run_folder import is_complete
 from alexnet_kernels.training.settings import Settings
 
-__all__ = ["ResumePoint", "RunSpec", "is_finished", "new_run", "resumed_run"]
+__all__ = ["ResumePoint", "RunSpec", "check_given", "is_finished", "new_run", "resumed_run"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,18 @@ def new_run(
     )
 
 
+def check_given(given: Mapping[str, Any], own: Settings, begun: Path) -> None:
+    """InputError if a setting that is given again would change the results of what was begun with `own`."""
+    for name, value in given.items():
+        if (name, value) == ("precision", "auto"):
+            continue  # what it stood for when the run was begun
+        if value != getattr(own, name) and name != "accumulate":
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} {value} can't be used with --resume: {begun} was begun with {getattr(own, name)}"
+            )
+
+
 def is_finished(saved: checkpoint.Checkpoint, path: Path) -> bool:
     """Whether the run of the checkpoint, which was read from `path`, has ended and left all its files."""
     return len(saved.history.epochs) >= saved.header.settings.epochs and is_complete(path)
@@ -136,14 +148,7 @@ def resumed_run(
             raise InputError(f"{path} can't be resumed: its {name} is missing or of another kind")
     resume = ResumePoint(path, saved.header, saved.history)
     given, own = dict(settings or {}), resume.header.settings
-    for name, value in given.items():
-        if (name, value) == ("precision", "auto"):
-            continue  # what it stood for when the run was begun
-        if value != getattr(own, name) and name != "accumulate":
-            option = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{option} {value} can't be used with --resume: {path} was begun with {getattr(own, name)}"
-            )
+    check_given(given, own, path)
     if is_finished(saved, path):
         raise InputError(f"{path} has finished its {own.epochs} epochs: there is nothing to resume")
     return RunSpec(

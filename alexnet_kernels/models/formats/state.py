@@ -73,7 +73,7 @@ def find_state(content: Any, name: str, part: str | None = None) -> State:
     whole = whole or list(models.values())
     planned = {value for model in whole for value in model.entries.values() if isinstance(value, Planned)}
     if (size := sum(value.nbytes for value in planned)) > MOST_READ:
-        raise ValueError(f"{name} holds {size:,} bytes of weights, more than the {MOST_READ:,} that are read of a file")
+        raise InputError(f"{name} holds {size:,} bytes of weights, more than the {MOST_READ:,} that are read of a file")
     made = [
         (model, {key: _tensor(value, name, model.prefix, key) for key, value in model.entries.items()})
         for model in whole
